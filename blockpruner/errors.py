@@ -1,0 +1,48 @@
+"""The errors a user can cause. Each message says what came, what is valid and what to do, on one line.
+
+The command line shows such an error as that one line and exits with status 2. Everything else that is raised is a
+defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BlockPrunerError(Exception):
+    """Base of every error whose cause is the user's input or the user's machine."""
+
+
+class CheckpointError(BlockPrunerError):
+    """A model folder or hub id cannot be used: nothing there, parts missing, files damaged."""
+
+
+class UnsupportedArchitectureError(BlockPrunerError):
+    """The model's architecture is not in the table, or can never lose a block."""
+
+
+class TextSourceError(BlockPrunerError):
+    """A calibration or evaluation text is missing, empty, unreadable or too short."""
+
+
+class ConfigurationError(BlockPrunerError):
+    """A setting has a value that is not valid, alone or together with another."""
+
+
+class ArtifactError(BlockPrunerError):
+    """A stored artifact, checkpoint or run record cannot be used."""
+
+
+class ExportError(BlockPrunerError):
+    """The surviving blocks cannot be written in the format asked for, or the written model is not the same model."""
+
+
+class StoreError(BlockPrunerError):
+    """The results database cannot be opened, or a query failed."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint ``; did you mean 'x'?`` for a misspelt word, or an empty string."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

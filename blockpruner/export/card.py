@@ -1,0 +1,86 @@
+"""The model card of an export: what was removed from what, what it costs, how to load it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from blockpruner import __version__
+from blockpruner.blocks import Block, mha, mlp
+from blockpruner.export.write import WrittenExport
+
+_PAPER = "Zhong et al., BlockPruner, Findings of ACL 2025, doi 10.18653/v1/2025.findings-acl.262"
+
+
+@dataclass(frozen=True)
+class CardNumbers:
+    """The measurements a card shows."""
+
+    num_parameters_dense: int
+    num_parameters: int
+    perplexities: tuple[tuple[str, float, float], ...]
+    """(text, dense, pruned)."""
+
+
+def write_card(written: WrittenExport, source: str, source_dir: Path, numbers: CardNumbers) -> None:
+    """Write README.md into the export."""
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=source if source.count("/") == 1 and not Path(source).exists() else None,
+        license=_licence(source_dir),
+        tags=["blockpruner", "pruned"],
+    )
+    ratio = 1 - numbers.num_parameters / numbers.num_parameters_dense
+    code = "" if written.format == "stock" else ", trust_remote_code=True"
+    lines = [
+        "---",
+        data.to_yaml(),
+        "---",
+        f"# {Path(source).name}, {len(written.dropped)} residual blocks removed",
+        "",
+        f"Made from `{Path(source).name if Path(source).exists() else source}` by blockpruner {__version__}, without training ({_PAPER}).",
+        f"{numbers.num_parameters:,} of {numbers.num_parameters_dense:,} parameters remain ({ratio:.2%} removed).",
+        "",
+        "| perplexity on | dense | pruned |",
+        "|---|---|---|",
+        *(f"| {text} | {dense:.3f} | {pruned:.3f} |" for text, dense, pruned in numbers.perplexities),
+        "",
+        "## Blocks",
+        "One column a layer of the original; `#` kept, `.` removed.",
+        "```",
+        *strips(written.kept, written.dropped),
+        "```",
+        f"Removed in this order: {', '.join(map(str, written.dropped))}.",
+        "",
+        "## Load",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("."{code})',
+        'tokenizer = AutoTokenizer.from_pretrained(".")',
+        "```",
+    ]
+    ModelCard("\n".join(lines) + "\n").save(written.path / "README.md")
+
+
+def strips(kept: tuple[Block, ...], dropped: tuple[Block, ...]) -> list[str]:
+    """Two lines, one a block kind: a mark for every layer of the original."""
+    num_layers = 1 + max(block.layer_index for block in (*kept, *dropped))
+    return [
+        f"{name} " + "".join("#" if make(index) in kept else "." for index in range(num_layers))
+        for name, make in (("MHA", mha), ("MLP", mlp))
+    ]
+
+
+def _licence(source_dir: Path) -> str | None:
+    card = source_dir / "README.md"
+    if not card.is_file():
+        return None
+    try:
+        licence = ModelCard.load(card).data.to_dict().get("license")
+    except (ValueError, OSError):  # a card without valid metadata carries no licence over
+        return None
+    return str(licence) if licence else None

@@ -1,0 +1,104 @@
+"""The gate of every export: its logits, from a fresh process, against the masked original.
+
+Two batches are compared: a plain one, and a left-padded one that is decoded token by token with the cache, which is where
+wrongly packed models go wrong in silence. The masked original answers both without a cache.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from blockpruner.architectures import Architecture
+from blockpruner.blocks import Block
+from blockpruner.errors import ExportError
+from blockpruner.loading import DtypeName
+from blockpruner.masking import masked
+
+_FRESH_LOAD = Path(__file__).with_name("fresh_load.py")
+_RELATIVE_TOLERANCE: dict[DtypeName, float] = {"float32": 1e-5, "bfloat16": 2e-2}
+"""Of the largest logit, and at least of 1."""
+_NUM_DECODED = 8
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How an export compares with the masked original."""
+
+    max_logit_difference: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the export computes the same; a NaN does not."""
+        return self.max_logit_difference <= self.tolerance
+
+
+def verification_request(vocab_size: int, max_positions: int, seed: int = 0) -> dict[str, Tensor]:
+    """Random token batches: `plain_ids`, and `padded_ids`, `padded_mask`, `decode_ids` (see `fresh_load`)."""
+    generator = torch.Generator().manual_seed(seed)
+    length = max(4, min(32, max_positions - _NUM_DECODED))
+    padded_mask = torch.ones(3, length, dtype=torch.long)
+    padded_mask[1, : length // 4] = 0
+    padded_mask[2, : length // 2] = 0
+    return {
+        "plain_ids": torch.randint(vocab_size, (2, length), generator=generator),
+        "padded_ids": torch.randint(vocab_size, (3, length), generator=generator),
+        "padded_mask": padded_mask,
+        "decode_ids": torch.randint(vocab_size, (3, _NUM_DECODED), generator=generator),
+    }
+
+
+@torch.inference_mode()
+def masked_logits(
+    architecture: Architecture, model: PreTrainedModel, removed: Sequence[Block], request: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What the export must answer, from the original with the removed blocks bypassed and no cache."""
+    request = {name: tensor.to(model.device) for name, tensor in request.items()}
+    ids = torch.cat([request["padded_ids"], request["decode_ids"]], dim=1)
+    mask = torch.cat([request["padded_mask"], torch.ones_like(request["decode_ids"])], dim=1)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    first = request["padded_ids"].shape[1] - 1
+    with masked(architecture, model, removed):
+        plain = model(input_ids=request["plain_ids"], use_cache=False).logits
+        padded = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    return {"plain_logits": plain.float().cpu(), "cached_logits": padded[:, first:].float().cpu()}
+
+
+def verify(
+    export_dir: Path, request: dict[str, Tensor], expected: dict[str, Tensor], *, device: str, dtype: DtypeName
+) -> Verification:
+    """Load the export in a fresh process and compare.
+
+    Raises:
+        ExportError: if the fresh process cannot load or run it.
+    """
+    answer = _ask_fresh_process(export_dir, request, device, dtype)
+    difference = max(float((answer[name] - expected[name]).abs().max()) for name in expected)
+    largest = max(1.0, *(float(tensor.abs().max()) for tensor in expected.values()))
+    return Verification(difference, _RELATIVE_TOLERANCE[dtype] * largest)
+
+
+def _ask_fresh_process(
+    export_dir: Path, request: dict[str, Tensor], device: str, dtype: DtypeName
+) -> dict[str, Tensor]:
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered = Path(folder, "request.safetensors"), Path(folder, "answer.safetensors")
+        save_file(request, asked)
+        # -P: the script's own folder must not be searched for modules.
+        command = [sys.executable, "-P", str(_FRESH_LOAD), str(export_dir), str(asked), str(answered)]
+        command += ["--device", device, "--dtype", dtype]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        if finished.returncode != 0:
+            reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ExportError(f"the export cannot be loaded in a fresh process: {reason}")
+        return load_file(answered)

@@ -1,0 +1,169 @@
+"""The search's memory on disk: every finished step, and the scores of the step under way.
+
+A folder that the caller names holds `step-0001.json`, `step-0002.json`, ... and `partial.safetensors`. Each file is
+written whole beside its place and renamed into it, and carries the search's identity and a digest, so that a torn,
+changed or foreign file is noticed and what is good before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from blockpruner.blocks import Block
+from blockpruner.errors import ArtifactError
+from blockpruner.scoring.table import ScoreTable
+from blockpruner.trace import SearchStep
+
+logger = logging.getLogger(__name__)
+
+_DENSE_FILE = "dense.safetensors"
+
+
+class SearchJournal:
+    """The checkpoints of one search, whatever its number of blocks."""
+
+    def __init__(self, folder: Path, identity: str, partial_interval_s: float = 2.0) -> None:
+        """Keep the journal of the search with this identity (a sha256) in `folder`, which is made if missing.
+
+        `partial_interval_s` seconds at least lie between two checkpoints within a step.
+        """
+        self._folder = folder
+        self._identity = identity
+        self._partial_interval_s = partial_interval_s
+        self._partial_saved_at = time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+        for torn in folder.glob(".*.tmp"):  # of a process that was killed while writing
+            torn.unlink()
+
+    def steps(self) -> list[SearchStep]:
+        """The finished steps, up to the first that is missing or damaged; a damaged one is said and set aside.
+
+        Raises:
+            ArtifactError: if the folder holds the journal of another search.
+        """
+        steps: list[SearchStep] = []
+        while (path := self._step_path(len(steps) + 1)).exists():
+            step = self._read_step(path)
+            if step is None or step.step != len(steps) + 1:
+                self._discard_from(len(steps) + 1)
+                break
+            steps.append(step)
+        return steps
+
+    def dense_nll(self) -> torch.Tensor | None:
+        """Each sequence's NLL of the unpruned model (float64 [B]), if it was kept and is intact."""
+        try:
+            with safe_open(self._folder / _DENSE_FILE, "pt") as file:
+                metadata, nll_B = file.metadata() or {}, file.get_tensor("nll_B")
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError) as error:
+            logger.warning("the dense model's scores are damaged (%s): computed again", error)
+            return None
+        intact = metadata.get("identity") == self._identity and metadata.get("sha256") == _digest(
+            nll_B.numpy().tobytes()
+        )
+        return nll_B if intact else None
+
+    def keep_dense_nll(self, nll_B: torch.Tensor) -> None:
+        """Keep each sequence's NLL of the unpruned model (float64 [B])."""
+        metadata = {"identity": self._identity, "sha256": _digest(nll_B.numpy().tobytes())}
+        write_atomically(self._folder / _DENSE_FILE, save({"nll_B": nll_B}, metadata))
+
+    def append(self, step: SearchStep) -> None:
+        """Keep a finished step; the scores of the step under way are no longer needed."""
+        payload = step.model_dump_json()
+        envelope = {"identity": self._identity, "sha256": _digest(payload.encode()), "payload": payload}
+        write_atomically(self._step_path(step.step), json.dumps(envelope).encode())
+        self._partial_path.unlink(missing_ok=True)
+
+    def load_partial(self, removed: Sequence[Block], candidates: Sequence[Block], num_sequences: int) -> ScoreTable:
+        """The scores of the step under way as they were kept last, or an empty table."""
+        table = ScoreTable.empty(candidates, num_sequences)
+        expected = self._partial_identity(removed, candidates)
+        try:
+            with safe_open(self._partial_path, "pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("identity") != expected:
+                    return table
+                nll_CB, done_CB = file.get_tensor("nll_CB"), file.get_tensor("done_CB").bool()
+        except FileNotFoundError:
+            return table
+        except (SafetensorError, OSError) as error:
+            logger.warning("the checkpoint within the step is damaged (%s): the step starts again", error)
+            return table
+        if metadata.get("sha256") != _table_digest(nll_CB, done_CB) or nll_CB.shape != table.nll_CB.shape:
+            logger.warning("the checkpoint within the step has changed bytes: the step starts again")
+            return table
+        return ScoreTable(tuple(candidates), nll_CB, done_CB)
+
+    def save_partial(self, removed: Sequence[Block], table: ScoreTable) -> None:
+        """Keep the scores of the step under way, unless that was done a moment ago."""
+        if time.monotonic() - self._partial_saved_at < self._partial_interval_s:
+            return
+        done_CB = table.done_CB.to(torch.uint8)
+        metadata = {
+            "identity": self._partial_identity(removed, table.candidates),
+            "sha256": _table_digest(table.nll_CB, table.done_CB),
+        }
+        write_atomically(self._partial_path, save({"nll_CB": table.nll_CB, "done_CB": done_CB}, metadata))
+        self._partial_saved_at = time.monotonic()
+
+    @property
+    def _partial_path(self) -> Path:
+        return self._folder / "partial.safetensors"
+
+    def _step_path(self, step: int) -> Path:
+        return self._folder / f"step-{step:04d}.json"
+
+    def _partial_identity(self, removed: Sequence[Block], candidates: Sequence[Block]) -> str:
+        parts = [self._identity, "without", *map(str, removed), "candidates", *map(str, candidates)]
+        return _digest(" ".join(parts).encode())
+
+    def _read_step(self, path: Path) -> SearchStep | None:
+        try:
+            envelope = json.loads(path.read_bytes())
+            payload, identity = str(envelope["payload"]), envelope["identity"]
+            intact = envelope["sha256"] == _digest(payload.encode())
+        except (ValueError, KeyError, TypeError):
+            intact, identity = False, self._identity
+        if identity != self._identity:
+            raise ArtifactError(
+                f"{path} belongs to another search (another model, calibration set or metric); "
+                f"remove the folder {self._folder} to start anew"
+            )
+        return SearchStep.model_validate_json(payload) if intact else None
+
+    def _discard_from(self, step: int) -> None:
+        logger.warning("step %d of the search's checkpoints is damaged: going on from step %d", step, step - 1)
+        while (path := self._step_path(step)).exists():
+            path.unlink()
+            step += 1
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new and nothing between."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _table_digest(nll_CB: torch.Tensor, done_CB: torch.Tensor) -> str:
+    return _digest(nll_CB.numpy().tobytes() + done_CB.bool().numpy().tobytes())

@@ -1,0 +1,122 @@
+"""Stage `export`: a folder that others load, checked against the masked original before it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from blockpruner.architectures import block_sizes, num_parameters
+from blockpruner.blocks import Block
+from blockpruner.checkpoint import Checkpoint
+from blockpruner.errors import ConfigurationError, ExportError
+from blockpruner.export.card import CardNumbers, write_card
+from blockpruner.export.verify import Verification, masked_logits, verification_request, verify
+from blockpruner.export.write import ExportFormat, WrittenExport, write_export
+from blockpruner.loading import DtypeName, load_model, meta_model
+from blockpruner.progress import Progress
+from blockpruner.trace import SearchTrace, read_trace
+from stages.contract import ArtifactRef, Runtime, Stage, StageConfig, StageManifest
+
+MODEL_FOLDER = "model"
+_FLOAT32_LIMIT = 3_000_000_000
+"""Models of more parameters are verified in bfloat16: two float32 copies would not fit where the model itself does."""
+
+
+class ExportConfig(StageConfig):
+    """What to write."""
+
+    num_blocks: int | None = None
+    """How many blocks of the pruning order to remove; None: all of it."""
+    format: Literal["auto", "stock", "transformers"] = "auto"
+    """'auto' writes the family's own format where the surviving blocks alternate, else the one with custom code."""
+
+
+@dataclass(frozen=True)
+class ExportInputs:
+    """What an export reads."""
+
+    model: Checkpoint
+    search: ArtifactRef
+
+    def fingerprints(self) -> Mapping[str, str]:
+        """Model and pruning order, by content."""
+        return {"model": self.model.fingerprint, "search": self.search.fingerprint}
+
+
+class ExportManifest(StageManifest):
+    """What was written, and how it compares with the masked original."""
+
+    format: ExportFormat
+    num_blocks_removed: int
+    num_parameters: int
+    bytes: int
+    kept: tuple[Block, ...]
+    dropped: tuple[Block, ...]
+    verified: bool
+    max_logit_difference: float
+
+
+def run(config: ExportConfig, inputs: ExportInputs, out_dir: Path, runtime: Runtime) -> ExportManifest:
+    """Write the model without the first blocks of the pruning order into `out_dir`/model, and verify it.
+
+    Raises:
+        ConfigurationError: if the search did not reach `num_blocks`.
+        ExportError: if the format cannot hold the result, or the written model computes something else.
+    """
+    trace = read_trace(inputs.search.path)
+    if config.num_blocks is not None and not 1 <= config.num_blocks <= len(trace.steps):
+        raise ConfigurationError(
+            f"num_blocks is {config.num_blocks}, but the search removed {len(trace.steps)}; "
+            f"give 1 to {len(trace.steps)}, or search further"
+        )
+    removed = trace.removed(config.num_blocks)
+    written = write_export(inputs.model, removed, out_dir / MODEL_FOLDER, config.format)
+    runtime.progress(Progress(1, 2, "phases", "verifying in a fresh process"))
+    verification = _verify(inputs.model, written, runtime.device)
+    if not verification.passed:
+        raise ExportError(
+            f"the exported model differs from the masked original by {verification.max_logit_difference:.3g} in its "
+            f"logits (at most {verification.tolerance:.3g}); it was deleted: please report this model's architecture"
+        )
+    num_kept = _write_card(inputs, trace, written)
+    runtime.progress(Progress(2, 2, "phases", "verified"))
+    return ExportManifest(
+        format=written.format,
+        num_blocks_removed=len(removed),
+        num_parameters=num_kept,
+        bytes=sum(file.stat().st_size for file in written.path.iterdir()),
+        kept=written.kept,
+        dropped=written.dropped,
+        verified=True,
+        max_logit_difference=verification.max_logit_difference,
+    )
+
+
+def _verify(checkpoint: Checkpoint, written: WrittenExport, device: str) -> Verification:
+    architecture, shapes = meta_model(checkpoint)
+    dtype: DtypeName = "float32" if num_parameters(shapes) <= _FLOAT32_LIMIT else "bfloat16"
+    model = load_model(checkpoint, device=device, dtype=dtype)
+    text_config = model.config.get_text_config()
+    request = verification_request(text_config.vocab_size, text_config.max_position_embeddings)
+    expected = masked_logits(architecture, model, written.dropped, request)
+    del model  # the fresh process needs the memory
+    return verify(written.path, request, expected, device=device, dtype=dtype)
+
+
+def _write_card(inputs: ExportInputs, trace: SearchTrace, written: WrittenExport) -> int:
+    """Write the model card and return how many parameters remain."""
+    architecture, shapes = meta_model(inputs.model)
+    sizes = block_sizes(architecture, shapes)
+    total = num_parameters(shapes)
+    num_kept = total - sum(sizes[block] for block in written.dropped)
+    last = trace.steps[len(written.dropped) - 1]
+    calibration = ("the calibration set", trace.summary.dense_perplexity, last.perplexity)
+    write_card(written, inputs.model.name, inputs.model.path, CardNumbers(total, num_kept, (calibration,)))
+    return num_kept
+
+
+STAGE: Stage[ExportConfig, ExportInputs, ExportManifest] = Stage(
+    name="export", version=1, manifest_type=ExportManifest, run=run
+)
