@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from blockpruner.blocks import Block, BlockKind, all_blocks
 from blockpruner.errors import UnsupportedArchitectureError, nearest
@@ -43,6 +44,16 @@ class Architecture:
     """Path of the list of decoder layers, from the causal-LM model; also the prefix of its tensors in a checkpoint."""
     mha: BlockLayout = BlockLayout("self_attn", ("input_layernorm",), returns_pair=True)
     mlp: BlockLayout = BlockLayout("mlp", ("post_attention_layernorm",))
+    layer_returns_tuple: bool = False
+    """Whether a decoder layer returns a tuple and not a bare tensor."""
+
+    def is_parallel(self, config: PreTrainedConfig) -> bool:
+        """Whether both blocks of a layer read the same input, and not one the other's output."""
+        return False
+
+    def layer_result(self, hidden_states: Tensor) -> Tensor | tuple[Tensor, None]:
+        """A hidden state in the form in which this family's layers return it."""
+        return (hidden_states, None) if self.layer_returns_tuple else hidden_states
 
     def block(self, kind: BlockKind) -> BlockLayout:
         """The modules of a kind of block."""

@@ -154,7 +154,7 @@ def _weight_files(path: Path) -> list[Path]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path} holds no weight_map; download the model again")
-    files = [path / str(name) for name in sorted(set(weight_map.values()))]
+    files = [path / name for name in sorted({str(name) for name in weight_map.values()})]
     for file in files:
         if file.parent != path or not file.is_file():
             raise CheckpointError(f"{file.name}, named by {index_path.name}, is missing from {path}; download it again")

@@ -73,7 +73,7 @@ class SearchJournal:
         intact = metadata.get("identity") == self._identity and metadata.get("sha256") == _digest(
             nll_B.numpy().tobytes()
         )
-        return nll_B if intact else None
+        return nll_B if intact and nll_B.dtype == torch.float64 else None
 
     def keep_dense_nll(self, nll_B: torch.Tensor) -> None:
         """Keep each sequence's NLL of the unpruned model (float64 [B])."""
@@ -83,7 +83,8 @@ class SearchJournal:
     def append(self, step: SearchStep) -> None:
         """Keep a finished step; the scores of the step under way are no longer needed."""
         payload = step.model_dump_json()
-        envelope = {"identity": self._identity, "sha256": _digest(payload.encode()), "payload": payload}
+        digest = _digest((self._identity + payload).encode())
+        envelope = {"identity": self._identity, "sha256": digest, "payload": payload}
         write_atomically(self._step_path(step.step), json.dumps(envelope).encode())
         self._partial_path.unlink(missing_ok=True)
 
@@ -102,7 +103,8 @@ class SearchJournal:
         except (SafetensorError, OSError) as error:
             logger.warning("the checkpoint within the step is damaged (%s): the step starts again", error)
             return table
-        if metadata.get("sha256") != _table_digest(nll_CB, done_CB) or nll_CB.shape != table.nll_CB.shape:
+        fits = (nll_CB.shape, nll_CB.dtype, done_CB.shape) == (table.nll_CB.shape, torch.float64, table.done_CB.shape)
+        if not fits or metadata.get("sha256") != _table_digest(nll_CB, done_CB):
             logger.warning("the checkpoint within the step has changed bytes: the step starts again")
             return table
         return ScoreTable(tuple(candidates), nll_CB, done_CB)
@@ -133,11 +135,11 @@ class SearchJournal:
     def _read_step(self, path: Path) -> SearchStep | None:
         try:
             envelope = json.loads(path.read_bytes())
-            payload, identity = str(envelope["payload"]), envelope["identity"]
-            intact = envelope["sha256"] == _digest(payload.encode())
+            payload, identity = str(envelope["payload"]), str(envelope["identity"])
+            intact = envelope["sha256"] == _digest((identity + payload).encode())
         except (ValueError, KeyError, TypeError):
-            intact, identity = False, self._identity
-        if identity != self._identity:
+            return None
+        if intact and identity != self._identity:
             raise ArtifactError(
                 f"{path} belongs to another search (another model, calibration set or metric); "
                 f"remove the folder {self._folder} to start anew"

@@ -6,6 +6,7 @@ import logging
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from blockpruner.architectures import Architecture, architecture_of
@@ -70,7 +71,7 @@ def load_model(
             checkpoint.path, dtype=_DTYPES[dtype], trust_remote_code=trust_remote_code, output_loading_info=True
         )
         model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint.name} cannot be loaded: {_one_line(error)}") from error
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:

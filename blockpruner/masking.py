@@ -1,6 +1,6 @@
 """Bypass blocks for a moment: a masked block adds nothing to the residual stream, and costs nothing to compute.
 
-Masking swaps the `forward` of the block's compute module on that one instance; weights are not touched, so leaving the
+Masking swaps the `forward` of the block's modules on those instances; weights are not touched, so leaving the
 context restores the model exactly, after an exception too. Surgery, which removes blocks for good, is elsewhere.
 """
 
@@ -32,15 +32,24 @@ def masked(architecture: Architecture, model: nn.Module, blocks: Iterable[Block]
 @contextmanager
 def _bypassed(architecture: Architecture, model: nn.Module, block: Block) -> Iterator[None]:
     layout = architecture.block(block.block_kind)
-    module = architecture.decoder_layers(model)[block.layer_index].get_submodule(layout.compute)
-    if "forward" in vars(module):  # masked by an outer context, which will restore it
+    layer = architecture.decoder_layers(model)[block.layer_index]
+    compute = layer.get_submodule(layout.compute)
+    if "forward" in vars(compute):  # masked by an outer context, which will restore it
         yield
         return
-    module.forward = _zeros_pair if layout.returns_pair else _zeros
+    norms = [layer.get_submodule(name) for name in layout.norms]
+    compute.forward = _zeros_pair if layout.returns_pair else _zeros
+    for norm in norms:
+        norm.forward = _unchanged
     try:
         yield
     finally:
-        del module.forward
+        for module in (compute, *norms):
+            del module.forward
+
+
+def _unchanged(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return hidden_states
 
 
 def _zeros(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

@@ -33,15 +33,16 @@ def write_card(written: WrittenExport, source: str, source_dir: Path, numbers: C
         license=_licence(source_dir),
         tags=["blockpruner", "pruned"],
     )
+    name = Path(source).name if Path(source).exists() else source
     ratio = 1 - numbers.num_parameters / numbers.num_parameters_dense
     code = "" if written.format == "stock" else ", trust_remote_code=True"
     lines = [
         "---",
         data.to_yaml(),
         "---",
-        f"# {Path(source).name}, {len(written.dropped)} residual blocks removed",
+        f"# {Path(name).name}, {len(written.dropped)} residual blocks removed",
         "",
-        f"Made from `{Path(source).name if Path(source).exists() else source}` by blockpruner {__version__}, without training ({_PAPER}).",
+        f"Made from `{name}` by blockpruner {__version__}, without training ({_PAPER}).",
         f"{numbers.num_parameters:,} of {numbers.num_parameters_dense:,} parameters remain ({ratio:.2%} removed).",
         "",
         "| perplexity on | dense | pruned |",

@@ -1,9 +1,9 @@
 """Run as a program of its own: load an exported folder as a user would and write down its logits.
 
-It imports nothing of this project, so that what passes here needs none of it. Reads a request and writes an answer, both
-safetensors: `plain_ids` [B, T]; `padded_ids` [B, P] with `padded_mask` [B, P] (left padding), `decode_ids` [B, N] that
-are then fed one by one through the cache. Answers `plain_logits` [B, T, V] and `cached_logits` [B, N + 1, V], the logits
-after the prompt and after each decoded token.
+It imports nothing of this project, so that what passes here needs none of it. Reads a request and writes an answer,
+both safetensors. The request: `plain_ids` [B, T]; `padded_ids` [B, P] with `padded_mask` [B, P] (left padding), and
+`decode_ids` [B, N] that are then fed one by one through the cache. The answer: `plain_logits` [B, T, V] and
+`cached_logits` [B, N + 1, V], the logits after the prompt and after each decoded token.
 """
 
 from __future__ import annotations

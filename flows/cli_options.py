@@ -1,0 +1,96 @@
+"""The options of the command line, each defined once; commands pick theirs. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flows.completion import complete_choice, complete_recipe, complete_run, complete_text
+from flows.settings_text import SETTINGS
+
+
+def _setting(name: str, metavar: str, **more: Any) -> Any:
+    """The option of one of the recipe's settings."""
+    return typer.Option(f"--{name.replace('_', '-')}", metavar=metavar, help=SETTINGS[name], **more)
+
+
+RecipeFile = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RECIPE]",
+        help="A recipe: a YAML file, or one of the project's by name. Options override its fields.",
+        autocompletion=complete_recipe,
+    ),
+]
+Run = Annotated[
+    str, typer.Argument(metavar="RUN", help="An id, the start of one, a name, or latest.", autocompletion=complete_run)
+]
+OptionalRun = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RUN]",
+        help="The run to go on from: an id, the start of one, a name, or latest. Options override its settings.",
+        autocompletion=complete_run,
+    ),
+]
+
+Model = Annotated[str | None, _setting("model", "ID|DIR")]
+Calibration = Annotated[str | None, _setting("calibration", "NAME|FILE", autocompletion=complete_text)]
+CalibrationColumn = Annotated[str | None, _setting("calibration_column", "COLUMN")]
+NumSamples = Annotated[str | None, _setting("num_samples", "N|all")]
+SequenceLength = Annotated[int | None, _setting("sequence_length", "N")]
+Seed = Annotated[int | None, _setting("seed", "N")]
+NumBlocks = Annotated[int | None, _setting("num_blocks", "K")]
+Ratio = Annotated[float | None, _setting("ratio", "R")]
+BlockKinds = Annotated[
+    str | None, _setting("block_kinds", "mha|mlp|both", autocompletion=complete_choice("mha", "mlp", "both"))
+]
+ExportFormat = Annotated[
+    str | None,
+    _setting(
+        "export_format",
+        "auto|stock|transformers",
+        autocompletion=complete_choice("auto", "stock", "transformers"),
+    ),
+]
+EvalText = Annotated[list[str] | None, _setting("eval_text", "NAME|FILE", autocompletion=complete_text)]
+EvalTextColumn = Annotated[str | None, _setting("eval_text_column", "COLUMN")]
+Tasks = Annotated[str | None, _setting("tasks", "a,b")]
+TaskDir = Annotated[str | None, _setting("task_dir", "DIR")]
+NumFewshot = Annotated[int | None, _setting("num_fewshot", "N")]
+Limit = Annotated[int | None, _setting("limit", "N")]
+Device = Annotated[
+    str | None, _setting("device", "auto|cpu|cuda", autocompletion=complete_choice("auto", "cpu", "cuda"))
+]
+Dtype = Annotated[
+    str | None,
+    _setting("dtype", "auto|float32|bfloat16", autocompletion=complete_choice("auto", "float32", "bfloat16")),
+]
+BatchSize = Annotated[int | None, _setting("batch_size", "N")]
+TrustRemoteCode = Annotated[bool | None, typer.Option("--trust-remote-code", help=SETTINGS["trust_remote_code"])]
+Name = Annotated[str | None, _setting("name", "TEXT")]
+
+WorkspaceFolder = Annotated[
+    Path,
+    typer.Option(
+        "--workspace",
+        metavar="DIR",
+        envvar="BLOCKPRUNER_WORKSPACE",
+        help="The folder where results and everything that was computed are kept.",
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print JSON on one line of standard output, and nothing else there.")
+]
+Csv = Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")]
+
+DEFAULT_WORKSPACE = Path("data")
+
+
+def given_settings(context: typer.Context) -> dict[str, Any]:
+    """The recipe's settings that were given on the command line."""
+    return {
+        name: value for name, value in context.params.items() if name in SETTINGS and value is not None and value != []
+    }

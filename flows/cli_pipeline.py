@@ -1,0 +1,100 @@
+"""The commands that run the whole pipeline, as the Prefect flow: `run` and `demo`."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from blockpruner.errors import BlockPrunerError, ConfigurationError
+from flows import cli_options as options
+
+if TYPE_CHECKING:
+    from flows.recipe import Recipe
+    from flows.summary import RunSummary
+
+_DEMO_DATA = Path(__file__).parent.parent / "data" / "demo"
+
+
+def run(
+    context: typer.Context,
+    recipe: options.RecipeFile = None,
+    model: options.Model = None,
+    calibration: options.Calibration = None,
+    calibration_column: options.CalibrationColumn = None,
+    num_samples: options.NumSamples = None,
+    sequence_length: options.SequenceLength = None,
+    num_blocks: options.NumBlocks = None,
+    ratio: options.Ratio = None,
+    block_kinds: options.BlockKinds = None,
+    export_format: options.ExportFormat = None,
+    tasks: options.Tasks = None,
+    task_dir: options.TaskDir = None,
+    num_fewshot: options.NumFewshot = None,
+    limit: options.Limit = None,
+    eval_text: options.EvalText = None,
+    eval_text_column: options.EvalTextColumn = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    batch_size: options.BatchSize = None,
+    seed: options.Seed = None,
+    name: options.Name = None,
+    trust_remote_code: options.TrustRemoteCode = None,
+    workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE,
+    as_json: options.Json = False,
+) -> None:
+    """Prune a model: the whole pipeline.
+
+    Calibrate, measure, search, cut, export, evaluate, as a Prefect flow. What was computed before is taken as it is.
+    """
+    from flows.cli_output import print_result
+    from flows.recipe import load_recipe
+
+    asked = load_recipe(recipe, options.given_settings(context))
+    asked.require_target()
+    print_result(_run_flow(asked, workspace), as_json=as_json)
+
+
+def demo(workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE, as_json: options.Json = False) -> None:
+    """Prune the project's own small model.
+
+    The whole pipeline on the model and texts that come with the project, with the result explained.
+    """
+    from flows.cli_output import print_result
+    from flows.demo import demo_view
+    from flows.recipe import load_recipe
+
+    if not (_DEMO_DATA / "model").is_dir():
+        raise ConfigurationError(
+            f"the demo's model and texts are not in {_DEMO_DATA}; run it from a clone of the repository"
+        )
+    summary = _run_flow(load_recipe("demo", {}), workspace)
+    print_result(summary, as_json=as_json, view=demo_view)
+
+
+def _run_flow(recipe: Recipe, workspace: Path) -> RunSummary:
+    """Run the Prefect flow in this process. What can be refused is refused before Prefect's server is started."""
+    from flows.prefect_settings import be_quiet
+    from flows.reporter import Reporter
+
+    reporter = Reporter()
+    with redirect_stdout(sys.stderr):  # whoever else prints does not mean it as a result
+        from flows.plan import Plan
+        from flows.runner import Runner
+        from flows.summary import RunSummary
+
+        runner = Runner(workspace, reporter)
+        try:
+            Plan.make(recipe, "evaluate")
+        except BlockPrunerError as error:
+            runner.refuse(recipe, error)
+            raise
+        be_quiet()
+        reporter.say("starting Prefect")
+        from flows.prune_flow import prune
+
+        outcome = prune(recipe, str(workspace))
+        return RunSummary.of(runner.runs.load(outcome["run_id"]), runner.workspace, reporter.warn)

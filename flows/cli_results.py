@@ -1,0 +1,106 @@
+"""The commands that look at what runs have left: `runs`, `show` and `sql`. They compute nothing and import no torch."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from blockpruner.errors import ConfigurationError
+from flows import cli_options as options
+
+if TYPE_CHECKING:
+    from stages.runs import RunStore
+
+Query = Annotated[str, typer.Argument(metavar="QUERY", help='For example "SELECT * FROM runs".')]
+
+
+def runs(
+    workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE,
+    as_json: options.Json = False,
+    as_csv: options.Csv = False,
+) -> None:
+    """List the runs, newest first."""
+    from flows.render import csv_text, on_stdout, runs_table
+    from flows.summary import dump_json
+
+    _one_format(as_json, as_csv)
+    records = _open_runs(workspace).list()
+    listed = [record.model_dump(mode="json", exclude={"stages", "config"}) for record in records]
+    if as_json:
+        typer.echo(dump_json(listed))
+    elif as_csv:
+        columns = list(listed[0]) if listed else ["run_id"]
+        typer.echo(csv_text(columns, [list(row.values()) for row in listed]), nl=False)
+    elif not records:
+        typer.echo(f"no runs in {workspace} yet; `blockpruner demo` makes one", err=True)
+    else:
+        on_stdout().print(runs_table(records))
+
+
+def show(
+    run: options.Run,
+    workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE,
+    as_json: options.Json = False,
+) -> None:
+    """Show one run.
+
+    What was removed, what it cost, and where the model is.
+    """
+    from flows.cli_output import print_result
+    from flows.summary import RunSummary
+
+    store = _open_runs(workspace)
+    print_result(RunSummary.of(store.resolve(run), store.workspace, _warn), as_json=as_json)
+
+
+def sql(
+    query: Query,
+    workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE,
+    as_json: options.Json = False,
+    as_csv: options.Csv = False,
+) -> None:
+    """Ask the results database in SQL.
+
+    Reads only, and works while a search is running.
+    """
+    from flows.render import csv_text, on_stdout, query_table
+    from flows.summary import dump_json
+    from stages.store import ResultStore
+
+    _one_format(as_json, as_csv)
+    store = _open_runs(workspace)
+    columns, rows = ResultStore(store.workspace.database, _warn).query(query)
+    if as_json:
+        typer.echo(dump_json([dict(zip(columns, map(_json_value, row), strict=True)) for row in rows]))
+    elif as_csv:
+        typer.echo(csv_text(columns, rows), nl=False)
+    else:
+        on_stdout().print(query_table(columns, rows))
+
+
+def _open_runs(workspace: Path) -> RunStore:
+    """The workspace's runs; those whose process died are closed first, here and in the database."""
+    from stages.runs import RunStore
+
+    store = RunStore(workspace, _warn)
+    if closed := store.close_dead():
+        from stages.store import ResultStore
+
+        ResultStore(store.workspace.database, _warn, wait=1.0).ingest(closed[-1])
+    return store
+
+
+def _one_format(as_json: bool, as_csv: bool) -> None:
+    if as_json and as_csv:
+        raise ConfigurationError("both --json and --csv are given; give one of them")
+
+
+def _json_value(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _warn(line: str) -> None:
+    typer.echo(f"Warning: {line}", err=True)

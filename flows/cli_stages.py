@@ -1,0 +1,229 @@
+"""The commands that run one stage, with the cached stages that it needs. They start no Prefect."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from blockpruner.errors import ConfigurationError
+from flows import cli_options as options
+
+if TYPE_CHECKING:
+    from flows.plan import Goal
+    from flows.recipe import Recipe
+    from flows.summary import RunSummary
+
+Output = Annotated[
+    Path | None, typer.Option("--output", metavar="DIR", help="Put a copy of the exported model here; a new folder.")
+]
+
+
+def calibrate(
+    context: typer.Context,
+    recipe: options.RecipeFile = None,
+    model: options.Model = None,
+    calibration: options.Calibration = None,
+    calibration_column: options.CalibrationColumn = None,
+    num_samples: options.NumSamples = None,
+    sequence_length: options.SequenceLength = None,
+    eval_text: options.EvalText = None,
+    eval_text_column: options.EvalTextColumn = None,
+    seed: options.Seed = None,
+    name: options.Name = None,
+    trust_remote_code: options.TrustRemoteCode = None,
+    workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE,
+    as_json: options.Json = False,
+) -> None:
+    """Cut texts into token sequences.
+
+    The calibration set, and any evaluation texts.
+    """
+    _run_and_print(_recipe(context, recipe), "calibrate", workspace, as_json)
+
+
+def baseline(
+    context: typer.Context,
+    recipe: options.RecipeFile = None,
+    model: options.Model = None,
+    calibration: options.Calibration = None,
+    calibration_column: options.CalibrationColumn = None,
+    num_samples: options.NumSamples = None,
+    sequence_length: options.SequenceLength = None,
+    eval_text: options.EvalText = None,
+    eval_text_column: options.EvalTextColumn = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    batch_size: options.BatchSize = None,
+    seed: options.Seed = None,
+    name: options.Name = None,
+    trust_remote_code: options.TrustRemoteCode = None,
+    workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE,
+    as_json: options.Json = False,
+) -> None:
+    """Measure the dense model's perplexity.
+
+    On the calibration set and the evaluation texts.
+    """
+    _run_and_print(_recipe(context, recipe), "baseline", workspace, as_json)
+
+
+def search(
+    context: typer.Context,
+    recipe: options.RecipeFile = None,
+    model: options.Model = None,
+    calibration: options.Calibration = None,
+    calibration_column: options.CalibrationColumn = None,
+    num_samples: options.NumSamples = None,
+    sequence_length: options.SequenceLength = None,
+    num_blocks: options.NumBlocks = None,
+    ratio: options.Ratio = None,
+    block_kinds: options.BlockKinds = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    batch_size: options.BatchSize = None,
+    seed: options.Seed = None,
+    name: options.Name = None,
+    trust_remote_code: options.TrustRemoteCode = None,
+    workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE,
+    as_json: options.Json = False,
+) -> None:
+    """Find the order in which blocks can go.
+
+    Goes on from where an earlier search of the same kind got to.
+    """
+    _run_and_print(_recipe(context, recipe), "search", workspace, as_json)
+
+
+def export(
+    context: typer.Context,
+    run: options.OptionalRun = None,
+    output: Output = None,
+    num_blocks: options.NumBlocks = None,
+    ratio: options.Ratio = None,
+    export_format: options.ExportFormat = None,
+    model: options.Model = None,
+    calibration: options.Calibration = None,
+    calibration_column: options.CalibrationColumn = None,
+    num_samples: options.NumSamples = None,
+    sequence_length: options.SequenceLength = None,
+    block_kinds: options.BlockKinds = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    batch_size: options.BatchSize = None,
+    seed: options.Seed = None,
+    name: options.Name = None,
+    trust_remote_code: options.TrustRemoteCode = None,
+    workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE,
+    as_json: options.Json = False,
+) -> None:
+    """Write the pruned model.
+
+    Of a run, or of the search that the options describe, as a folder that transformers loads.
+    """
+    if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigurationError(f"{output} is there already; give --output a new folder")
+    _run_and_print(_recipe_of_run(context, run, workspace), "export", workspace, as_json, output)
+
+
+def evaluate(
+    context: typer.Context,
+    run: options.OptionalRun = None,
+    model: options.Model = None,
+    tasks: options.Tasks = None,
+    task_dir: options.TaskDir = None,
+    num_fewshot: options.NumFewshot = None,
+    limit: options.Limit = None,
+    eval_text: options.EvalText = None,
+    eval_text_column: options.EvalTextColumn = None,
+    calibration: options.Calibration = None,
+    calibration_column: options.CalibrationColumn = None,
+    num_samples: options.NumSamples = None,
+    sequence_length: options.SequenceLength = None,
+    num_blocks: options.NumBlocks = None,
+    ratio: options.Ratio = None,
+    block_kinds: options.BlockKinds = None,
+    export_format: options.ExportFormat = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    batch_size: options.BatchSize = None,
+    seed: options.Seed = None,
+    name: options.Name = None,
+    trust_remote_code: options.TrustRemoteCode = None,
+    workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE,
+    as_json: options.Json = False,
+) -> None:
+    """Measure perplexity and lm-eval tasks.
+
+    Of a run's dense and pruned model; or with --model, of one model as it is.
+    """
+    recipe = _recipe_of_run(context, run, workspace)
+    prunes = run is not None or recipe.num_blocks is not None or recipe.ratio is not None
+    _run_and_print(recipe, "evaluate" if prunes else "measure", workspace, as_json)
+
+
+def _recipe(context: typer.Context, source: str | None) -> Recipe:
+    from flows.recipe import load_recipe
+
+    return load_recipe(source, options.given_settings(context))
+
+
+def _recipe_of_run(context: typer.Context, run: str | None, workspace: Path) -> Recipe:
+    """The recipe of an earlier run with the options that were given; without a run, of the options alone.
+
+    A number of blocks that the run's search has reached is a prefix of it, and needs no other search.
+    """
+    from flows.recipe import make_recipe
+
+    given = options.given_settings(context)
+    if run is None:
+        return make_recipe(given)
+    from stages.runs import RunStore
+
+    from stages.store_rows import rows_of
+    from stages.workspace import log_warning
+
+    store = RunStore(workspace)
+    record = store.resolve(run)
+    if 1 <= given.get("num_blocks", 0) <= len(rows_of(record, store.workspace, log_warning).search_steps):
+        given["export_blocks"] = given.pop("num_blocks")
+    return make_recipe(record.config).changed(given)
+
+
+def _run_and_print(recipe: Recipe, goal: Goal, workspace: Path, as_json: bool, output: Path | None = None) -> None:
+    from flows.cli_output import print_result
+
+    print_result(_run_here(recipe, goal, workspace, output), as_json=as_json)
+
+
+def _run_here(recipe: Recipe, goal: Goal, workspace: Path, output: Path | None) -> RunSummary:
+    """Carry out a recipe as far as a stage, in this process."""
+    from flows.reporter import Reporter
+
+    reporter = Reporter()
+    with redirect_stdout(sys.stderr):  # whoever else prints does not mean it as a result
+        from flows.runner import Runner
+        from flows.summary import RunSummary
+
+        runner = Runner(workspace, reporter)
+        record = runner.run(recipe, goal)
+        summary = RunSummary.of(record, runner.workspace, reporter.warn, output)
+        if output is not None and summary.export is not None:
+            _copy_model(Path(summary.export.path), output)
+        return summary
+
+
+def _copy_model(source: Path, output: Path) -> None:
+    """Copy a folder so that the copy is there whole or not at all."""
+    unfinished: Any = output.with_name(f".{output.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(source, unfinished)
+        unfinished.rename(output)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise ConfigurationError(f"the model cannot be copied to {output}: {error.strerror or error}") from error

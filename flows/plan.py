@@ -1,0 +1,253 @@
+"""From a recipe to the stages that it asks for, in order, each with its settings and inputs.
+
+Opens the model's folder and checks what can be checked before anything is computed. Runs nothing, stores nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+from blockpruner.architectures import block_sizes, num_parameters
+from blockpruner.blocks import all_blocks
+from blockpruner.checkpoint import Checkpoint
+from blockpruner.errors import ConfigurationError
+from blockpruner.loading import DtypeName, meta_model, resolve_device, resolve_dtype
+from blockpruner.search import SearchTarget
+from flows.recipe import Recipe
+from stages import baseline, calibrate, evaluate, export, search
+from stages.artifacts import Artifact
+from stages.contract import ArtifactRef, Stage, StageConfig, StageInputs
+from stages.lm_tasks import TaskSpec, resolve_tasks
+from stages.runs import RunDescription
+from stages.text_sources import Purpose, resolve_text
+
+Goal = Literal["calibrate", "baseline", "search", "export", "evaluate", "measure"]
+"""How far to go: to the stage of this name with all that it needs ('evaluate' is the whole pipeline); 'measure'
+evaluates the model as it is and prunes nothing."""
+
+_SEARCHING: frozenset[Goal] = frozenset({"search", "export", "evaluate"})
+
+TextRefs = tuple[tuple[str, ArtifactRef], ...]
+"""Prepared texts by the name under which their results are listed."""
+
+Artifacts = Mapping[str, Artifact[Any]]
+"""The artifacts that a run has so far, by role."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the artifact store needs to compute a stage."""
+
+    stage: Stage[Any, Any, Any]
+    config: StageConfig
+    inputs: StageInputs
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the result."""
+        return self.stage.fingerprint(self.config, self.inputs)
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage of a plan. Its job is known once the artifacts before it are there."""
+
+    role: str
+    """What the run uses it for: see `stages.runs.StageRun.role`."""
+    label: str
+    """For people."""
+    job: Callable[[Artifacts], Job]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """How large a model is."""
+
+    num_layers: int
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a run will do."""
+
+    recipe: Recipe
+    goal: Goal
+    checkpoint: Checkpoint
+    device: str
+    dtype: DtypeName
+    shape: ModelShape | None
+    """None where nothing is searched."""
+
+    @classmethod
+    def make(cls, recipe: Recipe, goal: Goal) -> Plan:
+        """Open the model and check the recipe against it.
+
+        Raises:
+            BlockPrunerError: if the model, a text, a task or a setting cannot be used.
+        """
+        if goal in _SEARCHING:
+            recipe.require_target()
+        device = resolve_device(recipe.device)
+        dtype = resolve_dtype(recipe.dtype, device)
+        checkpoint = Checkpoint.open(recipe.model)
+        shape = _checked_shape(recipe, checkpoint) if goal in _SEARCHING else None
+        plan = cls(recipe, goal, checkpoint, device, dtype, shape)
+        plan.check()
+        return plan
+
+    def check(self) -> None:
+        """Name every text and task once, so that one that does not exist is refused before anything is computed."""
+        if self.goal == "measure" and not (self.recipe.tasks or self.recipe.eval_text):
+            raise ConfigurationError("there is nothing to evaluate; give --tasks a,b or --eval-text FILE")
+        if self.goal != "measure":
+            resolve_text(self.recipe.calibration, "calibration", self.recipe.calibration_column)
+        _ = self.texts
+        _ = self.tasks
+
+    def description(self) -> RunDescription:
+        """What the run's record says from the beginning. Reads the model's weights once, to identify them."""
+        recipe, searching = self.recipe, self.goal in _SEARCHING
+        calibrating = self.goal != "measure"
+        return RunDescription(
+            name=recipe.name,
+            model=recipe.model,
+            model_fingerprint=self.checkpoint.fingerprint if self.goal != "calibrate" else None,
+            num_layers=self.shape.num_layers if self.shape else None,
+            num_blocks_total=2 * self.shape.num_layers if self.shape else None,
+            num_parameters=self.shape.num_parameters if self.shape else None,
+            calibration=recipe.calibration if calibrating else None,
+            num_samples=recipe.num_samples if calibrating else None,
+            sequence_length=recipe.sequence_length,
+            seed=recipe.seed if calibrating else None,
+            block_kinds=recipe.block_kinds if searching else None,
+            metric="perplexity" if searching else None,
+            strategy="blockpruner" if searching else None,
+            device=self.device,
+            dtype=self.dtype,
+            config=recipe.anchored().model_dump(mode="json"),
+        )
+
+    @cached_property
+    def texts(self) -> dict[str, str]:
+        """The evaluation texts as they were typed, by the name under which their results are listed."""
+        named: dict[str, str] = {}
+        for typed in self.recipe.eval_text:
+            name = resolve_text(typed, "evaluation", self._column(typed)).name
+            number = sum(other == name or other.startswith(f"{name} #") for other in (*named, baseline.CALIBRATION))
+            named[name if not number else f"{name} #{number + 1}"] = typed
+        return named
+
+    @cached_property
+    def tasks(self) -> tuple[TaskSpec, ...]:
+        """The lm-eval tasks, found and identified."""
+        return resolve_tasks(self.recipe.tasks, self._task_dir) if self.goal in ("evaluate", "measure") else ()
+
+    @property
+    def stages(self) -> Iterator[PlannedStage]:
+        """The stages in the order in which they run."""
+        goal = self.goal
+        if goal != "measure":
+            yield PlannedStage("calibration", "calibrate", self._calibration)
+        if goal not in ("search", "export"):
+            for name, typed in self.texts.items():
+                yield PlannedStage(f"text:{name}", f"calibrate {name}", partial(self._text, typed))
+        if goal in ("baseline", "evaluate"):
+            yield PlannedStage("baseline", "baseline", self._baseline)
+        if goal in _SEARCHING:
+            yield PlannedStage("search", "search", self._search)
+        if goal in ("export", "evaluate"):
+            yield PlannedStage("export", "export", self._export)
+        if goal == "measure" or (goal == "evaluate" and self.tasks):
+            yield PlannedStage("evaluate:dense", "evaluate dense", self._evaluate_dense)
+        if goal == "evaluate":
+            yield PlannedStage("evaluate:pruned", "evaluate pruned", self._evaluate_pruned)
+
+    def _calibration(self, _: Artifacts) -> Job:
+        recipe = self.recipe
+        return self._tokens(recipe.calibration, "calibration", recipe.calibration_column, recipe.num_samples)
+
+    def _text(self, typed: str, _: Artifacts) -> Job:
+        return self._tokens(typed, "evaluation", self._column(typed), None)
+
+    def _tokens(self, typed: str, purpose: Purpose, column: str | None, num_samples: int | None) -> Job:
+        text = resolve_text(typed, purpose, column)
+        config = calibrate.CalibrateConfig(
+            source=text.source,
+            num_samples=num_samples,
+            sequence_length=self.recipe.sequence_length,
+            seed=self.recipe.seed,
+        )
+        inputs = calibrate.CalibrateInputs(self.checkpoint, text, self.recipe.trust_remote_code)
+        return Job(calibrate.STAGE, config, inputs)
+
+    def _baseline(self, artifacts: Artifacts) -> Job:
+        inputs = baseline.BaselineInputs(
+            self.checkpoint, artifacts["calibration"].ref, self._text_refs(artifacts), self.recipe.trust_remote_code
+        )
+        return Job(baseline.STAGE, baseline.BaselineConfig(dtype=self.dtype), inputs)
+
+    def _search(self, artifacts: Artifacts) -> Job:
+        recipe = self.recipe
+        config = search.SearchConfig(
+            block_kinds=recipe.block_kinds, num_blocks=recipe.num_blocks, ratio=recipe.ratio, dtype=self.dtype
+        )
+        inputs = search.SearchInputs(self.checkpoint, artifacts["calibration"].ref, recipe.trust_remote_code)
+        return Job(search.STAGE, config, inputs)
+
+    def _export(self, artifacts: Artifacts) -> Job:
+        config = export.ExportConfig(num_blocks=self.recipe.export_blocks, format=self.recipe.export_format)
+        return Job(export.STAGE, config, export.ExportInputs(self.checkpoint, artifacts["search"].ref))
+
+    def _evaluate_dense(self, artifacts: Artifacts) -> Job:
+        """The dense model on the tasks; on the texts as well where no baseline has measured them."""
+        texts = () if "baseline" in artifacts else self._text_refs(artifacts)
+        return self._evaluate(self.checkpoint, texts, self.recipe.trust_remote_code)
+
+    def _evaluate_pruned(self, artifacts: Artifacts) -> Job:
+        """The exported model on everything."""
+        exported = Checkpoint.open(str(artifacts["export"].path / export.MODEL_FOLDER))
+        texts = ((baseline.CALIBRATION, artifacts["calibration"].ref), *self._text_refs(artifacts))
+        return self._evaluate(exported, texts, True)  # the code that an export may carry is our own
+
+    def _evaluate(self, model: Checkpoint, texts: TextRefs, trust_remote_code: bool) -> Job:
+        recipe = self.recipe
+        config = evaluate.EvaluateConfig(
+            dtype=self.dtype, tasks=self.tasks, num_fewshot=recipe.num_fewshot, limit=recipe.limit
+        )
+        return Job(evaluate.STAGE, config, evaluate.EvaluateInputs(model, texts, self._task_dir, trust_remote_code))
+
+    def _text_refs(self, artifacts: Artifacts) -> TextRefs:
+        return tuple((name, artifacts[f"text:{name}"].ref) for name in self.texts)
+
+    def _column(self, typed: str) -> str | None:
+        """The column with the text; a .txt has none."""
+        return None if typed.lower().endswith(".txt") else self.recipe.eval_text_column
+
+    @property
+    def _task_dir(self) -> Path | None:
+        return Path(self.recipe.task_dir).expanduser().resolve() if self.recipe.task_dir else None
+
+
+def _checked_shape(recipe: Recipe, checkpoint: Checkpoint) -> ModelShape:
+    """The model's size, and whether it has as many blocks to remove as the recipe wants.
+
+    Raises:
+        UnsupportedArchitectureError: if the model's family is not in the table.
+        ConfigurationError: if the target cannot be reached.
+    """
+    architecture, shapes = meta_model(checkpoint)
+    num_layers, total = len(architecture.decoder_layers(shapes)), num_parameters(shapes)
+    sizes = block_sizes(architecture, shapes)
+    candidates = {block: sizes[block] for block in all_blocks(num_layers, recipe.block_kinds)}
+    SearchTarget(recipe.num_blocks, recipe.ratio).check(candidates, total)
+    if recipe.export_blocks is not None and recipe.num_blocks is not None and recipe.export_blocks > recipe.num_blocks:
+        raise ConfigurationError(
+            f"export_blocks is {recipe.export_blocks}, but num_blocks is {recipe.num_blocks}; "
+            "give at most as many, or search for more"
+        )
+    return ModelShape(num_layers, total)

@@ -1,0 +1,200 @@
+"""The Prefect flow `prune`: the five stages, one task each, for the command line, the server and the schedule.
+
+A task's cache key is the fingerprint of its stage, so that Prefect says `Cached` when the artifact store has the
+result. The store decides: a key that Prefect remembers is passed over when the artifact is gone or damaged.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import flows.prefect_settings  # isort: skip  # noqa: F401  # before Prefect is imported
+
+import httpx
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import TaskRunContext
+from prefect.exceptions import PrefectException
+from prefect.states import Completed
+from prefect.tasks import Task
+from prefect.utilities.annotations import quote
+
+from blockpruner.errors import BlockPrunerError
+from blockpruner.progress import Progress, ProgressCallback, silent
+from flows.recipe import Recipe
+from flows.reporter import Reporter
+from flows.runner import Runner, StageCall
+from flows.summary import RunSummary
+from flows.wording import one_line
+from stages.artifacts import Artifact
+from stages.workspace import Workspace
+
+_RETRIES = 2
+"""More tries of a stage whose text comes from the hub."""
+_RETRY_DELAY_S = 10
+_ARTIFACT_EVERY_S = 5.0
+"""How often Prefect hears of a search's progress."""
+_SERVER_ERRORS = (httpx.HTTPError, PrefectException, OSError)
+
+
+def _fingerprint(_: TaskRunContext, parameters: dict[str, Any]) -> str:
+    """The cache key of a stage's task."""
+    return str(parameters["fingerprint"])
+
+
+def _is_worth_another_try(_: Task[Any, Any], __: TaskRun, state: State[Any]) -> bool:
+    """Whether a stage failed because the hub could not be reached, though this machine wants to reach it."""
+    error = state.data
+    cause = error.__cause__ if isinstance(error, BlockPrunerError) else None
+    return isinstance(cause, ConnectionError) and type(cause).__name__ != "OfflineModeIsEnabled"
+
+
+@task(persist_result=True, result_serializer="json", cache_key_fn=_fingerprint)
+def run_stage(fingerprint: str, call: quote[_Execution]) -> State[dict[str, Any]] | dict[str, Any]:
+    """One stage, through the artifact store."""
+    artifact = call.unquote().compute()
+    result = {
+        "stage": artifact.stage,
+        "fingerprint": fingerprint,
+        "path": str(artifact.path),
+        "seconds": artifact.seconds,
+    }
+    return Completed(name="Cached", message="in the artifact store", data=result) if artifact.cached else result
+
+
+@flow(name="prune", flow_run_name="{recipe.model}", persist_result=False)
+def prune(recipe: Recipe, workspace: str = "data") -> dict[str, Any]:
+    """Find the blocks that a model can do without, remove them, export the model, and measure before and after.
+
+    Args:
+        recipe: what to do.
+        workspace: the folder where results and everything that was computed are kept.
+    """
+    _quieten_user_errors()
+    reporter = _LogReporter() if get_run_logger().isEnabledFor(logging.INFO) else Reporter()
+    runner = Runner(Path(workspace), reporter)
+    results = runner.workspace.path / "prefect"
+    record = runner.run(recipe, "evaluate", lambda call: _through_prefect(call, results, reporter))
+    summary = RunSummary.of(record, Workspace(Path(workspace)), reporter.warn)
+    _publish(summary, reporter)
+    return {"run_id": record.run_id, "export_path": str(summary.export_path)}
+
+
+class _Execution:
+    """One stage's execution inside a task, which hands the artifact back beside Prefect's own result."""
+
+    def __init__(self, call: StageCall, listener: ProgressCallback) -> None:
+        self._call, self._listener = call, listener
+        self.artifact = call.found
+
+    def compute(self) -> Artifact[Any]:
+        """Take the artifact from the store or compute it."""
+        self.artifact = self._call.compute(self._listener)
+        return self.artifact
+
+
+def _through_prefect(call: StageCall, results: Path, reporter: Reporter) -> Artifact[Any]:
+    """Execute a stage as a task; Prefect's memory of it counts only if the artifact is there."""
+    listener = _ProgressArtifact(call.planned.label, reporter) if call.planned.role == "search" else silent
+    execution = _Execution(call, listener)
+    from_hub = call.job.stage.name == "calibrate"
+    stage_task = run_stage.with_options(
+        name=call.job.stage.name,
+        task_run_name=call.planned.label,
+        refresh_cache=call.found is None,
+        result_storage=results,
+        retries=_RETRIES if from_hub else 0,
+        retry_delay_seconds=_RETRY_DELAY_S,
+        retry_condition_fn=_is_worth_another_try,
+    )
+    stage_task(call.job.fingerprint, quote(execution))
+    assert execution.artifact is not None
+    return execution.artifact
+
+
+class _LogReporter(Reporter):
+    """Speaks to Prefect's log, where there is no person at the terminal."""
+
+    def say(self, line: str) -> None:
+        get_run_logger().info("%s", line)
+
+    def warn(self, line: str) -> None:
+        get_run_logger().warning("%s", line)
+
+
+class _ProgressArtifact:
+    """Shows a stage's progress on the server. A server that is gone stops the showing, never the stage."""
+
+    def __init__(self, label: str, reporter: Reporter) -> None:
+        self._label, self._reporter = label, reporter
+        self._artifact_id: Any = None
+        self._shown_at = float("-inf")
+        self._lost = False
+
+    def __call__(self, progress: Progress) -> None:
+        """Show it, if it is time and the total is known."""
+        done = progress.done == progress.total
+        if self._lost or not progress.total or (time.monotonic() - self._shown_at < _ARTIFACT_EVERY_S and not done):
+            return
+        self._shown_at = time.monotonic()
+        percent = 100.0 * progress.done / progress.total
+        try:
+            if self._artifact_id is None:
+                self._artifact_id = create_progress_artifact(percent, description=f"{self._label}: {progress.unit}")
+            else:
+                update_progress_artifact(self._artifact_id, percent)
+        except _SERVER_ERRORS as error:
+            self._lost = True
+            self._reporter.warn(f"Prefect's server does not take the progress any more: {one_line(str(error))}")
+
+
+def _publish(summary: RunSummary, reporter: Reporter) -> None:
+    """The run's tables as artifacts of the flow run."""
+    steps = [
+        {"step": s.step, "layer": s.layer_index, "block": s.block_kind, "perplexity": s.perplexity, "ratio": s.ratio}
+        for s in summary.rows.search_steps
+    ]
+    try:
+        create_table_artifact(steps, key="pruning-order", description=f"Run {summary.record.run_id}: what was removed")
+        create_markdown_artifact(_markdown(summary), key="prune-summary", description=f"Run {summary.record.run_id}")
+    except _SERVER_ERRORS as error:
+        reporter.warn(f"the tables are not on Prefect's server: {one_line(str(error))}")
+
+
+def _markdown(summary: RunSummary) -> str:
+    lines = [f"# {summary.record.model}", "", "| measured on | dense | pruned |", "|---|---|---|"]
+    for row in summary.texts:
+        pair = [summary.perplexity(variant, row.text) for variant in ("dense", "pruned")]
+        lines.append(f"| perplexity, {row.text} | " + " | ".join("" if v is None else f"{v:.4g}" for v in pair) + " |")
+    values = {(row.variant, row.task, row.metric): row.value for row in summary.rows.evaluations}
+    for name, metric in dict.fromkeys((row.task, row.metric) for row in summary.rows.evaluations):
+        measured = [values.get((variant, name, metric)) for variant in ("dense", "pruned")]
+        lines.append(f"| {name}, {metric} | " + " | ".join("" if v is None else f"{v:.4g}" for v in measured) + " |")
+    return "\n".join([*lines, "", f"Exported model: `{summary.export_path}`", ""])
+
+
+class _OneLine(logging.Filter):
+    """Takes the traceback out of a log record whose error is the user's."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Change the record; keep it."""
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, BlockPrunerError):
+            record.msg, record.args, record.exc_info = one_line(str(error)), (), None
+        return True
+
+
+def _quieten_user_errors() -> None:
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(each, _OneLine) for each in logger.filters):
+            logger.addFilter(_OneLine())

@@ -1,0 +1,218 @@
+"""The recipe: every setting of a run, checked, as plain data. Reads YAML; opens no model, no text and no workspace.
+
+The same class gives the Prefect server its form and the command line its checks. A path in a recipe file that exists
+beside the file means that one; any other path is relative to the current folder, as on the command line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from blockpruner.blocks import BlockKinds
+from blockpruner.errors import ConfigurationError, nearest
+from flows.settings_text import SETTINGS
+
+RECIPES_FOLDER = Path(__file__).parent / "recipes"
+_PATH_FIELDS = ("model", "calibration", "eval_text", "task_dir")
+_TARGET_FIELDS = ("num_blocks", "ratio")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+def _as_list(value: object) -> object:
+    """One text means a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
+def _split_at_commas(value: object) -> object:
+    """'a,b' means the list of a and b."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _all_is_none(value: object) -> object:
+    """'all' rows means no number of rows."""
+    return None if value == "all" else value
+
+
+def _known_device(value: object) -> object:
+    if isinstance(value, str) and not _DEVICE.fullmatch(value):
+        hint = nearest(value, ("auto", "cpu", "cuda"))
+        raise PydanticCustomError("device", f"unknown device {value!r}; valid are auto, cpu, cuda and cuda:N{hint}")
+    return value
+
+
+NonBlank = Annotated[str, Field(min_length=1, pattern=r"\S")]
+
+
+class Recipe(BaseModel):
+    """What to prune, how, how far, and what to measure before and after."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: NonBlank = Field(description=SETTINGS["model"])
+    calibration: NonBlank = Field(default="alpaca", description=SETTINGS["calibration"])
+    calibration_column: NonBlank | None = Field(default=None, description=SETTINGS["calibration_column"])
+    num_samples: Annotated[int | None, BeforeValidator(_all_is_none)] = Field(
+        default=256, ge=1, description=SETTINGS["num_samples"]
+    )
+    sequence_length: int = Field(default=2048, ge=2, description=SETTINGS["sequence_length"])
+    seed: int = Field(default=42, ge=0, lt=2**32, description=SETTINGS["seed"])
+    num_blocks: int | None = Field(default=None, ge=1, description=SETTINGS["num_blocks"])
+    ratio: float | None = Field(default=None, gt=0, lt=1, description=SETTINGS["ratio"])
+    block_kinds: BlockKinds = Field(default="both", description=SETTINGS["block_kinds"])
+    export_blocks: int | None = Field(default=None, ge=1, description=SETTINGS["export_blocks"])
+    export_format: Literal["auto", "stock", "transformers"] = Field(
+        default="auto", description=SETTINGS["export_format"]
+    )
+    eval_text: Annotated[tuple[NonBlank, ...], BeforeValidator(_as_list)] = Field(
+        default=(), description=SETTINGS["eval_text"]
+    )
+    eval_text_column: NonBlank | None = Field(default=None, description=SETTINGS["eval_text_column"])
+    tasks: Annotated[tuple[NonBlank, ...], BeforeValidator(_split_at_commas)] = Field(
+        default=(), description=SETTINGS["tasks"]
+    )
+    task_dir: NonBlank | None = Field(default=None, description=SETTINGS["task_dir"])
+    num_fewshot: int | None = Field(default=None, ge=0, description=SETTINGS["num_fewshot"])
+    limit: int | None = Field(default=None, ge=1, description=SETTINGS["limit"])
+    device: Annotated[str, BeforeValidator(_known_device)] = Field(default="auto", description=SETTINGS["device"])
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description=SETTINGS["dtype"])
+    batch_size: int | None = Field(default=None, ge=1, description=SETTINGS["batch_size"])
+    trust_remote_code: bool = Field(default=False, description=SETTINGS["trust_remote_code"])
+    name: NonBlank | None = Field(default=None, description=SETTINGS["name"])
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if self.num_blocks is not None and self.ratio is not None:
+            raise PydanticCustomError(
+                "target", "both num_blocks and ratio are given; give one of them (--num-blocks K or --ratio R)"
+            )
+        return self
+
+    def require_target(self) -> None:
+        """Make sure that the recipe says how far to prune.
+
+        Raises:
+            ConfigurationError: if it gives neither a number of blocks nor a ratio.
+        """
+        if self.num_blocks is None and self.ratio is None:
+            raise ConfigurationError("how far to prune is not said; give --num-blocks K or --ratio R")
+
+    def changed(self, changes: Mapping[str, Any]) -> Recipe:
+        """The recipe with other values, checked again; a new target replaces the old one.
+
+        Raises:
+            ConfigurationError: if a change is not valid.
+        """
+        return make_recipe(_overridden(self.model_dump(), changes))
+
+    def anchored(self) -> Recipe:
+        """The recipe with the paths that exist made absolute, so that it means the same from any folder."""
+        return self.model_copy(update={field: _mapped(getattr(self, field), _absolute) for field in _PATH_FIELDS})
+
+
+def make_recipe(values: Mapping[str, Any]) -> Recipe:
+    """A recipe from its fields.
+
+    Raises:
+        ConfigurationError: naming the first field that is unknown or not valid.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+        raise ConfigurationError(_describe(problems[0])) from error  # a misspelt field may be the one that is missing
+
+
+def load_recipe(source: str | None, overrides: Mapping[str, Any]) -> Recipe:
+    """A recipe from a YAML file, or one of the project's by its name, or none, with some fields given anew.
+
+    Raises:
+        ConfigurationError: if there is no such recipe, or it is not valid.
+    """
+    return make_recipe(_overridden({} if source is None else _read(_locate(source)), overrides))
+
+
+def recipe_names() -> list[str]:
+    """The project's own recipes."""
+    return sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
+
+
+def _overridden(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with some given anew. A target replaces the one before, whichever of the two fields that is."""
+    replaced = set(_TARGET_FIELDS) if overrides.keys() & set(_TARGET_FIELDS) else set()
+    return {**{name: value for name, value in values.items() if name not in replaced}, **overrides}
+
+
+def _locate(source: str) -> Path:
+    if (path := Path(source).expanduser()).is_file():
+        return path
+    if source in recipe_names():
+        return RECIPES_FOLDER / f"{source}.yaml"
+    raise ConfigurationError(
+        f"there is no recipe file {source!r}; give a YAML file, or one of: {', '.join(recipe_names())}"
+        f"{nearest(source, recipe_names())}"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigurationError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"recipe {path} holds no settings; write lines such as `model: DIR`")
+    folder = path.parent
+    return {
+        str(key): _mapped(value, lambda text: _beside(folder, text)) if key in _PATH_FIELDS else value
+        for key, value in values.items()
+    }
+
+
+def _mapped(value: Any, change: Any) -> Any:
+    """`change` of a text, or of each text of a list; anything else is left for the checks to refuse."""
+    if isinstance(value, str):
+        return change(value)
+    return tuple(_mapped(item, change) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _beside(folder: Path, text: str) -> str:
+    path = folder / text
+    if not _exists(path):
+        return text
+    resolved = path.resolve()
+    return str(resolved.relative_to(Path.cwd()) if resolved.is_relative_to(Path.cwd()) else resolved)
+
+
+def _absolute(text: str) -> str:
+    path = Path(text).expanduser()
+    return str(path.resolve()) if _exists(path) else text
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a text that cannot be a path: too long, or with a null byte
+        return False
+
+
+def _describe(problem: ErrorDetails) -> str:
+    """One of pydantic's findings as one line: what came, what is valid."""
+    field = ".".join(str(part) for part in problem["loc"][:1])
+    came, kind = problem["input"], problem["type"]
+    if kind == "extra_forbidden":
+        return f"unknown recipe field {field!r}{nearest(field, SETTINGS)}; valid are {', '.join(SETTINGS)}"
+    if kind == "missing":
+        return f"no {field} is given; give --{field.replace('_', '-')}, or name it in the recipe"
+    if kind == "literal_error":
+        valid = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+        return f"unknown {field} {came!r}; valid are {', '.join(valid)}{nearest(str(came), valid)}"
+    if kind in ("device", "target"):
+        return problem["msg"]
+    shown = repr(came)
+    return f"{field} is {shown if len(shown) <= 80 else shown[:77] + '...'}: {problem['msg'].replace('Input ', 'it ')}"

@@ -1,0 +1,235 @@
+"""Runs and query results for people and for programs: tables, the strip of blocks, CSV. Computes nothing."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from flows.summary import RunSummary
+from flows.wording import count, size, spell_out
+from stages.runs import RunRecord
+from stages.store_schema import EvaluationRow, StepRow
+
+KEPT, DROPPED = "■", "·"
+_KINDS = ("mha", "mlp")
+
+
+def on_stdout() -> Console:
+    """The console for results. A file or a pipe has no width of its own: there, lines are as long as they need."""
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200
+    return Console(file=sys.stdout, highlight=False, width=width)
+
+
+def strip(num_layers: int, removed: Iterable[StepRow]) -> Text:
+    """The network as a strip: a column a layer, attention above feed-forward, what is gone as a dot."""
+    gone = {(step.block_kind, step.layer_index) for step in removed}
+    lines = [Text("layer " + "".join(f"{index:<5}" for index in range(0, num_layers, 5)).rstrip(), style="dim")]
+    for kind in _KINDS:
+        line = Text(f"{kind:<6}")
+        for index in range(num_layers):
+            dropped = (kind, index) in gone
+            line.append(DROPPED if dropped else KEPT, style="red" if dropped else "green")
+        lines.append(line)
+    return Text("\n").join(lines)
+
+
+def order_line(steps: Iterable[StepRow]) -> str:
+    """The pruning order in one line: 'mha:7 mlp:3 ...'."""
+    return " ".join(f"{step.block_kind}:{step.layer_index}" for step in steps)
+
+
+def run_view(summary: RunSummary) -> RenderableType:
+    """Everything about one run."""
+    record = summary.record
+    parts: list[RenderableType] = [_headline(record)]
+    if summary.rows.search_steps and record.num_layers:
+        parts += [strip(record.num_layers, summary.removed), _steps_table(summary)]
+    if summary.rows.perplexities:
+        parts.append(perplexity_table(summary))
+    if summary.rows.evaluations:
+        parts.append(task_table(summary.rows.evaluations))
+    if summary.export:
+        parts.append(_export_lines(summary))
+    parts.append(_stages_table(record))
+    spaced = [element for part in parts for element in (part, Text())]
+    return Group(*spaced[:-1])
+
+
+def runs_table(records: Sequence[RunRecord]) -> Table:
+    """One line a run, newest first."""
+    table = _table("run", "name", "status", "created", "model", "removed", "stages", "error")
+    for record in records:
+        done = sum(stage.status == "completed" for stage in record.stages)
+        table.add_row(
+            record.run_id,
+            _cell(record.name),
+            _status(record.status),
+            _when(record.created_at),
+            _cell(record.model),
+            _removed(record),
+            f"{done} of {len(record.stages)}",
+            _cell(record.error),
+        )
+    return table
+
+
+def perplexity_table(summary: RunSummary) -> Table:
+    """Perplexity on every text, dense and pruned."""
+    table = _table("perplexity on", "tokens", "dense", "pruned", "times", title=None)
+    for row in summary.texts:
+        dense, pruned = summary.perplexity("dense", row.text), summary.perplexity("pruned", row.text)
+        times = "" if dense is None or pruned is None else f"{pruned / dense:.2f}"
+        tokens = "" if row.num_tokens is None else f"{row.num_tokens:,}"
+        table.add_row(_cell(row.text), tokens, number(dense), number(pruned), times)
+    return table
+
+
+def task_table(evaluations: Sequence[EvaluationRow]) -> Table:
+    """Every metric of every task, dense and pruned, with its standard error."""
+    table = _table("task", "metric", "dense", "pruned", "questions")
+    by_variant = {(row.variant, row.task, row.metric): row for row in evaluations}
+    for task, metric in dict.fromkeys((row.task, row.metric) for row in evaluations):
+        pair = [by_variant.get((variant, task, metric)) for variant in ("dense", "pruned")]
+        questions = next((str(row.num_examples) for row in pair if row and row.num_examples is not None), "")
+        table.add_row(_cell(task), metric, *(_with_error(row) for row in pair), questions)
+    return table
+
+
+def query_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    """A query's answer."""
+    table = _table(*columns)
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    return table
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A query's answer as comma-separated values, with a line of names."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def number(value: float | None) -> str:
+    """A measured number with the digits that matter."""
+    if value is None:
+        return ""
+    return f"{value:.4g}" if math.isfinite(value) and abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _headline(record: RunRecord) -> Table:
+    table = Table.grid(padding=(0, 2))
+    lines = {
+        "run": f"{record.run_id}  {record.name or ''}".rstrip(),
+        "status": record.status + (f": {record.error}" if record.error else ""),
+        "model": record.model or "",
+        "size": _size(record),
+        "calibration": _calibration(record),
+        "search": _search(record),
+        "created": _when(record.created_at) + _took(record),
+    }
+    for name, value in lines.items():
+        if value:
+            table.add_row(Text(name, style="dim"), Text(value))
+    return table
+
+
+def _size(record: RunRecord) -> str:
+    if record.num_layers is None or record.num_parameters is None:
+        return ""
+    return f"{count(record.num_layers, 'layer')}, {record.num_parameters:,} parameters"
+
+
+def _calibration(record: RunRecord) -> str:
+    if record.calibration is None:
+        return ""
+    sequences = f", {count(record.num_sequences, 'sequence')} of {record.sequence_length}" if record.num_sequences else ""
+    return f"{record.calibration}{sequences}, seed {record.seed}"
+
+
+def _search(record: RunRecord) -> str:
+    if record.strategy is None:
+        return ""
+    return f"{record.strategy}, {record.metric}, blocks: {record.block_kinds}, {record.dtype} on {record.device}"
+
+
+def _removed(record: RunRecord) -> str:
+    return "" if record.num_blocks_removed is None else f"{record.num_blocks_removed} of {record.num_blocks_total}"
+
+
+def _took(record: RunRecord) -> str:
+    if record.finished_at is None:
+        return ""
+    return f", took {spell_out((record.finished_at - record.created_at).total_seconds())}"
+
+
+def _steps_table(summary: RunSummary) -> Table:
+    table = _table("step", "removed", "perplexity", "of all parameters", "time")
+    num_removed = len(summary.removed)
+    for step in summary.rows.search_steps:
+        style = None if step.step <= num_removed else "dim"
+        block = f"{step.block_kind}:{step.layer_index}" + ("" if step.step <= num_removed else " (searched, kept)")
+        table.add_row(
+            str(step.step), block, number(step.perplexity), f"{step.ratio:.2%}", spell_out(step.seconds), style=style
+        )
+    return table
+
+
+def _export_lines(summary: RunSummary) -> Text:
+    export = summary.export
+    assert export is not None
+    checked = "verified" if export.verified else "not verified"
+    difference = "" if export.max_logit_difference is None else f", logits differ by {export.max_logit_difference:.1e}"
+    return Text(
+        f"exported model: {summary.export_path}\n"
+        f"  {export.format} format, {export.num_parameters:,} parameters, {size(export.bytes)}, {checked}{difference}"
+    )
+
+
+def _stages_table(record: RunRecord) -> Table:
+    table = _table("stage", "status", "time", "fingerprint", "error")
+    for stage in record.stages:
+        status = "cached" if stage.cached and stage.status == "completed" else stage.status
+        table.add_row(
+            _cell(stage.label), _status(status), spell_out(stage.seconds), (stage.fingerprint or "")[:12], _cell(stage.error)
+        )
+    return table
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(title=title, box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(Text(column), overflow="fold")
+    return table
+
+
+def _status(status: str) -> Text:
+    styles = {"completed": "green", "cached": "dim", "running": "cyan", "failed": "red", "crashed": "red"}
+    return Text(status, style=styles.get(status, ""))
+
+
+def _cell(value: object) -> Text:
+    """Any value as plain text: what a user named is no markup."""
+    return Text("" if value is None else str(value))
+
+
+def _with_error(row: EvaluationRow | None) -> str:
+    if row is None or row.value is None:
+        return ""
+    return number(row.value) + (f" ± {row.stderr:.3f}" if row.stderr is not None else "")
+
+
+def _when(instant: datetime) -> str:
+    return instant.astimezone().strftime("%Y-%m-%d %H:%M:%S")

@@ -1,0 +1,92 @@
+"""What a person sees of a run under way: a line a stage, a bar or now and then a line while one works, warnings.
+
+Everything goes to standard error; standard output belongs to results. Knows no stage and no Prefect.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from blockpruner.progress import Progress, ProgressCallback
+from flows.eta import RemainingTime
+from flows.wording import spell_out
+
+_LINE_EVERY_S = 15.0
+"""How often a log file hears of a stage that takes long."""
+
+
+class Reporter:
+    """Speaks to the terminal, or in plain lines to whatever standard error is."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        """Report on a console; by default on standard error as it is now."""
+        self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
+
+    def say(self, line: str) -> None:
+        """One line of information."""
+        self.console.print(line, markup=False)
+
+    def warn(self, line: str) -> None:
+        """One line that a person should know."""
+        self.console.print(f"Warning: {line}", style="yellow", markup=False)
+
+    def stage_ended(self, label: str, seconds: float, *, cached: bool) -> None:
+        """A stage is there: computed now, or taken from the cache."""
+        fate = "cached" if cached else f"computed in {spell_out(seconds)}"
+        self.console.print(f"{label:<28} {fate}", style="dim" if cached else None, markup=False)
+
+    @contextmanager
+    def working(self, label: str) -> Iterator[ProgressCallback]:
+        """Show the progress of one stage while the body runs; what is yielded takes its reports."""
+        if not self.console.is_terminal:
+            yield _LineProgress(self, label)
+            return
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[what]}", markup=False),
+        )
+        with Bar(*columns, console=self.console, transient=True) as bar:
+            yield _BarProgress(bar, label)
+
+
+def describe(progress: Progress, remaining_s: float | None) -> str:
+    """What is counted, where it stands, and how long it will take."""
+    parts = [progress.unit, progress.note, f"about {spell_out(remaining_s)} left" if remaining_s is not None else ""]
+    return ", ".join(part for part in parts if part)
+
+
+class _BarProgress:
+    """Moves a bar."""
+
+    def __init__(self, bar: Bar, label: str) -> None:
+        self._bar, self._remaining = bar, RemainingTime()
+        self._task = bar.add_task(label, total=None, what="")
+
+    def __call__(self, progress: Progress) -> None:
+        what = describe(progress, self._remaining.seconds(progress))
+        self._bar.update(self._task, completed=progress.done, total=progress.total, what=what)
+
+
+class _LineProgress:
+    """Writes a line now and then, for logs."""
+
+    def __init__(self, reporter: Reporter, label: str) -> None:
+        self._reporter, self._label, self._remaining = reporter, label, RemainingTime()
+        self._said_at = time.monotonic()
+
+    def __call__(self, progress: Progress) -> None:
+        remaining_s = self._remaining.seconds(progress)
+        if time.monotonic() - self._said_at < _LINE_EVERY_S:
+            return
+        self._said_at = time.monotonic()
+        of_total = f" of {progress.total}" if progress.total is not None else ""
+        self._reporter.say(f"{self._label}: {progress.done}{of_total} {describe(progress, remaining_s)}")

@@ -1,0 +1,163 @@
+"""Carries out a plan: every stage through the artifact store, every event into the run's record and the database.
+
+Who executes a stage is a parameter, so that the command line's single stages and the Prefect flow share everything
+else. Knows no Prefect, no tensor and no SQL.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blockpruner.errors import BlockPrunerError
+from blockpruner.progress import Progress, ProgressCallback, silent
+from flows.plan import Goal, Job, Plan, PlannedStage
+from flows.recipe import Recipe
+from flows.reporter import Reporter
+from flows.wording import one_line
+from stages.artifacts import Artifact, ArtifactStore
+from stages.contract import Runtime
+from stages.runs import RunDescription, RunRecord, RunStatus, RunStore, StageRun
+from stages.store import ResultStore
+
+_BRIEF_WAIT_S = 1.0
+"""How long a run in progress waits for a database that somebody has open; at its end it waits longer."""
+
+
+@dataclass(frozen=True)
+class StageCall:
+    """One stage about to be executed."""
+
+    planned: PlannedStage
+    job: Job
+    found: Artifact[Any] | None
+    """The artifact, where it is there already and whole."""
+    compute: Callable[[ProgressCallback], Artifact[Any]]
+    """Takes it from the store or computes it; reports to the terminal and to the callback given."""
+
+
+Execute = Callable[[StageCall], Artifact[Any]]
+
+
+def execute_here(call: StageCall) -> Artifact[Any]:
+    """Execute a stage in this process, with nothing in between."""
+    return call.found or call.compute(silent)
+
+
+class Runner:
+    """Runs plans in one workspace."""
+
+    def __init__(self, workspace: Path, reporter: Reporter) -> None:
+        """Open the workspace and close the runs whose process died.
+
+        Raises:
+            ArtifactError: if the workspace cannot be written.
+        """
+        self._reporter = reporter
+        self._said: set[str] = set()
+        self._artifacts = ArtifactStore(workspace, self._warn)
+        self.workspace = self._artifacts.workspace
+        self.runs = RunStore(workspace, self._warn)
+        self._results = ResultStore(self.workspace.database, self._warn)
+        self._results_in_passing = ResultStore(self.workspace.database, self._warn, wait=_BRIEF_WAIT_S)
+        for record in self.runs.close_dead():
+            self._warn(f"run {record.run_id} had died; it is now closed as crashed, and what it finished is kept")
+
+    def run(self, recipe: Recipe, goal: Goal, execute: Execute = execute_here) -> RunRecord:
+        """Plan and carry out a recipe; whatever happens, the run's record and rows say so.
+
+        Raises:
+            BlockPrunerError: if the recipe cannot be carried out.
+        """
+        record = self.runs.create(RunDescription(name=recipe.name, model=recipe.model, config=_settings(recipe)))
+        with self._recorded(record):
+            plan = Plan.make(recipe, goal)
+            _describe(record, plan.description())
+            artifacts: dict[str, Artifact[Any]] = {}
+            for planned in plan.stages:
+                artifacts[planned.role] = self._stage(record, plan, planned, planned.job(artifacts), execute)
+        return record
+
+    def refuse(self, recipe: Recipe, error: BlockPrunerError) -> None:
+        """Record a run that could not begin."""
+        record = self.runs.create(RunDescription(name=recipe.name, model=recipe.model, config=_settings(recipe)))
+        self._end(record, "failed", one_line(str(error)))
+
+    @contextmanager
+    def _recorded(self, record: RunRecord) -> Iterator[None]:
+        """Close the record with what becomes of the body."""
+        try:
+            yield
+        except Exception as error:
+            known = isinstance(error, BlockPrunerError)
+            self._end(record, "failed", one_line(str(error) if known else f"{type(error).__name__}: {error}"))
+            raise
+        except BaseException:  # Ctrl-C, or an order to end
+            self._end(record, "cancelled", "cancelled; give the same command again to go on")
+            raise
+        self._end(record, "completed", None)
+
+    def _end(self, record: RunRecord, status: RunStatus, error: str | None) -> None:
+        self.runs.finish(record, status, error)
+        self._results.ingest(record)
+
+    def _stage(
+        self, record: RunRecord, plan: Plan, planned: PlannedStage, job: Job, execute: Execute
+    ) -> Artifact[Any]:
+        entry = StageRun(stage=job.stage.name, label=planned.label, role=planned.role, fingerprint=job.fingerprint)
+        record.stages.append(entry)
+        self.runs.save(record)
+
+        def compute(listener: ProgressCallback) -> Artifact[Any]:
+            with self._reporter.working(planned.label) as show:
+
+                def both(progress: Progress) -> None:
+                    show(progress)
+                    listener(progress)
+
+                runtime = Runtime(plan.device, plan.recipe.batch_size, both)
+                return self._artifacts.get_or_run(job.stage, job.config, job.inputs, runtime)
+
+        started = time.monotonic()
+        try:
+            found = self._artifacts.lookup(job.stage, job.fingerprint)
+            artifact = execute(StageCall(planned, job, found, compute))
+        except Exception as error:
+            entry.status, entry.error = "failed", one_line(str(error))
+            raise
+        entry.seconds = time.monotonic() - started
+        self._note(record, entry, artifact)
+        return artifact
+
+    def _note(self, record: RunRecord, entry: StageRun, artifact: Artifact[Any]) -> None:
+        """A stage is there: into the record, the database and the terminal."""
+        entry.cached, entry.status = artifact.cached, "completed"
+        entry.artifact_path = str(artifact.path.relative_to(self.workspace.path))
+        if entry.role == "calibration":
+            record.num_sequences = artifact.manifest.num_sequences
+        if entry.role == "search":
+            record.num_blocks_removed = artifact.manifest.num_steps
+        if entry.role == "export":
+            record.num_blocks_removed = artifact.manifest.num_blocks_removed
+        self.runs.save(record)
+        self._results_in_passing.ingest(record)
+        self._reporter.stage_ended(entry.label, entry.seconds, cached=artifact.cached)
+
+    def _warn(self, line: str) -> None:
+        """Say it once, however often a run comes past it."""
+        if line not in self._said:
+            self._said.add(line)
+            self._reporter.warn(line)
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    return recipe.anchored().model_dump(mode="json")
+
+
+def _describe(record: RunRecord, description: RunDescription) -> None:
+    for name in RunDescription.model_fields:
+        setattr(record, name, getattr(description, name))

@@ -1,0 +1,34 @@
+"""What every setting of a run means, in one line each. The command line's help and the Prefect server's form show it.
+
+Plain text, so that `--help` need not import what the recipe needs.
+"""
+
+from __future__ import annotations
+
+SETTINGS: dict[str, str] = {
+    "model": "The model: a folder with config.json and safetensors weights, or a hub id.",
+    "calibration": (
+        "The calibration set: alpaca, wikitext2, c4 or ptb (sampled as in the paper), a hub dataset, "
+        "or a .txt, .jsonl, .csv or .parquet file."
+    ),
+    "calibration_column": "The column with the text, for a calibration file or dataset that has several.",
+    "num_samples": "How many rows of the calibration set to take, drawn with the seed; 'all' takes all, in order.",
+    "sequence_length": "Tokens in one sequence.",
+    "seed": "Seed of the drawing of rows.",
+    "num_blocks": "How many blocks to remove (K); this or the ratio.",
+    "ratio": "Remove blocks until this share of all parameters is gone (between 0 and 1); this or a number of blocks.",
+    "block_kinds": "Which blocks may be removed: mha (attention), mlp (feed-forward) or both.",
+    "export_blocks": "Export without only the first so many blocks of the pruning order; none: without all of them.",
+    "export_format": "auto, stock (the family's own format) or transformers (with custom code).",
+    "eval_text": "Texts to measure perplexity on: wikitext2, c4, ptb, or files. May be given several times.",
+    "eval_text_column": "The column with the text, for evaluation texts that have several.",
+    "tasks": "lm-eval tasks, separated by commas.",
+    "task_dir": "A folder with lm-eval task files (YAML) of your own.",
+    "num_fewshot": "Worked examples shown before each question; none: the task's own number.",
+    "limit": "Use only so many questions of each task.",
+    "device": "auto, cpu, cuda or cuda:N; auto takes the GPU where there is one.",
+    "dtype": "auto, float32 or bfloat16; auto is float32 on a CPU and bfloat16 on a GPU.",
+    "batch_size": "Sequences in one forward pass; none: chosen for the device. Changes no result.",
+    "trust_remote_code": "Run the Python code that comes with the model. Only for models whose code you have read.",
+    "name": "A name for the run, by which `show` and others find it.",
+}

@@ -1,0 +1,205 @@
+"""Stage `evaluate`: one model's perplexity on texts and its scores on lm-eval tasks. Dense and pruned alike."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import model_validator
+from transformers import PreTrainedModel
+
+from blockpruner.checkpoint import Checkpoint
+from blockpruner.errors import ConfigurationError
+from blockpruner.loading import DtypeName, load_model, load_tokenizer
+from blockpruner.progress import Progress
+from stages.contract import Runtime, Stage, StageConfig, StageManifest
+from stages.lm_tasks import LoadedTasks, TaskSpec, lm_eval_version, loaded_tasks
+from stages.text_perplexity import NamedTokens, TextPerplexity, text_fingerprints, text_perplexities
+
+RESULTS_FILE = "lm_eval.json"
+"""All that lm-eval returned, less the samples; there is none without tasks."""
+
+
+class EvaluateConfig(StageConfig):
+    """What to measure."""
+
+    dtype: DtypeName = "float32"
+    """Dtype of weights and activations."""
+    tasks: tuple[TaskSpec, ...] = ()
+    """From `lm_tasks.resolve_tasks`."""
+    num_fewshot: int | None = None
+    """Examples in the prompt; None: each task's own number."""
+    limit: int | None = None
+    """Examples of each task at most; None: all of them."""
+    lm_eval_version: str | None = None
+    """The lm-eval that scores the tasks; filled in."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _version_belongs_to_tasks(cls, fields: Any) -> Any:
+        """Without tasks their settings do not matter, and are None so that the identity does not hold them."""
+        if not isinstance(fields, dict):
+            return fields
+        if not fields.get("tasks"):
+            return {**fields, "num_fewshot": None, "limit": None, "lm_eval_version": None}
+        return {"lm_eval_version": lm_eval_version(), **fields}
+
+
+@dataclass(frozen=True)
+class EvaluateInputs:
+    """What this stage reads."""
+
+    model: Checkpoint
+    texts: NamedTokens = ()
+    """Texts by name."""
+    task_dir: Path | None = None
+    """Folder of the local tasks; what is used of it is identified by `TaskSpec.digest`."""
+    trust_remote_code: bool = False
+    """Whether the model may bring its own code: True for folders that we exported."""
+
+    def fingerprints(self) -> Mapping[str, str]:
+        """Model and texts, by content."""
+        return {"model": self.model.fingerprint, **text_fingerprints(self.texts)}
+
+
+class TaskMetric(StageManifest):
+    """One number of one task."""
+
+    task: str
+    """A task, or a group of them that has scores of its own."""
+    metric: str
+    """lm-eval's name: 'acc'; with the filter's name behind a comma where there is one: 'exact_match,strict-match'."""
+    value: float
+    stderr: float | None
+    """Standard error; None where lm-eval gives none."""
+    num_fewshot: int | None
+    """Examples in the prompt; None for a group whose tasks differ."""
+    num_examples: int
+    """Examples that were scored."""
+
+
+class EvaluateManifest(StageManifest):
+    """All numbers of one model."""
+
+    texts: tuple[TextPerplexity, ...]
+    metrics: tuple[TaskMetric, ...]
+
+
+def run(config: EvaluateConfig, inputs: EvaluateInputs, out_dir: Path, runtime: Runtime) -> EvaluateManifest:
+    """Read the tasks' data, load the model, measure the texts, then the tasks.
+
+    Raises:
+        ConfigurationError: if a task cannot be loaded, or a number is not valid.
+        CheckpointError: if the model cannot be loaded.
+    """
+    _check(config)
+    if not config.tasks:
+        model = _load(config, inputs, runtime)
+        return EvaluateManifest(texts=text_perplexities(model, inputs.texts, runtime), metrics=())
+    runtime.progress(Progress(0, None, "tasks", "loading " + ", ".join(spec.name for spec in config.tasks)))
+    with loaded_tasks(config.tasks, inputs.task_dir) as tasks:
+        model = _load(config, inputs, runtime)
+        texts = text_perplexities(model, inputs.texts, runtime)
+        results = _score(config, inputs, tasks, model, runtime)
+    _write_results(results, out_dir / RESULTS_FILE)
+    return EvaluateManifest(texts=texts, metrics=task_metrics(results))
+
+
+def task_metrics(results: Mapping[str, Any]) -> tuple[TaskMetric, ...]:
+    """Every number in what lm-eval returned, by task and metric, in its order."""
+    return tuple(
+        TaskMetric(
+            task=task,
+            metric=_metric_name(key),
+            value=float(value),
+            stderr=_stderr(scores, key),
+            num_fewshot=_num_fewshot(results, task),
+            num_examples=_num_examples(results, task),
+        )
+        for task, scores in results["results"].items()
+        for key, value in scores.items()
+        if _is_metric(key, value)
+    )
+
+
+def _check(config: EvaluateConfig) -> None:
+    if config.num_fewshot is not None and config.num_fewshot < 0:
+        raise ConfigurationError(f"num_fewshot is {config.num_fewshot}; give 0 or more")
+    if config.limit is not None and config.limit < 1:
+        raise ConfigurationError(f"limit is {config.limit}; give 1 or more, or none for all examples")
+
+
+def _load(config: EvaluateConfig, inputs: EvaluateInputs, runtime: Runtime) -> PreTrainedModel:
+    return load_model(
+        inputs.model, device=runtime.device, dtype=config.dtype, trust_remote_code=inputs.trust_remote_code
+    )
+
+
+def _score(
+    config: EvaluateConfig, inputs: EvaluateInputs, tasks: LoadedTasks, model: PreTrainedModel, runtime: Runtime
+) -> dict[str, Any]:
+    from stages.lm_harness import evaluate_tasks  # imports lm-eval
+
+    return evaluate_tasks(
+        model,
+        load_tokenizer(inputs.model, trust_remote_code=inputs.trust_remote_code),
+        tasks,
+        num_fewshot=config.num_fewshot,
+        limit=config.limit,
+        batch_size=runtime.batch_size,
+        progress=runtime.progress,
+    )
+
+
+def _is_metric(key: str, value: object) -> bool:
+    """lm-eval writes 'metric,filter' and 'metric_stderr,filter' among the task's name, alias and size."""
+    metric, comma, _ = key.partition(",")
+    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    return bool(comma) and not metric.endswith("_stderr") and is_number
+
+
+def _metric_name(key: str) -> str:
+    return key.removesuffix(",none")
+
+
+def _stderr(scores: Mapping[str, Any], key: str) -> float | None:
+    metric, _, filter_name = key.partition(",")
+    value = scores.get(f"{metric}_stderr,{filter_name}")
+    return None if value is None or isinstance(value, str) else float(value)
+
+
+def _num_fewshot(results: Mapping[str, Any], task: str) -> int | None:
+    value = results["n-shot"].get(task)
+    return value if isinstance(value, int) else None
+
+
+def _num_examples(results: Mapping[str, Any], task: str) -> int:
+    counts = results["n-samples"].get(task)
+    return int(counts["effective"] if counts else results["results"][task].get("sample_len", 0))
+
+
+def _write_results(results: Mapping[str, Any], path: Path) -> None:
+    """As JSON; functions as their text, NaN and infinity as strings."""
+    path.write_text(json.dumps(_plain(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+STAGE: Stage[EvaluateConfig, EvaluateInputs, EvaluateManifest] = Stage(
+    name="evaluate", version=1, manifest_type=EvaluateManifest, run=run
+)

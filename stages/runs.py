@@ -1,0 +1,280 @@
+"""Run records: one JSON file a run, which says what was asked for, how it went, and which artifacts it used.
+
+A run holds a lock for as long as its process lives, so that a later command can tell a run that is under way from one
+that died. Knows no stage's files and no database: `store` makes rows of a record.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import subprocess
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import BaseFileLock
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+import blockpruner
+from blockpruner.errors import ArtifactError, nearest
+from stages.workspace import Warn, Workspace, log_warning, write_durably
+
+RunStatus = Literal["running", "completed", "failed", "crashed", "cancelled"]
+StageStatus = Literal["running", "completed", "failed"]
+
+_RUN_ID = r"^[a-z0-9_-]+$"
+_SHOWN = 5
+"""How many runs an error message lists."""
+
+_held: dict[Path, BaseFileLock] = {}
+"""The locks of the runs that this process has under way; a lock that is let go of is released."""
+_held_guard = threading.Lock()
+
+
+class _Record(BaseModel):
+    # Unknown fields are passed over: a record outlives the version that wrote it.
+    model_config = ConfigDict(extra="ignore", validate_assignment=True, protected_namespaces=())
+
+
+class StageRun(_Record):
+    """One stage of a run."""
+
+    stage: str
+    label: str
+    """For people: 'calibrate', or the name of a text."""
+    role: str
+    """What the run uses it for: 'calibration', 'text:<name>', 'baseline', 'search', 'export', 'evaluate:dense' or
+    'evaluate:pruned'."""
+    fingerprint: str | None = None
+    cached: bool = False
+    started_at: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC))
+    seconds: float = 0.0
+    status: StageStatus = "running"
+    artifact_path: str | None = None
+    """Relative to the workspace when inside."""
+    error: str | None = None
+
+
+class RunDescription(_Record):
+    """What a run is about, as far as it is known; a single stage knows less than a whole pipeline."""
+
+    name: str | None = None
+    model: str | None = None
+    """What the user typed: a hub id or a folder."""
+    model_fingerprint: str | None = None
+    num_layers: int | None = None
+    num_blocks_total: int | None = None
+    num_parameters: int | None = None
+    calibration: str | None = None
+    num_samples: int | None = None
+    """Rows asked for; None: all of them."""
+    num_sequences: int | None = None
+    sequence_length: int | None = None
+    seed: int | None = None
+    block_kinds: str | None = None
+    metric: str | None = None
+    strategy: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    num_blocks_removed: int | None = None
+    """Of the exported model, or where nothing was exported, by the search."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """The whole recipe, as JSON."""
+
+
+class RunRecord(RunDescription):
+    """A run: its description, how it stands, its stages in the order in which they began."""
+
+    run_id: str = Field(pattern=_RUN_ID)
+    status: RunStatus = "running"
+    created_at: AwareDatetime
+    finished_at: AwareDatetime | None = None
+    """For a crashed run: when its record was written last."""
+    pid: int
+    process_started: str | None = None
+    """Tells the process from a later one with the same pid; None where the system does not say."""
+    host: str
+    package_version: str = blockpruner.__version__
+    error: str | None = None
+    stages: list[StageRun] = Field(default_factory=list)
+
+    def stage(self, role: str) -> StageRun | None:
+        """The last completed stage with this role."""
+        done = [stage for stage in self.stages if stage.role == role and stage.status == "completed"]
+        return done[-1] if done else None
+
+
+Records = list[RunRecord]
+
+
+class RunStore:
+    """The run records of one workspace."""
+
+    def __init__(self, workspace: Path, warn: Warn = log_warning) -> None:
+        """The records below `workspace`, which need not exist yet."""
+        self.workspace = Workspace(workspace)
+        self._warn = warn
+
+    def create(self, description: RunDescription) -> RunRecord:
+        """Begin a run of this process: a new record with status 'running'.
+
+        Raises:
+            ArtifactError: if the workspace cannot be written.
+        """
+        self.workspace.prepare()
+        self.workspace.runs.mkdir(exist_ok=True)
+        now = datetime.now(UTC)
+        run_id = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+        self._hold(run_id)
+        record = RunRecord(
+            **description.model_dump(),
+            run_id=run_id,
+            created_at=now,
+            pid=os.getpid(),
+            process_started=process_start(os.getpid()),
+            host=socket.gethostname(),
+        )
+        self.save(record)
+        return record
+
+    def save(self, record: RunRecord) -> None:
+        """Write the record as it is now; once its status is not 'running', the run is over for this process."""
+        self.workspace.runs.mkdir(parents=True, exist_ok=True)
+        temporary = self.workspace.runs / f".tmp-{record.run_id}-{os.getpid()}-{threading.get_ident()}"
+        write_durably(self._path(record.run_id), record.model_dump_json(indent=2).encode() + b"\n", temporary)
+        if record.status != "running":
+            self._let_go(record.run_id)
+
+    def finish(
+        self, record: RunRecord, status: RunStatus, error: str | None = None, at: datetime | None = None
+    ) -> None:
+        """End the run (now, if not told when) and save its record; stages still running failed with it."""
+        finished_at = at or datetime.now(UTC)
+        for stage in record.stages:
+            if stage.status == "running":
+                stage.status, stage.error = "failed", error
+                stage.seconds = max(0.0, (finished_at - stage.started_at).total_seconds())
+        record.status, record.error, record.finished_at = status, error, finished_at
+        self.save(record)
+
+    def load(self, run_id: str) -> RunRecord:
+        """The record of exactly this id.
+
+        Raises:
+            ArtifactError: if there is none, or it cannot be read.
+        """
+        path = self._path(run_id)
+        try:
+            record = RunRecord.model_validate_json(path.read_bytes())
+        except FileNotFoundError as error:
+            raise ArtifactError(f"no run {run_id!r}; `blockpruner runs` lists those that exist") from error
+        except (ValidationError, OSError) as error:
+            raise ArtifactError(f"the run record {path} is damaged; remove it, its artifacts stay") from error
+        if record.run_id != run_id:
+            raise ArtifactError(f"the run record {path} is that of run {record.run_id!r}; remove it")
+        return record
+
+    def list(self) -> Records:
+        """All runs, newest first; a damaged record is said and left out."""
+        records = []
+        for path in self.workspace.runs.glob("[!.]*.json"):
+            try:
+                records.append(self.load(path.stem))
+            except ArtifactError as error:
+                self._warn(str(error))
+        return sorted(records, key=lambda record: (record.created_at, record.run_id), reverse=True)
+
+    def resolve(self, text: str) -> RunRecord:
+        """The run that a user means: 'latest', an id, a name (the newest run of that name), or a unique start of an id.
+
+        Raises:
+            ArtifactError: if there is none, or several; the message lists them.
+        """
+        records = self.list()
+        if not records:
+            raise ArtifactError(f"no runs in the workspace {self.workspace.path} yet; give `blockpruner demo` for one")
+        if text == "latest":
+            return records[0]
+        exact = [record for record in records if record.run_id == text] or [r for r in records if r.name == text]
+        if exact:
+            return exact[0]
+        begun = [record for record in records if text and record.run_id.startswith(text)]
+        if len(begun) > 1:
+            raise ArtifactError(f"run {text!r} is ambiguous, it begins {_listing(begun)}; give more of the id")
+        if not begun:
+            known = [record.run_id for record in records] + [record.name for record in records if record.name]
+            raise ArtifactError(f"no run {text!r}{nearest(text, known)}; there is {_listing(records)}, or 'latest'")
+        return begun[0]
+
+    def close_dead(self) -> Records:
+        """Close the runs whose process is gone as 'crashed', remove what it was writing, and return them."""
+        closed = [record for record in self.list() if record.status == "running" and self._close_if_dead(record)]
+        for temporary in self.workspace.runs.glob(".tmp-*"):
+            run_id = temporary.name.removeprefix(".tmp-").rsplit("-", 2)[0]
+            with self.workspace.trying(f"run-{run_id}") as ours:
+                if ours:
+                    temporary.unlink(missing_ok=True)
+        return [self.load(record.run_id) for record in closed]
+
+    def _close_if_dead(self, record: RunRecord) -> bool:
+        with _held_guard:
+            if self._lock_path(record.run_id) in _held:
+                return False
+        with self.workspace.trying(f"run-{record.run_id}") as nobody_holds_it:
+            if not nobody_holds_it or _is_alive_here(record):
+                return False
+            last_sign_of_life = datetime.fromtimestamp(self._path(record.run_id).stat().st_mtime, UTC)
+            record = self.load(record.run_id)
+            if record.status != "running":  # closed by someone else since it was listed
+                return False
+            error = f"the process of this run (pid {record.pid} on {record.host}) is gone"
+            self.finish(record, "crashed", error, at=last_sign_of_life)
+            return True
+
+    def _path(self, run_id: str) -> Path:
+        return self.workspace.runs / f"{run_id}.json"
+
+    def _lock_path(self, run_id: str) -> Path:
+        return self.workspace.locks / f"run-{run_id}.lock"
+
+    def _hold(self, run_id: str) -> None:
+        lock = self.workspace.lock(f"run-{run_id}")
+        lock.acquire(timeout=0)
+        with _held_guard:
+            _held[self._lock_path(run_id)] = lock
+
+    def _let_go(self, run_id: str) -> None:
+        with _held_guard:
+            lock = _held.pop(self._lock_path(run_id), None)
+        if lock is not None:
+            lock.release()
+
+
+def process_start(pid: int) -> str | None:
+    """What tells a live process from every other that has had its pid; None if there is none (or it is a zombie)."""
+    try:
+        state_and_times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None if Path("/proc/self/stat").exists() else _process_start_without_proc(pid)
+    if state_and_times[0] in "XZ":
+        return None
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{state_and_times[19]}"  # field 22 of proc(5): clock ticks from boot to the process's start
+
+
+def _process_start_without_proc(pid: int) -> str | None:
+    answer = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or None
+
+
+def _is_alive_here(record: RunRecord) -> bool:
+    started = process_start(record.pid) if record.host == socket.gethostname() else None
+    return started is not None and started == record.process_started
+
+
+def _listing(records: Records) -> str:
+    shown = ", ".join(f"{r.run_id} ({r.name})" if r.name else r.run_id for r in records[:_SHOWN])
+    return shown + (f" and {len(records) - _SHOWN} more" if len(records) > _SHOWN else "")

@@ -1,0 +1,273 @@
+"""The results database of a workspace: the only module that imports duckdb.
+
+The run records and artifacts are the truth, results.duckdb is a view of them in SQL: whatever happens to the file, it
+is made anew. DuckDB lets one process write or many read, so every connection here is short, and one that finds the
+database taken tries again for a bounded time. Our own writers queue at a lock of the workspace.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import duckdb
+from filelock import Timeout
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random
+
+from blockpruner.errors import ArtifactError, StoreError
+from stages.runs import RunRecord, RunStore
+from stages.store_rows import RunRows, record_digest, rows_of
+from stages.store_schema import CREATE, INFO_TABLE, SCHEMA_DIGEST, TABLES, delete_statement, insert_statement
+from stages.workspace import Warn, Workspace, log_warning, sync_folder
+
+_READ_ONLY_CONFIG: dict[str, str | bool | int | float | list[str]] = {
+    "enable_external_access": "false",
+    "autoinstall_known_extensions": "false",
+    "autoload_known_extensions": "false",
+    "lock_configuration": "true",
+}
+_READING = frozenset({duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI})
+"""SELECT includes FROM, VALUES, SHOW, DESCRIBE and SUMMARIZE; MULTI is a PIVOT."""
+_BUSY_WORDS = ("Could not set lock on file", "different configuration than existing connections")
+_TORN_WORDS = (
+    "not a valid DuckDB database file",
+    "Could not read enough bytes",
+    "Corrupt database file",
+    "replaying WAL",
+    "database does not exist",
+)
+_TORN_TYPES = (duckdb.IOException, duckdb.SerializationException, duckdb.InternalException, duckdb.FatalException)
+
+ResultT = TypeVar("ResultT")
+
+
+class QueryResult(NamedTuple):
+    """What a query gave."""
+
+    columns: list[str]
+    rows: list[tuple[Any, ...]]
+
+
+class _BusyError(StoreError):
+    """Another process has the database open."""
+
+
+class _UnusableError(StoreError):
+    """The database file must be made anew; the message says what is wrong with it."""
+
+
+class _MissingError(_UnusableError):
+    """There is no database file."""
+
+
+class ResultStore:
+    """The results of all runs of one workspace, in SQL."""
+
+    def __init__(self, path: Path, warn: Warn = log_warning, wait: float = 20.0) -> None:
+        """The database `path`, in the workspace's folder. `wait`: seconds to wait for another process that has it."""
+        self.path = path
+        self._workspace = Workspace(path.parent)
+        self._warn = warn
+        self._wait = wait
+
+    def ingest(self, record: RunRecord) -> bool:
+        """Bring a run's rows up to date, and with them those of finished runs that could not be stored before.
+
+        Never raises for the state of the database or the disk: False means that the rows wait in the artifacts, which
+        was said, and the next ingest brings them.
+        """
+        rows = rows_of(record, self._workspace, self._warn)
+        deadline = time.monotonic() + self._wait
+        try:
+            with self._writing(deadline):
+                self._healed(lambda: self._ingest_now(rows, deadline), besides=record.run_id)
+        except (StoreError, ArtifactError, duckdb.Error, OSError) as error:
+            self._warn(
+                f"the rows of run {record.run_id} are not in {self.path.name} yet ({_one_line(error)}); "
+                "they wait in the artifacts, and the next run brings them"
+            )
+            return False
+        return True
+
+    def query(self, sql: str, *, wait: float | None = None) -> QueryResult:
+        """Answer one SQL query that reads; it can write nothing, attach nothing and read no file.
+
+        Raises:
+            StoreError: if there are no results yet, the database stays taken for `wait` seconds, or the query is wrong.
+        """
+        deadline = time.monotonic() + (self._wait if wait is None else wait)
+        try:
+            return self._query_now(sql, deadline)
+        except _UnusableError:
+            if not self._records():
+                raise StoreError(
+                    f"no results in {self.path.parent} yet; `blockpruner demo` or `blockpruner run` makes some"
+                ) from None
+            with self._said_plainly(), self._writing(deadline):
+                return self._healed(lambda: self._query_now(sql, deadline))
+
+    def rebuild(self, records: Iterable[RunRecord] | None = None) -> int:
+        """Make the database anew from the run records (all of the workspace's, if not told which), and count them.
+
+        Raises:
+            StoreError: if another process keeps the database open.
+        """
+        chosen = self._records() if records is None else list(records)
+        deadline = time.monotonic() + self._wait
+        with self._said_plainly(), self._writing(deadline):
+            self._prove_free(deadline)
+            self._build(chosen)
+        return len(chosen)
+
+    def _prove_free(self, deadline: float) -> None:
+        """Wait until nobody has the file open: replacing it under another's hands would lose what that one writes."""
+        try:
+            self._connect(deadline, read_only=False).close()
+        except _BusyError:
+            raise
+        except StoreError as error:  # whatever is wrong with the file, it is about to be replaced
+            self._warn(f"{self.path.name} {error}")
+
+    def _ingest_now(self, rows: RunRows, deadline: float) -> None:
+        with closing(self._connect(deadline, read_only=False)) as connection, _translated():
+            _check_schema(connection)
+            stored = dict(connection.execute("SELECT run_id, record_digest FROM runs").fetchall())
+            _replace_rows(connection, rows)
+            run_id = rows.runs[0].run_id
+            for record in self._records():
+                if record.run_id != run_id and _is_late(record, stored):
+                    _replace_rows(connection, rows_of(record, self._workspace, self._warn))
+
+    def _query_now(self, sql: str, deadline: float) -> QueryResult:
+        with closing(self._connect(deadline, read_only=True)) as connection, _translated():
+            _check_schema(connection)
+            statements = connection.extract_statements(sql)
+            if len(statements) != 1 or statements[0].type not in _READING:
+                raise StoreError("give one SQL statement that reads: SELECT, FROM, WITH, SHOW, DESCRIBE or EXPLAIN")
+            connection.execute(statements[0])
+            return QueryResult([column[0] for column in connection.description or ()], connection.fetchall())
+
+    def _connect(self, deadline: float, *, read_only: bool) -> duckdb.DuckDBPyConnection:
+        def attempt() -> duckdb.DuckDBPyConnection:
+            if not self.path.is_file():
+                raise _MissingError("is missing")
+            with _translated():
+                return duckdb.connect(self.path, read_only=read_only, config=_READ_ONLY_CONFIG if read_only else {})
+
+        retrying = Retrying(
+            retry=retry_if_exception_type(_BusyError),
+            stop=stop_after_delay(max(0.0, deadline - time.monotonic())),
+            wait=wait_random(0.05, 0.25),
+            reraise=True,
+        )
+        return retrying(attempt)
+
+    @contextmanager
+    def _writing(self, deadline: float) -> Iterator[None]:
+        """Be the only one of our processes that writes."""
+        lock = self._workspace.lock("results")
+        try:
+            lock.acquire(timeout=max(0.0, deadline - time.monotonic()))
+        except Timeout as error:
+            raise _BusyError("another run is writing to the results database; try again later") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _healed(self, action: Callable[[], ResultT], besides: str | None = None) -> ResultT:
+        """Do it; if the database file is missing, torn or of another version, make it anew and do it again.
+
+        `besides`: the run whose rows the action itself brings.
+        """
+        try:
+            return action()
+        except _UnusableError as error:
+            records = [record for record in self._records() if record.run_id != besides]
+            is_first = isinstance(error, _MissingError) and all(record.status == "running" for record in records)
+            if not is_first:
+                self._warn(f"{self.path.name} {error}: made anew from {len(records)} run records and their artifacts")
+            self._build(records)
+        return action()
+
+    def _build(self, records: Iterable[RunRecord]) -> None:
+        """Write a whole new database beside the old one and rename it into place. Only with the writers' lock."""
+        for stale in self.path.parent.glob(f"{self.path.name}.tmp-*"):
+            stale.unlink()
+        temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
+        with _translated(), closing(duckdb.connect(temporary)) as connection:
+            connection.execute(CREATE)
+            connection.execute(f"CREATE TABLE {INFO_TABLE} AS SELECT ? AS schema_digest", [SCHEMA_DIGEST])
+            for record in records:
+                _replace_rows(connection, rows_of(record, self._workspace, self._warn))
+        # The old file's log of changes does not fit the new file, and DuckDB would refuse the two together.
+        self.path.with_name(f"{self.path.name}.wal").unlink(missing_ok=True)
+        temporary.replace(self.path)
+        sync_folder(self.path.parent)
+
+    @contextmanager
+    def _said_plainly(self) -> Iterator[None]:
+        """Turn the operating system's refusals into a user's error."""
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(f"{self.path} cannot be written ({error.strerror})") from error
+
+    def _records(self) -> list[RunRecord]:
+        return RunStore(self._workspace.path, self._warn).list()
+
+
+def _replace_rows(connection: duckdb.DuckDBPyConnection, rows: RunRows) -> None:
+    """Put a run's rows in place of those that are there, in one transaction."""
+    connection.begin()
+    try:
+        for table in TABLES:
+            connection.execute(delete_statement(table), [rows.runs[0].run_id])
+            if columns := [list(column) for column in zip(*getattr(rows, table), strict=True)]:
+                connection.execute(insert_statement(table), columns)
+        connection.commit()
+    except BaseException:
+        connection.rollback()
+        raise
+
+
+def _check_schema(connection: duckdb.DuckDBPyConnection) -> None:
+    try:
+        found = connection.execute(f"SELECT schema_digest FROM {INFO_TABLE}").fetchone()
+    except duckdb.CatalogException:
+        found = None
+    if found != (SCHEMA_DIGEST,):
+        raise _UnusableError("has the tables of another version")
+
+
+def _is_late(record: RunRecord, stored: dict[str, str]) -> bool:
+    """Whether a finished run is not in the database as its record has it. One under way stores its rows itself."""
+    return record.status != "running" and stored.get(record.run_id) != record_digest(record)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Turn DuckDB's errors into ours."""
+    try:
+        yield
+    except duckdb.Error as error:
+        text = str(error)
+        if any(words in text for words in _BUSY_WORDS):
+            holder = re.search(r"PID (\d+)", text)
+            who = f"process {holder[1]} has" if holder else "another connection has"
+            raise _BusyError(f"{who} the results database open; close it there or try again later") from error
+        from_the_file = isinstance(error, _TORN_TYPES) or type(error) is duckdb.Error  # not from the query's own words
+        if from_the_file and any(words in text for words in _TORN_WORDS):
+            raise _UnusableError("is damaged") from error
+        raise StoreError(_one_line(error)) from error
+
+
+def _one_line(error: Exception) -> str:
+    """The message without DuckDB's picture of where in the query it happened."""
+    text = re.split(r"\n\s*LINE \d+:", str(error))[0]
+    return " ".join(text.split())

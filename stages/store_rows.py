@@ -1,0 +1,254 @@
+"""The rows that one run gives to the database, read from its record and from the JSON files of its artifacts.
+
+Imports no stage and no database. The readers ask for the fields that they need and pass over the rest, so that
+artifacts written by an earlier or a later version can still be read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from blockpruner.errors import ArtifactError
+from stages.artifacts import Envelope, read_envelope, read_file
+from stages.runs import RunRecord, StageRun
+from stages.store_schema import EvaluationRow, ExportRow, PerplexityRow, RunRow, ScoreRow, StageRow, StepRow
+from stages.workspace import Warn, Workspace
+
+_CALIBRATION = "calibration"
+"""The name under which perplexities on the calibration set are listed."""
+_TRACE_FILE = "trace.jsonl"
+_MODEL_FOLDER = "model"
+
+
+class _Block(BaseModel):
+    layer_index: int
+    block_kind: str
+
+
+class _Candidate(BaseModel):
+    block: _Block
+    score: float
+    perplexity: float
+    rank: int
+    chosen: bool
+
+
+class _Step(BaseModel):
+    step: int
+    block: _Block
+    score: float
+    perplexity: float
+    num_parameters_removed: int
+    ratio: float
+    seconds: float
+    candidates: tuple[_Candidate, ...]
+
+
+class _Search(BaseModel):
+    dense_perplexity: float
+
+
+class _Text(BaseModel):
+    text: str
+    num_tokens: int
+    perplexity: float
+
+
+class _Metric(BaseModel):
+    task: str
+    metric: str
+    value: float | None
+    stderr: float | None = None
+    num_fewshot: int | None = None
+    num_examples: int | None = None
+
+
+class _Measured(BaseModel):
+    """A baseline or an evaluation."""
+
+    texts: tuple[_Text, ...] = ()
+    metrics: tuple[_Metric, ...] = ()
+
+
+class _Export(BaseModel):
+    format: str
+    num_blocks_removed: int
+    num_parameters: int
+    bytes: int
+    verified: bool
+    max_logit_difference: float | None = None
+
+
+FoundT = TypeVar("FoundT")
+
+
+@dataclass(frozen=True)
+class RunRows:
+    """All rows of one run; the fields are named like the tables."""
+
+    runs: Sequence[RunRow]
+    stage_runs: Sequence[StageRow]
+    search_steps: Sequence[StepRow]
+    block_scores: Sequence[ScoreRow]
+    perplexities: Sequence[PerplexityRow]
+    evaluations: Sequence[EvaluationRow]
+    exports: Sequence[ExportRow]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the artifacts of a run say; empty where it has none, or none that can be read."""
+
+    search: _Search | None
+    steps: tuple[_Step, ...]
+    baseline: _Measured
+    dense: _Measured
+    pruned: _Measured
+    export: _Export | None
+    export_path: str
+
+
+def rows_of(record: RunRecord, workspace: Workspace, warn: Warn) -> RunRows:
+    """Read the rows of a run; an artifact that is missing or damaged is said, and only its rows are left out."""
+    run_id, found = record.run_id, _find(record, workspace, warn)
+    return RunRows(
+        runs=[_run_row(record)],
+        stage_runs=[_stage_row(run_id, stage) for stage in record.stages],
+        search_steps=[_step_row(run_id, step) for step in found.steps],
+        block_scores=[_score_row(run_id, step.step, each) for step in found.steps for each in step.candidates],
+        perplexities=[*_dense_perplexities(run_id, found), *_pruned_perplexities(record, found)],
+        evaluations=[
+            EvaluationRow(run_id, variant, m.task, m.metric, m.value, m.stderr, m.num_fewshot, m.num_examples)
+            for variant, measured in (("dense", found.dense), ("pruned", found.pruned))
+            for m in measured.metrics
+        ],
+        exports=[_export_row(run_id, found.export, found.export_path)] if found.export else [],
+    )
+
+
+def record_digest(record: RunRecord) -> str:
+    """What tells whether rows were made from the record as it is now."""
+    return hashlib.sha256(record.model_dump_json().encode()).hexdigest()
+
+
+def _find(record: RunRecord, workspace: Workspace, warn: Warn) -> _Found:
+    def read(role: str, reader: Callable[[Path, Envelope], FoundT]) -> FoundT | None:
+        stage = record.stage(role)
+        if stage is None or stage.artifact_path is None:
+            return None
+        try:
+            folder = workspace.inside(stage.artifact_path)
+            return reader(folder, read_envelope(folder))
+        except (ArtifactError, ValidationError, OSError) as error:
+            reason = f"does not fit ({error.error_count()} fields)" if isinstance(error, ValidationError) else error
+            warn(f"run {record.run_id}: the artifact {stage.artifact_path} {reason}: its rows are left out")
+            return None
+
+    def measured(role: str) -> _Measured:
+        return read(role, lambda _, envelope: _Measured.model_validate(envelope.manifest)) or _Measured()
+
+    search = read(
+        "search", lambda folder, envelope: (_Search.model_validate(envelope.manifest), _steps(folder, envelope))
+    )
+    export = read(
+        "export", lambda folder, envelope: (_Export.model_validate(envelope.manifest), folder / _MODEL_FOLDER)
+    )
+    return _Found(
+        search=search[0] if search else None,
+        steps=search[1] if search else (),
+        baseline=measured("baseline"),
+        dense=measured("evaluate:dense"),
+        pruned=measured("evaluate:pruned"),
+        export=export[0] if export else None,
+        export_path=str(export[1]) if export else "",
+    )
+
+
+def _steps(folder: Path, envelope: Envelope) -> tuple[_Step, ...]:
+    lines = read_file(folder, envelope, _TRACE_FILE).splitlines()
+    return tuple(_Step.model_validate_json(line) for line in lines)
+
+
+def _dense_perplexities(run_id: str, found: _Found) -> list[PerplexityRow]:
+    """The baseline's; where it did not measure a text, the evaluation's, and for the calibration set the search's."""
+    rows = {
+        text.text: PerplexityRow(run_id, "dense", text.text, 0, text.num_tokens, text.perplexity)
+        for text in (*found.dense.texts, *found.baseline.texts)
+    }
+    if found.search is not None and _CALIBRATION not in rows:
+        rows[_CALIBRATION] = PerplexityRow(run_id, "dense", _CALIBRATION, 0, None, found.search.dense_perplexity)
+    return list(rows.values())
+
+
+def _pruned_perplexities(record: RunRecord, found: _Found) -> list[PerplexityRow]:
+    """The evaluation's; where it did not measure the calibration set, the search's at the exported number of blocks."""
+    run_id = record.run_id
+    removed = found.export.num_blocks_removed if found.export else record.num_blocks_removed
+    if removed is None and found.steps:
+        removed = len(found.steps)
+    rows = [PerplexityRow(run_id, "pruned", t.text, removed, t.num_tokens, t.perplexity) for t in found.pruned.texts]
+    if any(row.text == _CALIBRATION for row in rows) or removed is None or not 1 <= removed <= len(found.steps):
+        return rows
+    num_tokens = next((text.num_tokens for text in found.baseline.texts if text.text == _CALIBRATION), None)
+    perplexity = found.steps[removed - 1].perplexity
+    return [*rows, PerplexityRow(run_id, "pruned", _CALIBRATION, removed, num_tokens, perplexity)]
+
+
+def _run_row(record: RunRecord) -> RunRow:
+    same = set(RunRow._fields) - {"created_at", "finished_at", "config", "record_digest"}
+    return RunRow(
+        **{name: getattr(record, name) for name in same},
+        created_at=_utc(record.created_at),
+        finished_at=_utc(record.finished_at) if record.finished_at else None,
+        config=json.dumps(record.model_dump(mode="json")["config"]),
+        record_digest=record_digest(record),
+    )
+
+
+def _stage_row(run_id: str, stage: StageRun) -> StageRow:
+    same = set(StageRow._fields) - {"run_id", "started_at"}
+    return StageRow(run_id=run_id, started_at=_utc(stage.started_at), **{name: getattr(stage, name) for name in same})
+
+
+def _step_row(run_id: str, step: _Step) -> StepRow:
+    return StepRow(
+        run_id=run_id,
+        step=step.step,
+        layer_index=step.block.layer_index,
+        block_kind=step.block.block_kind,
+        score=step.score,
+        perplexity=step.perplexity,
+        num_parameters_removed=step.num_parameters_removed,
+        ratio=step.ratio,
+        seconds=step.seconds,
+    )
+
+
+def _score_row(run_id: str, step: int, candidate: _Candidate) -> ScoreRow:
+    return ScoreRow(
+        run_id=run_id,
+        step=step,
+        layer_index=candidate.block.layer_index,
+        block_kind=candidate.block.block_kind,
+        score=candidate.score,
+        perplexity=candidate.perplexity,
+        rank=candidate.rank,
+        chosen=candidate.chosen,
+    )
+
+
+def _export_row(run_id: str, export: _Export, path: str) -> ExportRow:
+    return ExportRow(run_id=run_id, path=path, **export.model_dump())
+
+
+def _utc(instant: datetime) -> datetime:
+    """The same instant in UTC, without a time zone, as the TIMESTAMP columns want it."""
+    return instant.astimezone(UTC).replace(tzinfo=None)

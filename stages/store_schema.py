@@ -1,0 +1,241 @@
+"""The tables of results.duckdb: their columns, the SQL that makes and fills them, and a row of each as a Python type.
+
+Knows SQL text only; `store` runs it, `store_rows` makes the rows. Instants are UTC, without a time zone in the column,
+so that reading them needs no time zone data. There are no keys: a run's rows are always replaced together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from datetime import datetime
+from typing import NamedTuple
+
+TABLES: Mapping[str, Mapping[str, str]] = {
+    "runs": {
+        "run_id": "VARCHAR NOT NULL",
+        "name": "VARCHAR",
+        "status": "VARCHAR NOT NULL",
+        "created_at": "TIMESTAMP NOT NULL",
+        "finished_at": "TIMESTAMP",
+        "model": "VARCHAR",
+        "model_fingerprint": "VARCHAR",
+        "num_layers": "INTEGER",
+        "num_blocks_total": "INTEGER",
+        "num_parameters": "BIGINT",
+        "calibration": "VARCHAR",
+        "num_samples": "BIGINT",
+        "num_sequences": "BIGINT",
+        "sequence_length": "INTEGER",
+        "seed": "BIGINT",
+        "block_kinds": "VARCHAR",
+        "metric": "VARCHAR",
+        "strategy": "VARCHAR",
+        "device": "VARCHAR",
+        "dtype": "VARCHAR",
+        "package_version": "VARCHAR NOT NULL",
+        "config": "JSON NOT NULL",
+        "error": "VARCHAR",
+        "num_blocks_removed": "INTEGER",
+        "host": "VARCHAR NOT NULL",
+        "record_digest": "VARCHAR NOT NULL",
+    },
+    "stage_runs": {
+        "run_id": "VARCHAR NOT NULL",
+        "stage": "VARCHAR NOT NULL",
+        "fingerprint": "VARCHAR",
+        "cached": "BOOLEAN NOT NULL",
+        "started_at": "TIMESTAMP NOT NULL",
+        "seconds": "DOUBLE NOT NULL",
+        "status": "VARCHAR NOT NULL",
+        "artifact_path": "VARCHAR",
+        "error": "VARCHAR",
+        "label": "VARCHAR NOT NULL",
+        "role": "VARCHAR NOT NULL",
+    },
+    "search_steps": {
+        "run_id": "VARCHAR NOT NULL",
+        "step": "INTEGER NOT NULL",
+        "layer_index": "INTEGER NOT NULL",
+        "block_kind": "VARCHAR NOT NULL",
+        "score": "DOUBLE NOT NULL",
+        "perplexity": "DOUBLE NOT NULL",
+        "num_parameters_removed": "BIGINT NOT NULL",
+        "ratio": "DOUBLE NOT NULL",
+        "seconds": "DOUBLE NOT NULL",
+    },
+    "block_scores": {
+        "run_id": "VARCHAR NOT NULL",
+        "step": "INTEGER NOT NULL",
+        "layer_index": "INTEGER NOT NULL",
+        "block_kind": "VARCHAR NOT NULL",
+        "score": "DOUBLE NOT NULL",
+        "perplexity": "DOUBLE NOT NULL",
+        "rank": "INTEGER NOT NULL",
+        "chosen": "BOOLEAN NOT NULL",
+    },
+    "perplexities": {
+        "run_id": "VARCHAR NOT NULL",
+        "variant": "VARCHAR NOT NULL",
+        "text": "VARCHAR NOT NULL",
+        "num_blocks_removed": "INTEGER",
+        "num_tokens": "BIGINT",
+        "perplexity": "DOUBLE NOT NULL",
+    },
+    "evaluations": {
+        "run_id": "VARCHAR NOT NULL",
+        "variant": "VARCHAR NOT NULL",
+        "task": "VARCHAR NOT NULL",
+        "metric": "VARCHAR NOT NULL",
+        "value": "DOUBLE",
+        "stderr": "DOUBLE",
+        "num_fewshot": "INTEGER",
+        "num_examples": "BIGINT",
+    },
+    "exports": {
+        "run_id": "VARCHAR NOT NULL",
+        "format": "VARCHAR NOT NULL",
+        "path": "VARCHAR NOT NULL",
+        "num_blocks_removed": "INTEGER NOT NULL",
+        "num_parameters": "BIGINT NOT NULL",
+        "bytes": "BIGINT NOT NULL",
+        "verified": "BOOLEAN NOT NULL",
+        "max_logit_difference": "DOUBLE",
+    },
+}
+"""Column name to SQL type, by table."""
+
+INFO_TABLE = "schema_info"
+
+CREATE = "\n".join(
+    f"CREATE TABLE {table} ({', '.join(f'{column} {kind}' for column, kind in columns.items())});"
+    for table, columns in TABLES.items()
+)
+"""Makes every table of an empty database."""
+
+SCHEMA_DIGEST = hashlib.sha256(CREATE.encode()).hexdigest()
+"""Kept in INFO_TABLE: a database with other tables is made anew."""
+
+
+def delete_statement(table: str) -> str:
+    """Deletes one run's rows; its parameter is the run id."""
+    return f"DELETE FROM {table} WHERE run_id = ?"
+
+
+def insert_statement(table: str) -> str:
+    """Inserts many rows at once; its parameters are the columns, each a list of values."""
+    kinds = (kind.removesuffix(" NOT NULL") for kind in TABLES[table].values())
+    return f"INSERT INTO {table} ({', '.join(TABLES[table])}) SELECT {', '.join(f'unnest(?::{k}[])' for k in kinds)}"
+
+
+class RunRow(NamedTuple):
+    """One run."""
+
+    run_id: str
+    name: str | None
+    status: str
+    created_at: datetime
+    finished_at: datetime | None
+    model: str | None
+    model_fingerprint: str | None
+    num_layers: int | None
+    num_blocks_total: int | None
+    num_parameters: int | None
+    calibration: str | None
+    num_samples: int | None
+    num_sequences: int | None
+    sequence_length: int | None
+    seed: int | None
+    block_kinds: str | None
+    metric: str | None
+    strategy: str | None
+    device: str | None
+    dtype: str | None
+    package_version: str
+    config: str
+    """JSON."""
+    error: str | None
+    num_blocks_removed: int | None
+    host: str
+    record_digest: str
+    """sha256 of the run record that these rows were made from."""
+
+
+class StageRow(NamedTuple):
+    """One stage of a run."""
+
+    run_id: str
+    stage: str
+    fingerprint: str | None
+    cached: bool
+    started_at: datetime
+    seconds: float
+    status: str
+    artifact_path: str | None
+    error: str | None
+    label: str
+    role: str
+
+
+class StepRow(NamedTuple):
+    """One removal of a run's search."""
+
+    run_id: str
+    step: int
+    layer_index: int
+    block_kind: str
+    score: float
+    perplexity: float
+    num_parameters_removed: int
+    ratio: float
+    seconds: float
+
+
+class ScoreRow(NamedTuple):
+    """What one step of the search found for one candidate."""
+
+    run_id: str
+    step: int
+    layer_index: int
+    block_kind: str
+    score: float
+    perplexity: float
+    rank: int
+    chosen: bool
+
+
+class PerplexityRow(NamedTuple):
+    """The perplexity of the dense or the pruned model on one text."""
+
+    run_id: str
+    variant: str
+    text: str
+    num_blocks_removed: int | None
+    num_tokens: int | None
+    perplexity: float
+
+
+class EvaluationRow(NamedTuple):
+    """One metric of one task, for the dense or the pruned model."""
+
+    run_id: str
+    variant: str
+    task: str
+    metric: str
+    value: float | None
+    stderr: float | None
+    num_fewshot: int | None
+    num_examples: int | None
+
+
+class ExportRow(NamedTuple):
+    """One exported model."""
+
+    run_id: str
+    format: str
+    path: str
+    num_blocks_removed: int
+    num_parameters: int
+    bytes: int
+    verified: bool
+    max_logit_difference: float | None

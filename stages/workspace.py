@@ -1,0 +1,138 @@
+"""The workspace: one folder with everything that this program keeps. Its layout, its locks, its durable writes.
+
+    artifacts/<stage>/<fingerprint>/    what the stages computed; the only part that must be backed up, with runs/
+    runs/<run_id>.json                  one record a run
+    state/<stage>/<fingerprint>/        checkpoints of stages that can go on
+    damaged/                            artifacts that were changed after they were written, the last of each
+    locks/                              empty files that processes hold locks on
+    results.duckdb                      the numbers of all runs; can be made anew from artifacts/ and runs/
+
+Knows no stage, no run and no SQL. Locks are the operating system's (flock): one that died frees its locks at once,
+whatever any clock or process id says.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, Timeout
+
+from blockpruner.errors import ArtifactError
+
+Warn = Callable[[str], None]
+"""How something that a person should know is said: one line, no trailing newline."""
+
+_NAME = re.compile(r"[a-z0-9_-]+")
+
+
+def log_warning(message: str) -> None:
+    """The `Warn` for callers that have no better place: Python's log."""
+    logging.getLogger("blockpruner").warning("%s", message)
+
+
+class Workspace:
+    """Paths and locks inside one workspace folder. Making this object touches nothing."""
+
+    def __init__(self, path: Path) -> None:
+        """A workspace at `path`, which may itself be a symbolic link and need not exist yet."""
+        self.path = path.expanduser().resolve()
+        self.artifacts = self.path / "artifacts"
+        self.state = self.path / "state"
+        self.runs = self.path / "runs"
+        self.locks = self.path / "locks"
+        self.damaged = self.path / "damaged"
+        self.database = self.path / "results.duckdb"
+
+    def prepare(self) -> None:
+        """Make the folder and prove that it can be written.
+
+        Raises:
+            ArtifactError: if it cannot.
+        """
+        try:
+            self.locks.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.locks) as file:
+                file.write(b"?")
+        except OSError as error:
+            raise ArtifactError(
+                f"the workspace {self.path} cannot be written ({error.strerror}); "
+                "give another with --workspace DIR or the environment variable BLOCKPRUNER_WORKSPACE"
+            ) from error
+
+    def lock(self, name: str) -> BaseFileLock:
+        """The lock of this name, not yet taken; any thread may release it."""
+        self.locks.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.locks / f"{checked_name(name)}.lock", thread_local=False)
+
+    @contextmanager
+    def trying(self, name: str) -> Iterator[bool]:
+        """Hold the lock of this name while the body runs, if it can be had at once: True; else False."""
+        lock = self.lock(name)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def inside(self, path: str | Path) -> Path:
+        """A path (relative to the workspace, or absolute) with its links resolved.
+
+        Raises:
+            ArtifactError: if it leads out of the workspace.
+        """
+        resolved = (self.path / path).resolve()
+        if not resolved.is_relative_to(self.path):
+            raise ArtifactError(f"{path} leads out of the workspace {self.path}; only what lies inside is used")
+        return resolved
+
+
+def is_name(text: str) -> bool:
+    """Whether this can be a file name everywhere and leads nowhere else."""
+    return _NAME.fullmatch(text) is not None
+
+
+def checked_name(name: str) -> str:
+    """The name itself, if it is one.
+
+    Raises:
+        ArtifactError: if it is none.
+    """
+    if not is_name(name):
+        raise ArtifactError(f"{name!r} cannot name a folder of the workspace; use a-z, 0-9, '-' and '_' only")
+    return name
+
+
+def write_durably(path: Path, content: bytes, temporary: Path) -> None:
+    """Write a file so that a reader, or a power cut, sees the old content or the new and nothing between.
+
+    `temporary` lies beside `path`, belongs to this call alone, and is gone afterwards.
+    """
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

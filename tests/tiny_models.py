@@ -1,0 +1,146 @@
+"""Tiny random models and a tiny tokenizer, built on the spot: a few layers of every family, in milliseconds.
+
+Every weight is random, the norms' and the biases' too, and large enough that each block changes the logits: whoever
+forgets a norm, a bias or a block gets other numbers. Knows nothing of the library under test.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCAB_SIZE = 128
+PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
+"""Token ids 0 to 3."""
+
+_WORDS = (
+    *("river", "stone", "lantern", "keeper", "morning", "harbour", "silver", "winter", "garden", "letter", "narrow"),
+    *("walked", "carried", "opened", "found", "remembered", "quiet", "yellow", "heavy", "distant", "slowly", "often"),
+    *("never", "again", "under", "behind", "the", "a", "and", "of", "to", "in", "was", "she", "he", "they"),
+)
+
+
+def _builder(model_type: str, **family_config: Any) -> Callable[..., PreTrainedModel]:
+    """A function that builds a random model of a family; its keywords override the configuration."""
+
+    def build(*, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+        values: dict[str, Any] = {
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": False,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        config = AutoConfig.for_model(model_type, **(values | family_config | overrides))
+        model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+        _randomise(model, seed)
+        return cast(PreTrainedModel, model.eval().requires_grad_(False))
+
+    return build
+
+
+_MIXED_WINDOWS = {
+    "use_sliding_window": True,
+    "sliding_window": 6,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention"],
+}
+
+TINY_FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
+    "llama": _builder("llama"),
+    "llama-bias-tied": _builder(
+        "llama",
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+    ),
+    "mistral": _builder("mistral", sliding_window=None),
+    "mistral-window": _builder("mistral", sliding_window=6),
+    "qwen2": _builder("qwen2"),
+    "qwen2-mixed-windows": _builder("qwen2", **_MIXED_WINDOWS),
+    "qwen3": _builder("qwen3", head_dim=16, tie_word_embeddings=True),
+    "qwen3-mixed-windows": _builder("qwen3", head_dim=8, **_MIXED_WINDOWS),
+}
+"""Builders by the name of the family or of its variant; `tiny_model(name).config.model_type` is the family."""
+
+
+def tiny_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A random model of `TINY_FAMILIES`: float32, on the CPU, in eval mode, with `overrides` of its configuration.
+
+    A model with layer types of its own needs them anew when `num_hidden_layers` changes.
+    """
+    return TINY_FAMILIES[family](seed=seed, **overrides)
+
+
+def _randomise(model: PreTrainedModel, seed: int) -> None:
+    """Draw every parameter anew, in the order of the names, so that equal shapes and seeds give equal models."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            if parameter.dim() > 1:  # about the scale that keeps a layer's output as large as its input
+                parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
+            else:  # norm weights and biases: neither ones nor zeros
+                parameter.uniform_(0.4, 1.6, generator=generator)
+
+
+@functools.cache
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of `VOCAB_SIZE` tokens, trained here; begins every text with `BOS`, as Llama's does.
+
+    It spells all of ASCII; any other character becomes `UNK`.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    printable = "".join(map(chr, range(33, 127)))
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[PAD, BOS, EOS, UNK],
+        initial_alphabet=[*printable, "\u0120", "\u010a"],  # how ByteLevel spells a space and a line feed
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(tiny_rows(200), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNK,
+        padding_side="left",
+        model_max_length=256,
+    )
+
+
+def tiny_rows(num_rows: int, seed: int = 0) -> list[str]:
+    """Rows of made-up English, each a line of 6 to 14 words: something to calibrate on."""
+    draw = random.Random(seed)
+    rows = (draw.choices(_WORDS, k=draw.randint(6, 14)) for _ in range(num_rows))
+    return [f"{' '.join(words).capitalize()}." for words in rows]
+
+
+def tiny_token_ids(num_sequences: int, sequence_length: int, seed: int = 0) -> Tensor:
+    """Random token ids [num_sequences, sequence_length], none of them a special token."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, VOCAB_SIZE, (num_sequences, sequence_length), generator=generator)
+
+
+def save_tiny_model(folder: Path, family: str = "llama", *, seed: int = 0, **overrides: Any) -> Path:
+    """Write a tiny model and its tokenizer as a Hugging Face model folder, and return the folder."""
+    tiny_model(family, seed=seed, **overrides).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
