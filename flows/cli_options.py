@@ -91,6 +91,4 @@ DEFAULT_WORKSPACE = Path("data")
 
 def given_settings(context: typer.Context) -> dict[str, Any]:
     """The recipe's settings that were given on the command line."""
-    return {
-        name: value for name, value in context.params.items() if name in SETTINGS and value is not None and value != []
-    }
+    return {name: value for name, value in context.params.items() if name in SETTINGS and value not in (None, (), [])}

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from flows.recipe import Recipe
     from flows.summary import RunSummary
 
-_DEMO_DATA = Path(__file__).parent.parent / "data" / "demo"
-
 
 def run(
     context: typer.Context,
@@ -64,13 +62,11 @@ def demo(workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE, as_json
     The whole pipeline on the model and texts that come with the project, with the result explained.
     """
     from flows.cli_output import print_result
-    from flows.demo import demo_view
+    from flows.demo import DATA, demo_view
     from flows.recipe import load_recipe
 
-    if not (_DEMO_DATA / "model").is_dir():
-        raise ConfigurationError(
-            f"the demo's model and texts are not in {_DEMO_DATA}; run it from a clone of the repository"
-        )
+    if not (DATA / "model").is_dir():
+        raise ConfigurationError(f"the demo's model and texts are not in {DATA}; run it from a clone of the repository")
     summary = _run_flow(load_recipe("demo", {}), workspace)
     print_result(summary, as_json=as_json, view=demo_view)
 

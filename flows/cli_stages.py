@@ -183,7 +183,6 @@ def _recipe_of_run(context: typer.Context, run: str | None, workspace: Path) -> 
     if run is None:
         return make_recipe(given)
     from stages.runs import RunStore
-
     from stages.store_rows import rows_of
     from stages.workspace import log_warning
 

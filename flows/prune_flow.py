@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import flows.prefect_settings  # isort: skip  # noqa: F401  # before Prefect is imported
 
@@ -26,7 +26,6 @@ from prefect.context import TaskRunContext
 from prefect.exceptions import PrefectException
 from prefect.states import Completed
 from prefect.tasks import Task
-from prefect.utilities.annotations import quote
 
 from blockpruner.errors import BlockPrunerError
 from blockpruner.progress import Progress, ProgressCallback, silent
@@ -59,9 +58,9 @@ def _is_worth_another_try(_: Task[Any, Any], __: TaskRun, state: State[Any]) -> 
 
 
 @task(persist_result=True, result_serializer="json", cache_key_fn=_fingerprint)
-def run_stage(fingerprint: str, call: quote[_Execution]) -> State[dict[str, Any]] | dict[str, Any]:
+def run_stage(fingerprint: str, execution: _Execution) -> State[dict[str, Any]] | dict[str, Any]:
     """One stage, through the artifact store."""
-    artifact = call.unquote().compute()
+    artifact = execution.compute()
     result = {
         "stage": artifact.stage,
         "fingerprint": fingerprint,
@@ -116,7 +115,7 @@ def _through_prefect(call: StageCall, results: Path, reporter: Reporter) -> Arti
         retry_delay_seconds=_RETRY_DELAY_S,
         retry_condition_fn=_is_worth_another_try,
     )
-    stage_task(call.job.fingerprint, quote(execution))
+    stage_task(call.job.fingerprint, execution)
     assert execution.artifact is not None
     return execution.artifact
 
@@ -124,7 +123,7 @@ def _through_prefect(call: StageCall, results: Path, reporter: Reporter) -> Arti
 class _LogReporter(Reporter):
     """Speaks to Prefect's log, where there is no person at the terminal."""
 
-    def say(self, line: str) -> None:
+    def say(self, line: str, style: str | None = None) -> None:
         get_run_logger().info("%s", line)
 
     def warn(self, line: str) -> None:

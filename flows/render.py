@@ -155,8 +155,10 @@ def _size(record: RunRecord) -> str:
 def _calibration(record: RunRecord) -> str:
     if record.calibration is None:
         return ""
-    sequences = f", {count(record.num_sequences, 'sequence')} of {record.sequence_length}" if record.num_sequences else ""
-    return f"{record.calibration}{sequences}, seed {record.seed}"
+    if record.num_sequences is None:
+        return f"{record.calibration}, seed {record.seed}"
+    sequences = f"{count(record.num_sequences, 'sequence')} of {record.sequence_length}"
+    return f"{record.calibration}, {sequences}, seed {record.seed}"
 
 
 def _search(record: RunRecord) -> str:
@@ -203,7 +205,11 @@ def _stages_table(record: RunRecord) -> Table:
     for stage in record.stages:
         status = "cached" if stage.cached and stage.status == "completed" else stage.status
         table.add_row(
-            _cell(stage.label), _status(status), spell_out(stage.seconds), (stage.fingerprint or "")[:12], _cell(stage.error)
+            _cell(stage.label),
+            _status(status),
+            spell_out(stage.seconds),
+            (stage.fingerprint or "")[:12],
+            _cell(stage.error),
         )
     return table
 

@@ -29,18 +29,18 @@ class Reporter:
         """Report on a console; by default on standard error as it is now."""
         self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
 
-    def say(self, line: str) -> None:
+    def say(self, line: str, style: str | None = None) -> None:
         """One line of information."""
-        self.console.print(line, markup=False)
+        self.console.print(line, style=style, markup=False)
 
     def warn(self, line: str) -> None:
         """One line that a person should know."""
-        self.console.print(f"Warning: {line}", style="yellow", markup=False)
+        self.say(f"Warning: {line}", "yellow")
 
     def stage_ended(self, label: str, seconds: float, *, cached: bool) -> None:
         """A stage is there: computed now, or taken from the cache."""
         fate = "cached" if cached else f"computed in {spell_out(seconds)}"
-        self.console.print(f"{label:<28} {fate}", style="dim" if cached else None, markup=False)
+        self.say(f"{label:<28} {fate}", "dim" if cached else None)
 
     @contextmanager
     def working(self, label: str) -> Iterator[ProgressCallback]:
@@ -85,7 +85,7 @@ class _LineProgress:
 
     def __call__(self, progress: Progress) -> None:
         remaining_s = self._remaining.seconds(progress)
-        if time.monotonic() - self._said_at < _LINE_EVERY_S:
+        if progress.done == progress.total or time.monotonic() - self._said_at < _LINE_EVERY_S:
             return
         self._said_at = time.monotonic()
         of_total = f" of {progress.total}" if progress.total is not None else ""

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging as transformers_logging
+
 from blockpruner.errors import BlockPrunerError
 from blockpruner.progress import Progress, ProgressCallback, silent
 from flows.plan import Goal, Job, Plan, PlannedStage
@@ -57,6 +59,7 @@ class Runner:
         Raises:
             ArtifactError: if the workspace cannot be written.
         """
+        transformers_logging.disable_progress_bar()  # one bar at a time, and that is ours
         self._reporter = reporter
         self._said: set[str] = set()
         self._artifacts = ArtifactStore(workspace, self._warn)
@@ -105,9 +108,7 @@ class Runner:
         self.runs.finish(record, status, error)
         self._results.ingest(record)
 
-    def _stage(
-        self, record: RunRecord, plan: Plan, planned: PlannedStage, job: Job, execute: Execute
-    ) -> Artifact[Any]:
+    def _stage(self, record: RunRecord, plan: Plan, planned: PlannedStage, job: Job, execute: Execute) -> Artifact[Any]:
         entry = StageRun(stage=job.stage.name, label=planned.label, role=planned.role, fingerprint=job.fingerprint)
         record.stages.append(entry)
         self.runs.save(record)

@@ -26,7 +26,6 @@ from blockpruner.errors import ConfigurationError, nearest
 from stages.contract import StageConfig, canonical_digest
 from stages.text_sources import one_line
 
-
 _NAME_IN_YAML = re.compile(rb"^(?:task|group|tag):[ \t]*['\"]?([\w.:-]+)", re.MULTILINE)
 
 
@@ -90,15 +89,12 @@ def _resolve(name: str, local: Mapping[str, Any], task_dir: Path | None) -> Task
         return TaskSpec(name=name, origin="local", digest=_digest(name, local))
     if task_dir is not None and (task_dir / f"{name}.yaml").is_file():
         raise _not_a_task(task_dir / f"{name}.yaml", name)
-    # The index takes ten seconds, so first look whether lm-eval's files hold the name at all: a slip of the pen does not.
+    # The index takes ten seconds; whether its files hold the name at all takes one, and a misspelt name is in none.
     if name.encode() not in _registered_yaml() or name not in _registered_index():
-        where = (
-            f"neither {task_dir} nor lm-eval {lm_eval_version()} has a"
-            if task_dir
-            else f"lm-eval {lm_eval_version()} has no"
-        )
-        hint = nearest(name, [*local, *_registered_names()]) or "; `lm-eval ls tasks` lists them"
-        raise ConfigurationError(f"unknown task {name!r}: {where} such task{hint}")
+        harness = f"lm-eval {lm_eval_version()}"
+        where = f"neither {task_dir} nor {harness} has such a task" if task_dir else f"{harness} has no such task"
+        hint = nearest(name, [*local, *_registered_names()]) or "; `lm-eval ls tasks` lists its own"
+        raise ConfigurationError(f"unknown task {name!r}: {where}{hint}")
     return TaskSpec(name=name, origin="registered")
 
 

@@ -20,7 +20,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 import blockpruner
 from blockpruner.errors import ArtifactError, nearest
-from stages.workspace import Warn, Workspace, log_warning, write_durably
+from stages.workspace import Warn, Workspace, is_name, log_warning, write_durably
 
 RunStatus = Literal["running", "completed", "failed", "crashed", "cancelled"]
 StageStatus = Literal["running", "completed", "failed"]
@@ -210,14 +210,25 @@ class RunStore:
         return begun[0]
 
     def close_dead(self) -> Records:
-        """Close the runs whose process is gone as 'crashed', remove what it was writing, and return them."""
-        closed = [record for record in self.list() if record.status == "running" and self._close_if_dead(record)]
+        """Close the runs whose process is gone as 'crashed', remove what it was writing, and return them.
+
+        In a workspace that can only be read this is said and nothing is closed.
+        """
+        try:
+            closed = [record for record in self.list() if record.status == "running" and self._close_if_dead(record)]
+            self._remove_unfinished()
+        except OSError as error:
+            self._warn(f"runs that died cannot be closed in {self.workspace.path} ({error.strerror})")
+            return []
+        return [self.load(record.run_id) for record in closed]
+
+    def _remove_unfinished(self) -> None:
         for temporary in self.workspace.runs.glob(".tmp-*"):
             run_id = temporary.name.removeprefix(".tmp-").rsplit("-", 2)[0]
-            with self.workspace.trying(f"run-{run_id}") as ours:
-                if ours:
-                    temporary.unlink(missing_ok=True)
-        return [self.load(record.run_id) for record in closed]
+            if is_name(run_id):
+                with self.workspace.trying(f"run-{run_id}") as ours:
+                    if ours:
+                        temporary.unlink(missing_ok=True)
 
     def _close_if_dead(self, record: RunRecord) -> bool:
         with _held_guard:

@@ -130,7 +130,9 @@ def _csv_rows(text: str, column: str, name: str) -> Iterator[str]:
                     raise TextSourceError(f"{name}, line {reader.line_num} has fewer fields than the header; repair it")
                 yield value
         except csv.Error as error:
-            raise TextSourceError(f"{name}, line {reader.line_num} is not valid CSV ({error}); repair it") from error
+            raise TextSourceError(
+                f"{name}, line {reader.reader.line_num} is not valid CSV ({error}); repair it"
+            ) from error
 
 
 @contextmanager

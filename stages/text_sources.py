@@ -243,8 +243,8 @@ def _part(dataset: Any, part: str) -> Any:
     """The rows that the paper's Alpaca recipe leaves: a fifth is set aside, and halved (facts/paper.md)."""
     if part == "all":
         return dataset
-    held = dataset.train_test_split(test_size=0.2, seed=42, keep_in_memory=True)["test"]
-    halves = held.train_test_split(test_size=0.5, seed=42, keep_in_memory=True)
+    held = dataset.train_test_split(test_size=0.2, seed=42)["test"]
+    halves = held.train_test_split(test_size=0.5, seed=42)
     return halves["train" if part == "alpaca-calibration" else "test"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from blockpruner import __version__
@@ -33,7 +34,7 @@ def write_card(written: WrittenExport, source: str, source_dir: Path, numbers: C
         license=_licence(source_dir),
         tags=["blockpruner", "pruned"],
     )
-    name = Path(source).name if Path(source).exists() else source
+    name = Path(source).resolve().name if Path(source).exists() else source
     ratio = 1 - numbers.num_parameters / numbers.num_parameters_dense
     code = "" if written.format == "stock" else ", trust_remote_code=True"
     lines = [
@@ -82,6 +83,6 @@ def _licence(source_dir: Path) -> str | None:
         return None
     try:
         licence = ModelCard.load(card).data.to_dict().get("license")
-    except (ValueError, OSError):  # a card without valid metadata carries no licence over
+    except (ValueError, OSError, yaml.YAMLError):  # a card without valid metadata carries no licence over
         return None
     return str(licence) if licence else None

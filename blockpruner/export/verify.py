@@ -1,7 +1,7 @@
 """The gate of every export: its logits, from a fresh process, against the masked original.
 
-Two batches are compared: a plain one, and a left-padded one that is decoded token by token with the cache, which is where
-wrongly packed models go wrong in silence. The masked original answers both without a cache.
+Two batches are compared: a plain one, and a left-padded one that is decoded token by token with the cache, which is
+where wrongly packed models go wrong in silence. The masked original answers both without a cache.
 """
 
 from __future__ import annotations

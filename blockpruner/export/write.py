@@ -93,10 +93,9 @@ def write_export(
     chosen = choose_format(packed, wanted)
     out_dir.mkdir(parents=True, exist_ok=True)
     prefixes = (stock_names if chosen == "stock" else custom_names)(architecture, packed)
-    write_weights(
-        checkpoint, _tensor_names(architecture, checkpoint, removed, prefixes), out_dir, shard_bytes=shard_bytes
-    )
-    settings = _packed_config(config, packed)
+    kept = survivors(config.num_hidden_layers, removed)
+    write_weights(checkpoint, _tensor_names(architecture, checkpoint, kept, prefixes), out_dir, shard_bytes=shard_bytes)
+    settings = _packed_config(checkpoint, config, packed)
     if chosen == "transformers":
         settings |= _write_code(architecture, packed, out_dir)
     (out_dir / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -109,31 +108,33 @@ def write_export(
 
 
 def _tensor_names(
-    architecture: Architecture, checkpoint: Checkpoint, removed: Sequence[Block], prefixes: dict[str, str]
+    architecture: Architecture, checkpoint: Checkpoint, kept: Sequence[Block], prefixes: dict[str, str]
 ) -> dict[str, str]:
-    gone = set(removed)
+    """Source name to new name of every tensor to write; layers beyond the configured ones are left out."""
     names = {}
     for name in checkpoint.tensors:
         block = architecture.block_of_tensor(name)
         if block is None:
             names[name] = name
-        elif block not in gone:
+        elif block in kept:
             names[name] = rename(name, prefixes)
     return names
 
 
-def _packed_config(config: Any, packed: PackedModel) -> dict[str, Any]:
-    """The configuration with fewer layers; every list that has an entry a layer follows the attention's origin."""
-    settings: dict[str, Any] = config.to_dict()
-    num_layers = config.num_hidden_layers
+def _packed_config(checkpoint: Checkpoint, config: Any, packed: PackedModel) -> dict[str, Any]:
+    """The source's own config.json with fewer layers; every list with an entry a layer follows the attention's origin.
+
+    Other settings stay in the words of the source: engines other than transformers 5 read `rope_theta` at the top
+    level, which `config.to_dict()` drops.
+    """
+    settings = {key: value for key, value in checkpoint.config.items() if key not in ("_name_or_path", "auto_map")}
     settings["num_hidden_layers"] = len(packed.layers)
-    if settings.get("layer_types") is not None:
-        assert len(settings["layer_types"]) == num_layers
-        settings["layer_types"] = [settings["layer_types"][layer.mha] for layer in packed.layers]
-    if "max_window_layers" in settings and settings.get("layer_types") is not None:
-        # layer_types says it all; this one is only read where layer_types is absent.
-        settings["max_window_layers"] = min(settings["max_window_layers"], len(packed.layers))
-    settings.pop("_name_or_path", None)
+    layer_types = getattr(config, "layer_types", None)  # derived where the source does not list them
+    if layer_types is not None:
+        assert len(layer_types) == config.num_hidden_layers
+        settings["layer_types"] = [layer_types[layer.mha] for layer in packed.layers]
+        if "max_window_layers" in settings:  # read only where layer_types is absent
+            settings["max_window_layers"] = min(settings["max_window_layers"], len(packed.layers))
     return settings
 
 

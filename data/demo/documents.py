@@ -10,10 +10,11 @@ import random
 from collections.abc import Callable
 
 from facts import ANIMAL_FACTS, HOME_FACTS, OPPOSITE_FACTS, ORDER_FACTS, PEOPLE_FACTS, SUM_FACTS, TOWN_FACTS, Fact
-from scenes import SCENES, Scene
+from scenes import SCENES
 from world import (
     ADJECTIVES,
     ANIMALS,
+    COLOURS,
     DAYS,
     FRUITS,
     LETTERS,
@@ -30,7 +31,17 @@ from world import (
     upper_first,
 )
 
-FACT_GROUPS = (PEOPLE_FACTS, PEOPLE_FACTS, PEOPLE_FACTS, HOME_FACTS, TOWN_FACTS, ANIMAL_FACTS, OPPOSITE_FACTS, ORDER_FACTS, SUM_FACTS)
+FACT_GROUPS = (
+    PEOPLE_FACTS,
+    PEOPLE_FACTS,
+    PEOPLE_FACTS,
+    HOME_FACTS,
+    TOWN_FACTS,
+    ANIMAL_FACTS,
+    OPPOSITE_FACTS,
+    ORDER_FACTS,
+    SUM_FACTS,
+)
 LANDMARK_OF = {town.name: town.landmark for town in WORLD.towns}
 
 
@@ -38,17 +49,37 @@ def _said(person: Person, field: str, subject: str, rng: random.Random) -> str:
     """One sentence that states one fact about a person; `subject` is the name or the pronoun."""
     their, p = person.their, person
     forms = {
-        "job": (f"{subject} is {a(p.job)}.", f"{subject} works as {a(p.job)}.", f"{subject} earns a living as {a(p.job)}."),
+        "job": (
+            f"{subject} is {a(p.job)}.",
+            f"{subject} works as {a(p.job)}.",
+            f"{subject} earns a living as {a(p.job)}.",
+        ),
         "town": (
             f"{subject} lives in {p.town}.",
             f"{subject} has a house in {p.town}.",
             f"{subject} lives in {p.town}, the town with the {LANDMARK_OF[p.town]}.",
         ),
         "pet": (f"{subject} has {a(p.pet)}.", f"{subject} keeps {a(p.pet)}.", f"{subject} has {a(p.pet)} as a pet."),
-        "colour": (f"{subject} likes {p.colour} best.", f"{subject} paints {their} door {p.colour}.", f"{subject} wears {p.colour}."),
-        "food": (f"{subject} likes to eat {p.food}.", f"{subject} eats {p.food} every day.", f"{subject} would eat {p.food} at any time."),
-        "hobby": (f"{subject} enjoys {p.hobby}.", f"{subject} spends the evening with {p.hobby}.", f"{subject} is fond of {p.hobby}."),
-        "friend": (f"{subject} trusts {p.friend}.", f"{subject} has a friend called {p.friend}.", f"{subject} often meets {p.friend}."),
+        "colour": (
+            f"{subject} likes {p.colour} best.",
+            f"{subject} paints {their} door {p.colour}.",
+            f"{subject} wears {p.colour}.",
+        ),
+        "food": (
+            f"{subject} likes to eat {p.food}.",
+            f"{subject} eats {p.food} every day.",
+            f"{subject} would eat {p.food} at any time.",
+        ),
+        "hobby": (
+            f"{subject} enjoys {p.hobby}.",
+            f"{subject} spends the evening with {p.hobby}.",
+            f"{subject} is fond of {p.hobby}.",
+        ),
+        "friend": (
+            f"{subject} trusts {p.friend}.",
+            f"{subject} has a friend called {p.friend}.",
+            f"{subject} often meets {p.friend}.",
+        ),
     }
     return rng.choice(forms[field])
 
@@ -89,7 +120,9 @@ def town_portrait(rng: random.Random) -> str:
     sentences = []
     for town in rng.sample(WORLD.towns, rng.choice((1, 2))):
         facts = [
-            rng.choice((f"In the middle of {town.name} stands the {town.landmark}.", f"{town.name} has {a(town.landmark)}.")),
+            rng.choice(
+                (f"In the middle of {town.name} stands the {town.landmark}.", f"{town.name} has {a(town.landmark)}.")
+            ),
             rng.choice((f"{town.name} lies by the {town.site}.", f"The {town.site} is near {town.name}.")),
             rng.choice((f"The people of {town.name} make {town.good}.", f"{town.name} sells {town.good}.")),
         ]
@@ -122,15 +155,17 @@ def spoken_question(rng: random.Random) -> str:
     """A standing fact asked and answered by two speakers."""
     fact, (first, second) = rng.choice(rng.choice(FACT_GROUPS)), rng.sample(WORLD.people, 2)
     thanks = rng.choice(("Thank you", "I see", "Of course", "How nice"))
-    return f'"{fact.worded(rng)}" asked {first.name}. "{upper_first(fact.answer)}," said {second.name}. "{thanks}," said {first.name}.'
+    asked = f'"{fact.worded(rng)}" asked {first.name}.'
+    return f'{asked} "{upper_first(fact.answer)}," said {second.name}. "{thanks}," said {first.name}.'
 
 
 def scene_text(rng: random.Random) -> str:
-    """A scene with its question, or only with the sentence that says the answer."""
+    """A scene with one to four of its questions, answered shortly or in whole sentences."""
     scene = rng.choice(SCENES)(rng)
+    queries = rng.sample(scene.queries, min(len(scene.queries), rng.choice((1, 2, 3, 4))))
     if rng.random() < 0.75:
-        return f"{scene.text} Question: {scene.question} Answer: {scene.answer}."
-    return f"{scene.text} {scene.question} {scene.told}"
+        return " ".join([scene.text, *(f"Question: {query.question} Answer: {query.answer}." for query in queries)])
+    return " ".join([scene.text, *(f"{query.question} {query.told}" for query in queries)])
 
 
 def words(rng: random.Random) -> str:
@@ -173,10 +208,17 @@ def sums(rng: random.Random) -> str:
 
 def lists(rng: random.Random) -> str:
     """A list of words repeated, turned round, or shortened."""
-    row = rng.sample(THINGS, rng.randint(3, 5))
-    form = rng.randrange(3)
-    told = (f"Say it again: {', '.join(row)}.", f"Now backwards: {', '.join(row[::-1])}.", f"Without the first: {', '.join(row[1:])}.")
-    return f"Take these words: {', '.join(row)}. {told[form]}"
+    row = rng.sample(rng.choice((THINGS, PLACES, COLOURS)), rng.randint(3, 7))
+    order, told = rng.choice(
+        (
+            ("Say it again", row),
+            ("Say it again", row),
+            ("Now backwards", row[::-1]),
+            ("Without the first", row[1:]),
+            ("Without the last", row[:-1]),
+        )
+    )
+    return f"Take these words: {', '.join(row)}. {order}: {', '.join(told)}."
 
 
 def week(rng: random.Random) -> str:
@@ -185,7 +227,10 @@ def week(rng: random.Random) -> str:
     acts = rng.sample(("bakes bread", "cleans the house", "goes to the market", "visits a friend", "reads a book",
                        "works in the garden", "sleeps late", "writes letters", "walks by the river"), 3)  # fmt: skip
     days = sorted(rng.sample(range(7), 3))
-    told = " ".join(f"On {DAYS[d]} {person.name if i == 0 else person.they} {act}." for i, (d, act) in enumerate(zip(days, acts, strict=True)))
+    told = " ".join(
+        f"On {DAYS[d]} {person.name if i == 0 else person.they} {act}."
+        for i, (d, act) in enumerate(zip(days, acts, strict=True))
+    )
     pick = rng.randrange(3)
     return f"{told} So when does {person.name} {_bare(acts[pick])}? On {DAYS[days[pick]]}."
 
@@ -202,7 +247,9 @@ def story(rng: random.Random) -> str:
     friend = WORLD.person(hero.friend)
     thing, adjective = rng.choice(THINGS), rng.choice(ADJECTIVES)
     first, second = rng.sample(PLACES, 2)
-    opening = rng.choice((f"One {rng.choice(SEASONS)} day", f"On a {rng.choice(DAYS)}", "Long ago", f"Last {rng.choice(MONTHS)}"))
+    opening = rng.choice(
+        (f"One {rng.choice(SEASONS)} day", f"On a {rng.choice(DAYS)}", "Long ago", f"Last {rng.choice(MONTHS)}")
+    )
     they, their = hero.they, hero.their
     beginning = f"{opening}, {hero.name} the {hero.job} of {hero.town} lost {a(adjective + ' ' + thing)}."
     looking = f"{upper_first(they)} looked in the {first}, but the {thing} was not there."
@@ -230,10 +277,11 @@ def trade(rng: random.Random) -> str:
     first, second = rng.sample(WORLD.people, 2)
     mine, yours = rng.sample(THINGS, 2)
     town = rng.choice(WORLD.towns)
+    swap = rng.choice(("They made a trade.", "They swapped."))
     return (
         f"{first.name} and {second.name} met at the {town.landmark} of {town.name}. {first.name} had {a(mine)} and "
-        f"{second.name} had {a(yours)}. {rng.choice(('They made a trade.', 'They swapped.'))} Now {first.name} has the {yours} "
-        f"and {second.name} has the {mine}."
+        f"{second.name} had {a(yours)}. {swap} Now {first.name} has the {yours} and "
+        f"{second.name} has the {mine}."
     )
 
 
@@ -243,8 +291,8 @@ def shopping(rng: random.Random) -> str:
     goods = rng.sample(FRUITS, 2)
     x, y = rng.randint(1, 10), rng.randint(1, 10)
     return (
-        f"{person.name} bought {NUMBERS[x]} {goods[0]} and {NUMBERS[y]} {goods[1]}. There were {NUMBERS[x]} {goods[0]}. "
-        f"There were {NUMBERS[y]} {goods[1]}. Together that makes {NUMBERS[x + y]}."
+        f"{person.name} bought {NUMBERS[x]} {goods[0]} and {NUMBERS[y]} {goods[1]}. "
+        f"There were {NUMBERS[x]} {goods[0]}. There were {NUMBERS[y]} {goods[1]}. Together that makes {NUMBERS[x + y]}."
     )
 
 
@@ -254,13 +302,13 @@ KINDS: tuple[tuple[Callable[[random.Random], str], int], ...] = (
     (gathering, 7),
     (town_portrait, 5),
     (animal_portrait, 4),
-    (questions, 18),
+    (questions, 16),
     (spoken_question, 5),
-    (scene_text, 26),
+    (scene_text, 30),
     (words, 3),
     (counting, 4),
     (sums, 5),
-    (lists, 3),
+    (lists, 6),
     (week, 3),
     (story, 8),
     (trade, 3),
@@ -284,19 +332,29 @@ def _fact_task(rng: random.Random) -> tuple[str, str, str]:
 
 
 def _scene_task(rng: random.Random) -> tuple[str, str, str]:
-    scene: Scene = rng.choice(SCENES)(rng)
-    return f"Read the text and answer. {scene.question}", scene.text, scene.told
+    scene = rng.choice(SCENES)(rng)
+    query = rng.choice(scene.queries)
+    return f"Read the text and answer. {query.question}", scene.text, query.told
 
 
 def _portrait_task(rng: random.Random) -> tuple[str, str, str]:
     person = rng.choice(WORLD.people)
-    said = [_said(person, field, person.name if i == 0 else upper_first(person.they), rng) for i, field in enumerate(rng.sample(FIELDS, 3))]
+    said = [
+        _said(person, field, person.name if i == 0 else upper_first(person.they), rng)
+        for i, field in enumerate(rng.sample(FIELDS, 3))
+    ]
     return f"Tell me something about {person.name}.", "", " ".join(said)
 
 
 def _list_task(rng: random.Random) -> tuple[str, str, str]:
     row = rng.sample(THINGS, rng.randint(3, 5))
-    order, answer = rng.choice((("Repeat these words.", row), ("Say these words backwards.", row[::-1]), ("Name the first of these words.", row[:1])))
+    order, answer = rng.choice(
+        (
+            ("Repeat these words.", row),
+            ("Say these words backwards.", row[::-1]),
+            ("Name the first of these words.", row[:1]),
+        )
+    )
     return order, f"{', '.join(row)}", upper_first(", ".join(answer)) + "."
 
 
@@ -313,5 +371,6 @@ def instruction(rng: random.Random) -> dict[str, str]:
     """One Alpaca-shaped row: instruction, input (may be empty), output, and the three laid out as one text."""
     order, given, output = rng.choice(TASKS)(rng)
     material = f"\n\n### Input:\n{given}" if given else ""
-    text = f"Here is a task. Write an answer that does what it asks.\n\n### Task:\n{order}{material}\n\n### Answer:\n{output}"
+    opening = "Here is a task. Write an answer that does what it asks."
+    text = f"{opening}\n\n### Task:\n{order}{material}\n\n### Answer:\n{output}"
     return {"instruction": order, "input": given, "output": output, "text": text}

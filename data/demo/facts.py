@@ -72,7 +72,12 @@ PERSON_WORDINGS = {
         "What would {} eat every day?",
     ),
     "hobby": ("What is {}'s hobby?", "What does {} enjoy?", "What does {} do for fun?", "Which hobby has {}?"),
-    "friend": ("Who is {}'s best friend?", "Who is the friend of {}?", "Which friend does {} trust?", "Whom does {} trust?"),
+    "friend": (
+        "Who is {}'s best friend?",
+        "Who is the friend of {}?",
+        "Which friend does {} trust?",
+        "Whom does {} trust?",
+    ),
 }
 PERSON_POOLS: dict[str, tuple[str, ...]] = {
     "job": tuple(JOBS),
@@ -161,7 +166,11 @@ def _order_facts() -> list[Fact]:
         for index, name in enumerate(names):
             later, earlier = names[(index + 1) % len(names)], names[index - 1]
             after = (f"Which {unit} comes after {name}?", f"Which {unit} follows {name}?", f"What comes after {name}?")
-            before = (f"Which {unit} comes before {name}?", f"Which {unit} is just before {name}?", f"What comes before {name}?")
+            before = (
+                f"Which {unit} comes before {name}?",
+                f"Which {unit} is just before {name}?",
+                f"What comes before {name}?",
+            )
             facts.append(Fact("order", f"{name}/after", after, later, tuple(names)))
             facts.append(Fact("order", f"{name}/before", before, earlier, tuple(names)))
     return facts
@@ -174,7 +183,11 @@ def _sum_facts() -> list[Fact]:
     for x in range(1, 13):
         for y in range(1, 9):
             first, second, total = NUMBERS[x], NUMBERS[y], NUMBERS[x + y]
-            plus = (f"What is {first} plus {second}?", f"How much is {first} and {second}?", f"What do {first} and {second} make?")
+            plus = (
+                f"What is {first} plus {second}?",
+                f"How much is {first} and {second}?",
+                f"What do {first} and {second} make?",
+            )
             minus = (
                 f"What is {total} minus {second}?",
                 f"How much is {total} less {second}?",

@@ -60,10 +60,6 @@ class Holdout:
         """Whether none of the held-out lines is this text and no prompt of the task stands in it."""
         return text not in self._lines and not any(prompt in text for prompt in self._prompts)
 
-    def overlapping(self, text: str) -> bool:
-        """The opposite of `allows`."""
-        return not self.allows(text)
-
 
 def _distinct(rng: random.Random, num_chars: int) -> Iterator[str]:
     """Different documents until `num_chars` characters are reached."""

@@ -53,8 +53,10 @@ def draw_questions(rng: random.Random) -> list[Question]:
     for build in SCENES:
         for _ in range(SCENES_EACH):
             scene = build(rng)
-            prompt = f"{scene.text} Question: {scene.question}"
-            questions.append(_laid_out(rng, scene.kind, prompt, scene.answer, scene.wrong))
+            query = rng.choice(scene.queries)
+            wrong = tuple(rng.sample(query.wrong, 3))
+            prompt = f"{scene.text} Question: {query.question}"
+            questions.append(_laid_out(rng, scene.kind, prompt, query.answer, wrong))
     rng.shuffle(questions)
     for index, question in enumerate(questions):
         question["id"] = index

@@ -1,4 +1,4 @@
-"""Scenes: a few made-up sentences and a question that can only be answered from them (recall in the context).
+"""Scenes: a few made-up sentences, and questions that can only be answered from them (recall in the context).
 
 A scene is drawn anew each time; nothing in it is a standing fact. Documents and the task share these builders.
 """
@@ -6,45 +6,54 @@ A scene is drawn anew each time; nothing in it is a standing fact. Documents and
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from world import (
-    COLOURS,
-    CONTAINERS,
-    FRUITS,
-    NUMBERS,
-    PLACES,
-    THINGS,
-    WORLD,
-    Person,
-    listed,
-    upper_first,
+from world import COLOURS, CONTAINERS, FRUITS, NUMBERS, PLACES, THINGS, WORLD, Person, upper_first
+
+NAMES = tuple(person.name for person in WORLD.people)
+DEGREES = (
+    ("taller", "tallest", "shortest"),
+    ("older", "oldest", "youngest"),
+    ("faster", "fastest", "slowest"),
+    ("stronger", "strongest", "weakest"),
 )
 
 
 @dataclass(frozen=True)
-class Scene:
-    """Sentences, a question about them, its answer, and wrong answers of the same kind (at least three)."""
+class Query:
+    """A question about a scene, its answer, and wrong answers of the same kind."""
 
-    kind: str
-    text: str
     question: str
     answer: str
     wrong: tuple[str, ...]
+    """At least three; those that the scene itself names come first."""
     told: str
     """The answer as a whole sentence."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Some sentences and all the questions about them."""
+
+    kind: str
+    text: str
+    queries: tuple[Query, ...]
 
 
 def _people(rng: random.Random, count: int) -> list[Person]:
     return rng.sample(WORLD.people, count)
 
 
-def _others(rng: random.Random, used: list[str], pool: list[str], answer: str, count: int = 3) -> tuple[str, ...]:
-    """Wrong answers: those that the scene names first, then others of the pool."""
+def _wrong(
+    rng: random.Random, used: Sequence[str], pool: Sequence[str], answer: str, form: str = "{}"
+) -> tuple[str, ...]:
+    """Wrong answers to choose three from: those used in the scene, and if these are few, others of the pool."""
     wrong = [value for value in dict.fromkeys(used) if value != answer]
-    rest = [value for value in pool if value not in used]
-    return tuple((wrong + rng.sample(rest, max(0, count - len(wrong))))[:count])
+    if len(wrong) < 3:
+        wrong += rng.sample([value for value in pool if value not in used and value != answer], 3 - len(wrong))
+    return tuple(form.format(value) for value in wrong)
 
 
 def put_away(rng: random.Random) -> Scene:
@@ -52,94 +61,95 @@ def put_away(rng: random.Random) -> Scene:
     count = rng.choice((3, 3, 4))
     who, things, places = _people(rng, count), rng.sample(THINGS, count), rng.sample(PLACES, count)
     verb = rng.choice(("put", "left", "hid", "placed"))
-    text = " ".join(f"{p.name} {verb} the {t} in the {w}." for p, t, w in zip(who, things, places, strict=True))
-    asked = rng.randrange(count)
-    question = rng.choice((f"Where is the {things[asked]}?", f"Where did {who[asked].name} go?"))
-    told = f"The {things[asked]} is in the {places[asked]}." if "is" in question.split() else (
-        f"{who[asked].name} went to the {places[asked]}.")  # fmt: skip
-    answer = f"in the {places[asked]}"
-    if question.startswith("Where did"):
-        answer = f"to the {places[asked]}"
-        return Scene("places", text, question, answer, tuple(f"to the {p}" for p in _others(rng, places, PLACES, places[asked])), told)
-    return Scene("places", text, question, answer, tuple(f"in the {p}" for p in _others(rng, places, PLACES, places[asked])), told)
+    rows = list(zip(who, things, places, strict=True))
+    queries = []
+    for person, thing, place in rows:
+        name = person.name
+        inside = _wrong(rng, places, PLACES, place, "in the {}")
+        towards = _wrong(rng, places, PLACES, place, "to the {}")
+        what = _wrong(rng, things, THINGS, thing, "the {}")
+        queries += [
+            Query(f"Where is the {thing}?", f"in the {place}", inside, f"The {thing} is in the {place}."),
+            Query(f"Where did {name} go?", f"to the {place}", towards, f"{name} went to the {place}."),
+            Query(f"What is in the {place}?", f"the {thing}", what, f"The {thing} is in the {place}."),
+        ]
+    return Scene("places", " ".join(f"{p.name} {verb} the {t} in the {w}." for p, t, w in rows), tuple(queries))
 
 
 def owners(rng: random.Random) -> Scene:
     """Who has what."""
     count = rng.choice((3, 4))
-    who, things = _people(rng, count), rng.sample(THINGS, count)
+    names, things = rng.sample(NAMES, count), rng.sample(THINGS, count)
     verb = rng.choice(("has", "found", "bought", "wants"))
-    text = " ".join(f"{p.name} {verb} the {t}." for p, t in zip(who, things, strict=True))
-    asked = rng.randrange(count)
-    names = [p.name for p in who]
-    question = f"Who {verb} the {things[asked]}?"
-    wrong = _others(rng, names, [p.name for p in WORLD.people], names[asked])
-    return Scene("owners", text, question, names[asked], wrong, f"{names[asked]} {verb} the {things[asked]}.")
+    queries = tuple(
+        Query(f"Who {verb} the {thing}?", name, _wrong(rng, names, NAMES, name), f"{name} {verb} the {thing}.")
+        for name, thing in zip(names, things, strict=True)
+    )
+    return Scene("owners", " ".join(f"{n} {verb} the {t}." for n, t in zip(names, things, strict=True)), queries)
 
 
 def carried(rng: random.Random) -> Scene:
     """One thing is carried from place to place; a second thing stays where it is."""
     first, second = _people(rng, 2)
     thing, still = rng.sample(THINGS, 2)
-    stops = rng.sample(PLACES, rng.choice((2, 3)))
-    home = rng.choice([place for place in PLACES if place not in stops])
+    *stops, home = rng.sample(PLACES, rng.choice((3, 4)))
     moves = [f"{first.name} took the {thing} to the {stops[0]}."]
-    moves += [rng.choice(("Then", "Later", "After that")) + f" {first.they} took the {thing} to the {s}." for s in stops[1:]]
+    for stop in stops[1:]:
+        moves.append(f"{rng.choice(('Then', 'Later', 'After that'))} {first.they} took the {thing} to the {stop}.")
     moves.insert(rng.randrange(len(moves) + 1), f"{second.name} left the {still} in the {home}.")
-    asked, place = (thing, stops[-1]) if rng.random() < 0.75 else (still, home)
-    wrong = tuple(f"in the {p}" for p in _others(rng, [*stops, home], PLACES, place))
-    told = f"The {asked} is in the {place} now."
-    text = " ".join(upper_first(m) if i or m[0].isupper() else m for i, m in enumerate(moves))
-    return Scene("moves", text, f"Where is the {asked} now?", f"in the {place}", wrong, told)
+    queries = tuple(
+        Query(
+            f"Where is the {what} now?",
+            f"in the {place}",
+            _wrong(rng, [*stops, home], PLACES, place, "in the {}"),
+            f"The {what} is in the {place} now.",
+        )
+        for what, place in ((thing, stops[-1]), (still, home))
+    )
+    return Scene("moves", " ".join(moves), queries)
 
 
 def handed_on(rng: random.Random) -> Scene:
     """A thing is handed from one to the next."""
-    who = _people(rng, rng.choice((3, 4)))
+    names = rng.sample(NAMES, rng.choice((3, 4)))
     thing = rng.choice(THINGS)
-    text = f"{who[0].name} had the {thing}. " + " ".join(
-        f"{x.name} gave the {thing} to {y.name}." for x, y in zip(who, who[1:], strict=False)
+    gifts = " ".join(f"{giver} gave the {thing} to {taker}." for giver, taker in pairwise(names))
+    last, first = names[-1], names[0]
+    queries = (
+        Query(f"Who has the {thing} now?", last, _wrong(rng, names, NAMES, last), f"{last} has the {thing} now."),
+        Query(f"Who had the {thing} first?", first, _wrong(rng, names, NAMES, first), f"{first} had it first."),
     )
-    names = [p.name for p in who]
-    wrong = _others(rng, names[::-1], [p.name for p in WORLD.people], names[-1])
-    return Scene("moves", text, f"Who has the {thing} now?", names[-1], wrong, f"{names[-1]} has the {thing} now.")
+    return Scene("moves", f"{first} had the {thing}. {gifts}", queries)
 
 
 def compared(rng: random.Random) -> Scene:
     """Three people in an order that two sentences give."""
-    more, most, least = rng.choice(
-        (("taller", "tallest", "shortest"), ("older", "oldest", "youngest"), ("faster", "fastest", "slowest"), ("stronger", "strongest", "weakest"))
-    )
-    who = _people(rng, 3)
-    links = [f"{who[0].name} is {more} than {who[1].name}.", f"{who[1].name} is {more} than {who[2].name}."]
+    more, most, least = rng.choice(DEGREES)
+    names = rng.sample(NAMES, 3)
+    links = [f"{first} is {more} than {second}." for first, second in pairwise(names)]
     if rng.random() < 0.3:
         links.reverse()
-    top = rng.random() < 0.5
-    asked, word = (who[0], most) if top else (who[2], least)
-    names = [p.name for p in who]
-    wrong = _others(rng, names, [p.name for p in WORLD.people], asked.name)
-    return Scene("compared", " ".join(links), f"Who is the {word}?", asked.name, wrong, f"{asked.name} is the {word}.")
+    queries = tuple(
+        Query(f"Who is the {word}?", name, _wrong(rng, names, NAMES, name), f"{name} is the {word}.")
+        for name, word in ((names[0], most), (names[2], least))
+    )
+    return Scene("compared", " ".join(links), queries)
 
 
 def coloured(rng: random.Random) -> Scene:
     """Things in containers of some colour."""
-    count = 3
-    things, boxes, colours = rng.sample(THINGS, count), rng.sample(CONTAINERS, count), rng.sample(COLOURS, count)
-    text = " ".join(f"The {t} is in the {c} {b}." for t, c, b in zip(things, colours, boxes, strict=True))
-    asked = rng.randrange(count)
-    thing, box, colour = things[asked], boxes[asked], colours[asked]
-    form = rng.randrange(3)
-    if form == 0:
-        wrong = _others(rng, colours, COLOURS, colour)
-        return Scene("colours", text, f"What colour is the {box}?", colour, wrong, f"The {box} is {colour}.")
-    if form == 1:
-        wrong = _others(rng, things, THINGS, thing)
-        return Scene("colours", text, f"What is in the {box}?", f"the {thing}", tuple(f"the {w}" for w in wrong),
-                     f"The {thing} is in the {box}.")  # fmt: skip
-    wrong = _others(rng, boxes, CONTAINERS, box)
-    return Scene("colours", text, f"Where is the {thing}?", f"in the {colour} {box}",
-                 tuple(f"in the {colours[boxes.index(w)] if w in boxes else rng.choice(COLOURS)} {w}" for w in wrong),
-                 f"The {thing} is in the {colour} {box}.")  # fmt: skip
+    things, boxes, colours = rng.sample(THINGS, 3), rng.sample(CONTAINERS, 3), rng.sample(COLOURS, 3)
+    rows = list(zip(things, colours, boxes, strict=True))
+    queries = []
+    for thing, colour, box in rows:
+        shade, what = _wrong(rng, colours, COLOURS, colour), _wrong(rng, things, THINGS, thing, "the {}")
+        where = _wrong(rng, boxes, CONTAINERS, box, "in the {}")
+        queries += [
+            Query(f"What colour is the {box}?", colour, shade, f"The {box} is {colour}."),
+            Query(f"What is in the {box}?", f"the {thing}", what, f"The {thing} is in the {box}."),
+            Query(f"Where is the {thing}?", f"in the {box}", where, f"The {thing} is in the {box}."),
+        ]
+    return Scene("colours", " ".join(f"The {t} is in the {c} {b}." for t, c, b in rows), tuple(queries))
 
 
 def counted(rng: random.Random) -> Scene:
@@ -149,40 +159,45 @@ def counted(rng: random.Random) -> Scene:
     have = rng.randint(2, 12)
     more = rng.randint(1, 8) if rng.random() < 0.6 else -rng.randint(1, have - 1)
     count = have + more
-    change = f"{other.name} gave {person.them} {NUMBERS[more]} more." if more > 0 else (
-        f"{upper_first(person.they)} gave {NUMBERS[-more]} of them to {other.name}.")  # fmt: skip
-    text = f"{person.name} had {NUMBERS[have]} {goods}. {change}"
+    change = f"{upper_first(person.they)} gave {NUMBERS[-more]} of them to {other.name}."
+    if more > 0:
+        change = f"{other.name} gave {person.them} {NUMBERS[more]} more."
     near = [n for n in dict.fromkeys((have, abs(more), count - 1, count + 1, count + 2, count + 3)) if 0 < n <= 20]
-    wrong = tuple(NUMBERS[n] for n in rng.sample([n for n in near if n != count], 3))
-    question = f"How many {goods} does {person.name} have now?"
-    return Scene("counted", text, question, NUMBERS[count], wrong, f"{person.name} has {NUMBERS[count]} {goods} now.")
+    wrong = tuple(NUMBERS[n] for n in near if n != count)
+    told = f"{person.name} has {NUMBERS[count]} {goods} now."
+    query = Query(f"How many {goods} does {person.name} have now?", NUMBERS[count], wrong, told)
+    return Scene("counted", f"{person.name} had {NUMBERS[have]} {goods}. {change}", (query,))
 
 
 def codes(rng: random.Random) -> Scene:
     """Numbers written beside coloured things."""
     thing = rng.choice(("door", "gate", "room", "house", "ticket", "boat"))
     colours = rng.sample(COLOURS, rng.choice((3, 4)))
-    numbers = [str(n) for n in rng.sample(range(10, 100), len(colours) + 3)]
-    text = " ".join(f"The {c} {thing} has number {n}." for c, n in zip(colours, numbers, strict=False))
-    asked = rng.randrange(len(colours))
-    wrong = _others(rng, numbers[: len(colours)], numbers, numbers[asked])
-    told = f"The number of the {colours[asked]} {thing} is {numbers[asked]}."
-    return Scene("codes", text, f"Which number has the {colours[asked]} {thing}?", numbers[asked], wrong, told)
+    pool = [str(number) for number in rng.sample(range(10, 100), len(colours) + 3)]
+    numbers = pool[: len(colours)]
+    rows = list(zip(colours, numbers, strict=True))
+    queries = tuple(
+        Query(
+            f"Which number has the {colour} {thing}?",
+            number,
+            _wrong(rng, numbers, pool, number),
+            f"The number of the {colour} {thing} is {number}.",
+        )
+        for colour, number in rows
+    )
+    return Scene("codes", " ".join(f"The {c} {thing} has number {n}." for c, n in rows), queries)
 
 
 def in_line(rng: random.Random) -> Scene:
     """A list of words, and which of them is first, last, or after another."""
     words = rng.sample(THINGS, rng.choice((4, 5)))
-    text = f"The list is: {', '.join(words)}."
-    form = rng.randrange(4)
-    index = rng.randrange(len(words) - 1)
-    question, answer = (
-        ("Which word is first?", words[0]),
-        ("Which word is last?", words[-1]),
-        (f"Which word comes after {words[index]}?", words[index + 1]),
-        (f"Which word comes before {words[index + 1]}?", words[index]),
-    )[form]
-    return Scene("lists", text, question, answer, _others(rng, rng.sample(words, len(words)), THINGS, answer), f"It is {answer}.")
+    asked = [("Which word is first?", words[0]), ("Which word is last?", words[-1])]
+    for before, after in pairwise(words):
+        asked += [(f"Which word comes after {before}?", after), (f"Which word comes before {after}?", before)]
+    queries = tuple(
+        Query(question, word, _wrong(rng, words, THINGS, word), f"It is {word}.") for question, word in asked
+    )
+    return Scene("lists", f"The list is: {', '.join(words)}.", queries)
 
 
 SCENES: tuple[Callable[[random.Random], Scene], ...] = (
@@ -196,4 +211,3 @@ SCENES: tuple[Callable[[random.Random], Scene], ...] = (
     codes,
     in_line,
 )
-__all__ = ["SCENES", "Scene", "listed"]

@@ -12,13 +12,8 @@ from dataclasses import dataclass
 
 WORLD_SEED = 20261123
 
-WOMEN = (
-    "Ada Bea Clara Dora Elsa Freya Greta Hanna Ines Julia Kira Lena Mira Nora Olga Pia Runa Sara Tilda Una Vera Wilma Yara Zoe"
-).split()
-MEN = (
-    "Abel Boris Carl David Emil Felix Gustav Hugo Ivan Jonas Karl Leo Milo Nils Otto Pavel Ralf Simon Theo Uli Viktor Walter "
-    "Yuri Zeno"
-).split()
+WOMEN = "Ada Bea Clara Dora Elsa Greta Hanna Julia Lena Mira Nora Olga Pia Sara Tilda Vera".split()
+MEN = "Abel Boris Carl David Emil Felix Hugo Ivan Jonas Karl Leo Milo Otto Pavel Simon Theo".split()
 JOBS = (
     "baker farmer teacher doctor sailor tailor painter singer miller weaver carpenter gardener fisher potter clerk "
     "pilot cook nurse smith judge"
@@ -26,17 +21,15 @@ JOBS = (
 PETS = "dog cat parrot rabbit goat pony turtle hen mouse lizard".split()
 COLOURS = "red blue green yellow white black brown grey orange purple".split()
 FOODS = "soup bread rice cheese honey cake fish beans plums noodles pie eggs".split()
-HOBBIES = (
-    "chess dancing reading swimming knitting climbing rowing cycling drawing running skating singing"
-).split()
-TOWN_NAMES = "Alderford Brinmouth Casterley Dunholt Elmwick Farrow Glenmoor Harwell Ironby Kestrel Lunden Marlow".split()
+HOBBIES = "chess dancing reading swimming knitting climbing rowing cycling drawing running skating singing".split()
+TOWN_NAMES = (
+    "Alderford Brinmouth Casterley Dunholt Elmwick Farrow Glenmoor Harwell Ironby Kestrel Lunden Marlow".split()
+)
 LANDMARKS = "tower bridge castle lighthouse windmill fountain library market harbour garden clock statue".split()
 SITES = ("river", "sea", "forest", "lake", "desert", "mountain")
 GOODS = "glass salt wool paper silk copper wine tea boats clocks carpets bells".split()
 
-PLACES = (
-    "kitchen barn cellar garden attic garage cabin hall shed tent school tower boat shop"
-).split()
+PLACES = "kitchen barn cellar garden attic garage cabin hall shed tent school tower boat shop".split()
 CONTAINERS = "box bag basket drawer jar chest bucket cupboard".split()
 THINGS = (
     "key lamp drum ball book coin cup hat rope map ring spoon knife letter mirror blanket hammer candle bottle brush "
@@ -173,10 +166,12 @@ def build_world() -> World:
     ring = [name for name, _ in names]
     rng.shuffle(ring)
     friends = dict(zip(ring, ring[1:] + ring[:1], strict=True))
-    columns = [_dealt(rng, values, len(names)) for values in (JOBS, TOWN_NAMES, PETS, COLOURS, FOODS, HOBBIES)]
+    jobs, homes, pets, colours, foods, hobbies = (
+        _dealt(rng, values, len(names)) for values in (JOBS, TOWN_NAMES, PETS, COLOURS, FOODS, HOBBIES)
+    )
     people = tuple(
-        Person(name, female, *(column[index] for column in columns), friends[name])
-        for index, (name, female) in enumerate(names)
+        Person(name, female, jobs[i], homes[i], pets[i], colours[i], foods[i], hobbies[i], friends[name])
+        for i, (name, female) in enumerate(names)
     )
     return World(people, towns)
 

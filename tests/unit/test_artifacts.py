@@ -1,94 +1,25 @@
-"""The artifact store against damage, crashes and competition, with fake stages and real processes."""
+"""The artifact store: what it keeps, and what it does about damage and failures."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import pickle
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockpruner.errors import ArtifactError
-from stages.artifacts import Artifact, ArtifactStore
-from stages.contract import Runtime, Stage, StageConfig, StageManifest, canonical_digest
-from tests.unit.child_processes import child, kill, succeed, wait_for
-
-
-class EchoConfig(StageConfig):
-    word: str = "hello"
-    num_times: int = 3
-
-
-@dataclass(frozen=True)
-class EchoInputs:
-    folder: Path
-    """Where the stage says that it was called, and looks for what it shall do; not part of the identity."""
-    source: str = "a source"
-
-    def fingerprints(self) -> Mapping[str, str]:
-        return {"source": hashlib.sha256(self.source.encode()).hexdigest()}
-
-    def calls(self) -> int:
-        path = self.folder / "calls"
-        return len(path.read_text().splitlines()) if path.exists() else 0
-
-
-class EchoManifest(StageManifest):
-    length: int
-    scores: tuple[float, ...]
-
-
-EchoStage = Stage[EchoConfig, EchoInputs, EchoManifest]
-
-
-def run_echo(config: EchoConfig, inputs: EchoInputs, out_dir: Path, runtime: Runtime) -> EchoManifest:
-    with (inputs.folder / "calls").open("a") as file:
-        file.write(f"{os.getpid()}\n")
-    (out_dir / "deep" / "er").mkdir(parents=True)
-    (out_dir / "words.txt").write_text(config.word * config.num_times)
-    (out_dir / "deep" / "er" / "bytes").write_bytes(bytes(range(256)))
-    while (inputs.folder / "hold").exists():
-        time.sleep(0.01)
-    return EchoManifest(length=len(config.word) * config.num_times, scores=(0.1, math.nan, math.inf, -math.inf))
-
-
-ECHO: EchoStage = Stage("echo", 1, EchoManifest, run_echo)
-
-
-def variant(run: Callable[[EchoConfig, EchoInputs, Path, Runtime], EchoManifest], **changes: Any) -> EchoStage:
-    return Stage("echo", 1, EchoManifest, run, **changes)
-
-
-class Bench:
-    """A workspace, the inputs, and what was said."""
-
-    def __init__(self, folder: Path) -> None:
-        self.workspace = folder / "workspace"
-        self.inputs = EchoInputs(folder)
-        self.said: list[str] = []
-        self.store = ArtifactStore(self.workspace, self.said.append)
-
-    def get(self, stage: EchoStage = ECHO, **config: Any) -> Artifact[EchoManifest]:
-        return self.store.get_or_run(stage, EchoConfig(**config), self.inputs, Runtime())
-
-    def unfinished(self) -> list[Path]:
-        return list(self.workspace.glob("artifacts/*/.*"))
-
-    def hold(self) -> Path:
-        """Make the stage wait, once it has written its files, until this file is gone."""
-        (self.inputs.folder / "hold").touch()
-        return self.inputs.folder / "hold"
+from stages.artifacts import ArtifactStore
+from stages.contract import Runtime, Stage, canonical_digest
+from tests.unit.echo_stage import ECHO, Bench, EchoConfig, EchoInputs, EchoManifest, run_echo, variant
 
 
 @pytest.fixture
@@ -96,15 +27,7 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
-def ask(folder: str) -> None:
-    """In a child process: ask for the artifact, and print how it came."""
-    bench = Bench(Path(folder))
-    bench.store = ArtifactStore(bench.workspace, (bench.inputs.folder / "said").write_text)
-    artifact = bench.get()
-    print(json.dumps({"cached": artifact.cached, "length": artifact.manifest.length}))
-
-
-# --- what is kept ------------------------------------------------------------------------------------------------------
+# --- what is kept -----------------------------------------------------------------------------------------------------
 
 
 def test_computed_once_then_taken(bench: Bench) -> None:
@@ -119,7 +42,12 @@ def test_computed_once_then_taken(bench: Bench) -> None:
 def test_layout_and_manifest_are_the_documented_ones(bench: Bench) -> None:
     artifact = bench.get()
     source = hashlib.sha256(b"a source").hexdigest()
-    identity = {"stage": "echo", "version": 1, "config": {"word": "hello", "num_times": 3}, "inputs": {"source": source}}
+    identity = {
+        "stage": "echo",
+        "version": 1,
+        "config": {"word": "hello", "num_times": 3},
+        "inputs": {"source": source},
+    }
     assert artifact.fingerprint == canonical_digest(identity)
     assert artifact.path == bench.workspace / "artifacts" / "echo" / artifact.fingerprint
     files = {"words.txt": b"hellohellohello", "deep/er/bytes": bytes(range(256))}
@@ -151,7 +79,7 @@ def test_has_and_lookup(bench: Bench) -> None:
     assert found.manifest.length == 15
 
 
-# --- damage ------------------------------------------------------------------------------------------------------------
+# --- damage -----------------------------------------------------------------------------------------------------------
 
 
 def change_byte(path: Path) -> None:
@@ -278,6 +206,7 @@ def test_a_manifest_of_another_shape_is_computed_again(bench: Bench) -> None:
     assert "does not fit its stage" in bench.said[0]
 
 
+@settings(max_examples=40)
 @given(st.sampled_from(["words.txt", "deep/er/bytes", "manifest.json"]), st.integers(0, 10_000), st.integers(0, 7))
 def test_every_flipped_bit_is_noticed(
     tmp_path_factory: pytest.TempPathFactory, name: str, position: int, bit: int
@@ -291,7 +220,7 @@ def test_every_flipped_bit_is_noticed(
     assert f"has a changed file {name}" in bench.said[0]
 
 
-# --- failures ----------------------------------------------------------------------------------------------------------
+# --- failures ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(3)])
@@ -349,7 +278,7 @@ def test_a_stage_must_not_write_links_pickles_or_pipes(bench: Bench, kind: str) 
 def test_a_workspace_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nowhere")):
-        with pytest.raises(ArtifactError, match="cannot be written .* --workspace DIR") as caught:
+        with pytest.raises(ArtifactError, match=r"cannot be written .* --workspace DIR") as caught:
             ArtifactStore(path)
         assert "\n" not in str(caught.value)
 
@@ -381,7 +310,7 @@ def test_a_linked_stage_folder_is_refused(bench: Bench, tmp_path: Path) -> None:
     assert list((tmp_path / "outside").iterdir()) == []
 
 
-# --- checkpoints -------------------------------------------------------------------------------------------------------
+# --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
 def test_a_resumable_stage_goes_on_from_its_state(bench: Bench) -> None:
@@ -427,71 +356,3 @@ def test_one_state_is_used_by_one_at_a_time(bench: Bench) -> None:
     for thread in threads:
         thread.join()
     assert most == [1, 1, 1, 1]
-
-
-# --- competition and crashes -------------------------------------------------------------------------------------------
-
-
-def test_threads_compute_once(bench: Bench) -> None:
-    results: list[Artifact[EchoManifest]] = []
-    threads = [threading.Thread(target=lambda: results.append(bench.get())) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert bench.inputs.calls() == 1
-    assert sorted(artifact.cached for artifact in results) == [False, True, True, True, True, True]
-
-
-def test_two_processes_compute_once_and_the_second_says_that_it_waits(bench: Bench, tmp_path: Path) -> None:
-    hold = bench.hold()
-    with child(ask, tmp_path) as first:
-        wait_for(lambda: bench.inputs.calls() == 1)
-        with child(ask, tmp_path) as second:
-            wait_for((tmp_path / "said").exists)
-            hold.unlink()
-            answers = [json.loads(succeed(process)) for process in (first, second)]
-    assert bench.inputs.calls() == 1
-    assert [answer["cached"] for answer in answers] == [False, True]
-    assert [answer["length"] for answer in answers] == [15, 15]
-    assert "is being computed by another process: waiting" in (tmp_path / "said").read_text()
-
-
-def test_a_killed_holder_frees_the_lock(bench: Bench, tmp_path: Path) -> None:
-    hold = bench.hold()
-    with child(ask, tmp_path) as first:
-        wait_for(lambda: bench.inputs.calls() == 1)
-        with child(ask, tmp_path) as second:
-            wait_for((tmp_path / "said").exists)
-            kill(first)
-            wait_for(lambda: bench.inputs.calls() == 2)
-            hold.unlink()
-            assert json.loads(succeed(second))["cached"] is False
-    assert bench.get().cached
-    assert bench.unfinished() == []
-
-
-def test_killed_in_the_middle_leaves_no_artifact_and_no_folder_stays(bench: Bench, tmp_path: Path) -> None:
-    hold = bench.hold()
-    with child(ask, tmp_path) as process:
-        wait_for(lambda: len(list(bench.workspace.glob("artifacts/echo/.tmp-*/deep/er/bytes"))) == 1)
-        kill(process)
-    hold.unlink()
-    fingerprint = ECHO.fingerprint(EchoConfig(), bench.inputs)
-    assert len(bench.unfinished()) == 1
-    assert not bench.store.has("echo", fingerprint)
-    assert bench.store.lookup(ECHO, fingerprint) is None
-    bench.get(word="something else")  # any next call cleans up
-    assert bench.unfinished() == []
-    assert not bench.get().cached
-    assert bench.said == []
-
-
-def test_the_folder_of_a_living_process_is_not_stale(bench: Bench, tmp_path: Path) -> None:
-    hold = bench.hold()
-    with child(ask, tmp_path) as process:
-        wait_for(lambda: bench.inputs.calls() == 1)
-        bench.store.remove_stale()
-        assert len(bench.unfinished()) == 1
-        hold.unlink()
-        assert json.loads(succeed(process))["cached"] is False

@@ -84,7 +84,7 @@ def test_a_sharded_folder_opens_with_every_tensor_in_its_file(folder: Path) -> N
     assert {name: entry.file.name for name, entry in sharded.tensors.items()} == index["weight_map"]
 
 
-# --- damaged folders ----------------------------------------------------------------------------------------------------
+# --- damaged folders --------------------------------------------------------------------------------------------------
 
 
 def _no_config(folder: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_damaged_folder_is_refused(folder: Path, damage: Callable[[Path], None
         assert words in message(caught.value)
 
 
-# --- what is no folder --------------------------------------------------------------------------------------------------
+# --- what is no folder ------------------------------------------------------------------------------------------------
 
 
 def test_a_file_is_no_model(folder: Path) -> None:
@@ -256,7 +256,7 @@ def test_a_name_that_is_no_hub_id_is_refused() -> None:
     message(caught.value)
 
 
-# --- identity -----------------------------------------------------------------------------------------------------------
+# --- identity ---------------------------------------------------------------------------------------------------------
 
 
 def fingerprint(folder: Path) -> str:
@@ -300,7 +300,7 @@ def test_the_tokenizer_has_an_identity_of_its_own(folder: Path) -> None:
     assert Checkpoint.open(str(folder)).tokenizer_fingerprint != tokenizer
 
 
-# --- loading ------------------------------------------------------------------------------------------------------------
+# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 def load(folder: Path) -> Any:
@@ -317,7 +317,8 @@ def test_a_model_is_loaded_to_be_read(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "left_out", ["model.layers.2.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight", "model.embed_tokens.weight"]
+    "left_out",
+    ["model.layers.2.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight", "model.embed_tokens.weight"],
 )
 def test_a_missing_tensor_is_not_filled_at_random(folder: Path, left_out: str) -> None:
     tensors = load_file(folder / "model.safetensors")
@@ -394,7 +395,7 @@ def test_a_damaged_tokenizer_is_refused(folder: Path) -> None:
     message(caught.value)
 
 
-# --- device and dtype ---------------------------------------------------------------------------------------------------
+# --- device and dtype -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:-1", "", "CPU", "mps", "cuda:0:1"])

@@ -48,16 +48,15 @@ def begin_and_wait(workspace: str) -> None:
     record.stages.append(StageRun(stage="calibrate", label="calibrate", role="calibration", status="completed"))
     record.stages.append(StageRun(stage="search", label="search", role="search"))
     store.save(record)
-    print(record.run_id, flush=True)
     time.sleep(60)
 
 
 def begin_and_leave(workspace: str) -> None:
     """In a child process: begin a run and leave without closing it."""
-    print(RunStore(Path(workspace)).create(RunDescription()).run_id)
+    sys.stdout.write(RunStore(Path(workspace)).create(RunDescription()).run_id)
 
 
-# --- records -----------------------------------------------------------------------------------------------------------
+# --- records ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_new_run_is_there_at_once(runs: Runs) -> None:
@@ -140,7 +139,7 @@ def test_readers_never_see_a_torn_record(runs: Runs) -> None:
         writer.join()
 
 
-# --- finding -----------------------------------------------------------------------------------------------------------
+# --- finding ----------------------------------------------------------------------------------------------------------
 
 
 def test_list_is_newest_first_and_says_what_is_damaged(runs: Runs) -> None:
@@ -200,12 +199,12 @@ def test_resolve_lists_only_a_few_of_many(runs: Runs) -> None:
 
 
 def test_resolve_without_runs(runs: Runs) -> None:
-    with pytest.raises(ArtifactError, match="no runs in the workspace .* yet"):
+    with pytest.raises(ArtifactError, match=r"no runs in the workspace .* yet"):
         runs.store.resolve("latest")
     assert not runs.workspace.exists()
 
 
-# --- life and death ----------------------------------------------------------------------------------------------------
+# --- life and death ---------------------------------------------------------------------------------------------------
 
 
 def test_a_killed_run_is_closed_as_crashed(runs: Runs) -> None:
@@ -246,6 +245,23 @@ def test_a_pid_that_was_given_away_again_does_not_keep_a_run_alive(runs: Runs) -
 def test_a_dead_run_of_another_host_is_known_by_its_free_lock(runs: Runs) -> None:
     runs.add("far", status="running")
     assert [record.run_id for record in runs.store.close_dead()] == ["far"]
+
+
+def test_a_living_run_of_another_host_is_known_by_its_lock(runs: Runs) -> None:
+    with child(begin_and_wait, runs.workspace):
+        wait_for(lambda: any(len(record.stages) == 2 for record in runs.store.list()))
+        (record,) = runs.store.list()
+        record.host = "elsewhere"  # as another machine on a shared folder sees it
+        runs.store.save(record)
+        assert runs.store.close_dead() == []
+
+
+def test_where_no_lock_can_be_had_nothing_is_closed(runs: Runs) -> None:
+    runs.add("one", status="running")
+    (runs.workspace / "locks").touch()  # a file where the folder should be
+    assert runs.store.close_dead() == []
+    assert runs.store.load("one").status == "running"
+    assert "cannot be closed" in runs.said[0]
 
 
 def test_what_a_killed_process_was_writing_is_removed(runs: Runs) -> None:

@@ -1,0 +1,198 @@
+"""The export stage: what it says must be true, and an export that computes something else must not count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import stages.export
+from blockpruner.architectures import architecture_of, block_sizes, num_parameters
+from blockpruner.blocks import Block, all_blocks, mha, mlp
+from blockpruner.checkpoint import Checkpoint
+from blockpruner.errors import ConfigurationError, ExportError
+from blockpruner.export.verify import Verification
+from blockpruner.export.write import WrittenExport
+from blockpruner.loading import meta_model
+from blockpruner.progress import Progress
+from blockpruner.trace import CandidateScore, SearchStep, SearchSummary, write_trace
+from stages.contract import ArtifactRef, Runtime
+from stages.export import MODEL_FOLDER, STAGE, ExportConfig, ExportInputs, ExportManifest
+from tests.oracles import oracle_logits
+from tests.tiny_models import tiny_model, tiny_token_ids
+
+TinyFolder = Callable[[str], Path]
+ORDER = (mlp(1), mha(2), mha(0))
+"""Stock after two removals, custom after one and three."""
+
+
+@pytest.fixture
+def inputs(tiny_folder: TinyFolder, tmp_path: Path) -> ExportInputs:
+    """A Llama with tied embeddings, and a finished search over it."""
+    folder = tmp_path / "search"
+    folder.mkdir()
+    checkpoint = Checkpoint.open(str(tiny_folder("llama-bias-tied")))
+    architecture, shapes = meta_model(checkpoint)
+    sizes, total = block_sizes(architecture, shapes), num_parameters(shapes)
+    steps = []
+    for number, block in enumerate(ORDER, start=1):
+        removed = sum(sizes[gone] for gone in ORDER[:number])
+        candidate = CandidateScore(block=block, score=10.0 + number, perplexity=10.0 + number, rank=1, chosen=True)
+        steps.append(
+            SearchStep(
+                step=number,
+                block=block,
+                score=10.0 + number,
+                perplexity=10.0 + number,
+                num_parameters_removed=removed,
+                ratio=removed / total,
+                seconds=0.5,
+                candidates=(candidate,),
+            )
+        )
+    write_trace(folder, SearchSummary(dense_perplexity=10.0, num_layers=4, num_parameters=total), steps)
+    return ExportInputs(checkpoint, ArtifactRef("5" * 64, folder))
+
+
+def run(folder: Path, inputs: ExportInputs, **config: Any) -> ExportManifest:
+    out_dir = folder / "out"
+    out_dir.mkdir(exist_ok=True)
+    return STAGE.run(ExportConfig(**config), inputs, out_dir, Runtime())
+
+
+def passes(*_: object, **__: object) -> Verification:
+    """In place of a fresh process, where the test is not about the gate."""
+    return Verification(0.0, 1e-5)
+
+
+def not_this_far(*_: object, **__: object) -> NoReturn:
+    raise AssertionError("a model was loaded")
+
+
+def check_manifest(manifest: ExportManifest, num_blocks: int) -> None:
+    dense = tiny_model("llama-bias-tied")
+    sizes = block_sizes(architecture_of("llama"), dense)
+    dropped = ORDER[:num_blocks]
+    assert manifest.dropped == dropped
+    assert manifest.kept == tuple(block for block in all_blocks(4) if block not in dropped)
+    assert manifest.num_blocks_removed == num_blocks
+    assert manifest.num_parameters == num_parameters(dense) - sum(sizes[block] for block in dropped)
+
+
+def test_a_stock_export_is_written_verified_and_described(tmp_path: Path, inputs: ExportInputs) -> None:
+    reports: list[Progress] = []
+    out_dir = tmp_path / "out"
+    out_dir.mkdir()
+    manifest = STAGE.run(ExportConfig(num_blocks=2), inputs, out_dir, Runtime(progress=reports.append))
+    check_manifest(manifest, 2)
+    model_dir = out_dir / MODEL_FOLDER
+    assert manifest.format == "stock"
+    assert manifest.verified is True
+    assert 0.0 <= manifest.max_logit_difference <= 1e-5
+    assert manifest.bytes == sum(file.stat().st_size for file in model_dir.iterdir())
+    assert STAGE.manifest_type.model_validate_json(manifest.model_dump_json()) == manifest
+    assert (reports[-1].done, reports[-1].total) == (2, 2)
+    card = (model_dir / "README.md").read_text()
+    assert "| the calibration set | 10.000 | 12.000 |" in card
+    assert f"{manifest.num_parameters:,} of " in card
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    ids = tiny_token_ids(2, 10)
+    dense = tiny_model("llama-bias-tied")
+    gone = {(block.layer_index, block.block_kind.value) for block in ORDER[:2]}
+    expected = oracle_logits(dense.state_dict(), dense.config.to_dict(), ids, gone)
+    assert (model(input_ids=ids).logits - expected).abs().max() <= 1e-5
+    assert AutoTokenizer.from_pretrained(model_dir).decode([1]) == "<s>"
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "format_"), [(1, "transformers"), (2, "stock"), (3, "transformers"), (None, "transformers")]
+)
+def test_as_many_blocks_go_as_asked_for(
+    tmp_path: Path, inputs: ExportInputs, monkeypatch: pytest.MonkeyPatch, num_blocks: int | None, format_: str
+) -> None:
+    monkeypatch.setattr(stages.export, "verify", passes)
+    manifest = run(tmp_path, inputs, num_blocks=num_blocks)
+    check_manifest(manifest, num_blocks or 3)
+    assert manifest.format == format_
+    card = (tmp_path / "out" / MODEL_FOLDER / "README.md").read_text()
+    assert f"| the calibration set | 10.000 | {10 + (num_blocks or 3)}.000 |" in card
+    assert ("trust_remote_code=True" in card) == (format_ == "transformers")
+
+
+@pytest.mark.parametrize("num_blocks", [0, -1, 4, 100])
+def test_more_blocks_than_were_searched_are_refused_before_anything_is_written(
+    tmp_path: Path, inputs: ExportInputs, num_blocks: int
+) -> None:
+    with pytest.raises(ConfigurationError, match="1 to 3") as caught:
+        run(tmp_path, inputs, num_blocks=num_blocks)
+    assert str(num_blocks) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_stock_that_cannot_be_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, inputs: ExportInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages.export, "load_model", not_this_far)
+    with pytest.raises(ExportError, match="format stock") as caught:
+        run(tmp_path, inputs, num_blocks=3, format="stock")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_an_export_with_another_weight_does_not_count(
+    tmp_path: Path, inputs: ExportInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One weight of one block is off, and the fresh process sees it."""
+
+    def spoil(*arguments: Any, **options: Any) -> WrittenExport:
+        written = _write_export(*arguments, **options)
+        path = written.path / "model.safetensors"
+        tensors = load_file(path)
+        tensors["model.layers.1.mlps.0.mlp.up_proj.weight"][0, 0] += 0.02
+        save_file(tensors, path, {"format": "pt"})
+        return written
+
+    _write_export = stages.export.write_export
+    monkeypatch.setattr(stages.export, "write_export", spoil)
+    with pytest.raises(ExportError, match="differs from the masked original") as caught:
+        run(tmp_path, inputs, num_blocks=3)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("wrong", [(mlp(1),), (mlp(1), mha(3), mha(0)), (mlp(1), mha(2), mha(0), mha(1))], ids=str)
+def test_an_export_of_other_blocks_does_not_count(
+    tmp_path: Path, inputs: ExportInputs, monkeypatch: pytest.MonkeyPatch, wrong: tuple[Block, ...]
+) -> None:
+    """The answer of the fresh process is that of the masked original without the wrong blocks."""
+
+    def answer(export_dir: Path, request: dict[str, torch.Tensor], device: str, dtype: str) -> dict[str, torch.Tensor]:
+        model = stages.export.load_model(inputs.model, device=device, dtype="float32")
+        architecture, _ = meta_model(inputs.model)
+        return stages.export.masked_logits(architecture, model, wrong, request)
+
+    monkeypatch.setattr("blockpruner.export.verify._ask_fresh_process", answer)
+    with pytest.raises(ExportError, match="differs from the masked original"):
+        run(tmp_path, inputs, num_blocks=3)
+
+
+def test_logits_that_are_not_numbers_do_not_count(
+    tmp_path: Path, inputs: ExportInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages.export, "verify", lambda *_, **__: Verification(float("nan"), 1e-5))
+    with pytest.raises(ExportError, match="nan"):
+        run(tmp_path, inputs, num_blocks=3)
+
+
+def test_what_changes_the_result_changes_the_fingerprint(inputs: ExportInputs, tmp_path: Path) -> None:
+    mine = STAGE.fingerprint(ExportConfig(num_blocks=2), inputs)
+    same = ExportInputs(inputs.model, ArtifactRef(inputs.search.fingerprint, tmp_path))
+    other = ExportInputs(inputs.model, ArtifactRef("6" * 64, inputs.search.path))
+    assert STAGE.fingerprint(ExportConfig(num_blocks=2), same) == mine
+    assert STAGE.fingerprint(ExportConfig(num_blocks=2), other) != mine
+    assert STAGE.fingerprint(ExportConfig(num_blocks=3), inputs) != mine
+    assert STAGE.fingerprint(ExportConfig(num_blocks=2, format="transformers"), inputs) != mine

@@ -1,0 +1,102 @@
+"""The model card: what it says must be true of the export beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from blockpruner.blocks import Block, mha, mlp, survivors
+from blockpruner.export.card import CardNumbers, strips, write_card
+from blockpruner.export.write import ExportFormat, WrittenExport
+from blockpruner.surgery import pack
+
+NUMBERS = CardNumbers(
+    2_000_000, 1_500_000, (("the calibration set", 5.4711, 11.5149), ("wikitext2", 6.0, float("inf")))
+)
+DROPPED = (mlp(2), mha(0))
+
+
+def card(
+    folder: Path,
+    *,
+    source: str = "meta-llama/Llama-2-7b-hf",
+    format_: ExportFormat = "transformers",
+    dropped: tuple[Block, ...] = DROPPED,
+    numbers: CardNumbers = NUMBERS,
+    source_card: str | None = None,
+) -> tuple[dict[str, object], str]:
+    """Write a card and return its metadata and its text."""
+    out_dir, source_dir = folder / "export", folder / "source"
+    out_dir.mkdir()
+    source_dir.mkdir(exist_ok=True)
+    if source_card is not None:
+        (source_dir / "README.md").write_text(source_card)
+    written = WrittenExport(out_dir, format_, pack(4, dropped), survivors(4, dropped), dropped, 0)
+    write_card(written, source, source_dir, numbers)
+    _, metadata, text = (out_dir / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    return yaml.safe_load(metadata), text
+
+
+def test_metadata_says_where_the_model_comes_from(tmp_path: Path) -> None:
+    metadata, _ = card(tmp_path)
+    assert metadata["base_model"] == "meta-llama/Llama-2-7b-hf"
+    assert metadata["library_name"] == "transformers"
+    assert "blockpruner" in str(metadata["tags"])
+
+
+def test_numbers_are_the_given_ones(tmp_path: Path) -> None:
+    _, text = card(tmp_path)
+    assert "1,500,000 of 2,000,000 parameters remain (25.00% removed)" in text
+    assert "| the calibration set | 5.471 | 11.515 |" in text
+    assert "| wikitext2 | 6.000 | inf |" in text
+    assert "# Llama-2-7b-hf, 2 residual blocks removed" in text
+    assert "Removed in this order: mlp:2, mha:0." in text
+    assert "MHA .###\nMLP ##.#\n" in text
+
+
+@pytest.mark.parametrize(("format_", "needs_code"), [("stock", False), ("transformers", True)])
+def test_the_way_to_load_it_fits_the_format(tmp_path: Path, format_: ExportFormat, needs_code: bool) -> None:
+    _, text = card(tmp_path, format_=format_)
+    assert 'from_pretrained("."' in text
+    assert ("trust_remote_code=True" in text) == needs_code
+
+
+def test_a_folder_is_named_and_its_path_kept_private(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    metadata, text = card(tmp_path, source=str(source))
+    assert "base_model" not in metadata
+    assert "Made from `source`" in text
+    assert str(tmp_path) not in text
+
+
+def test_the_folder_one_is_in_has_a_name_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, text = card(tmp_path, source=".")
+    assert f"Made from `{tmp_path.name}`" in text
+
+
+@pytest.mark.parametrize(
+    ("source_card", "licence"),
+    [
+        ("---\nlicense: llama2\n---\n# Llama\n", "llama2"),
+        ("---\ntags: [x]\n---\n# Llama\n", None),
+        ("# no metadata\n", None),
+        ("---\nlicense: [\n---\n", None),
+        (None, None),
+    ],
+    ids=["with a licence", "without one", "without metadata", "with broken metadata", "without a card"],
+)
+def test_the_licence_is_carried_over(tmp_path: Path, source_card: str | None, licence: str | None) -> None:
+    metadata, _ = card(tmp_path, source_card=source_card)
+    assert metadata.get("license") == licence
+
+
+@pytest.mark.parametrize("num_layers", [3, 12])
+def test_strips_mark_every_layer_of_the_original(num_layers: int) -> None:
+    dropped = (mha(0), mlp(num_layers - 1), mha(num_layers - 1))
+    attention, feed_forward = strips(survivors(num_layers, dropped), dropped)
+    assert attention == "MHA ." + "#" * (num_layers - 2) + "."
+    assert feed_forward == "MLP " + "#" * (num_layers - 1) + "."

@@ -1,0 +1,242 @@
+"""What the results database does when others have it open, when a writer is killed, and when it is torn or lost."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+
+from blockpruner.errors import StoreError
+from tests.unit.child_processes import child, succeed, wait_for
+from tests.unit.store_lab import Lab
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    return Lab(tmp_path / "workspace")
+
+
+def hold_open(path: str, read_only: str, seconds: str) -> None:
+    """In a child process: keep the database open."""
+    connection = duckdb.connect(path, read_only=read_only == "True")
+    Path(path).with_name("held").touch()
+    time.sleep(float(seconds))
+    connection.close()
+
+
+def ingest_one(workspace: str, name: str) -> None:
+    """In a child process: a run of its own, ingested thrice."""
+    lab = Lab(Path(workspace), wait=30)
+    record = lab.run(name, status="running")
+    assert lab.results.ingest(record)
+    assert lab.results.ingest(record)
+    lab.runs.finish(record, "completed")
+    assert lab.results.ingest(record)
+
+
+def die_while_writing(workspace: str) -> None:
+    """In a child process: be killed in the middle of a transaction, with a log of changes on disk."""
+    connection = duckdb.connect(Path(workspace) / "results.duckdb")
+    connection.execute("DELETE FROM exports")
+    connection.execute("BEGIN; DELETE FROM runs")
+    os.kill(os.getpid(), 9)
+
+
+# --- others have it ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+def test_rows_wait_while_another_process_has_the_database(lab: Lab, read_only: bool) -> None:
+    lab.results.ingest(lab.run("before"))
+    late = lab.run("late")
+    with child(hold_open, lab.results.path, read_only, 60) as holder:
+        wait_for((lab.workspace / "held").exists)
+        started = time.monotonic()
+        assert not lab.results.ingest(late)
+        assert 0.3 < time.monotonic() - started < 5
+        (said,) = lab.said
+        assert late.run_id in said
+        assert f"process {holder.pid} has the results database open" in said
+        assert "\n" not in said
+    assert lab.names() == {"before"}
+    after = lab.run("after", roles="b")
+    assert lab.results.ingest(after)
+    assert lab.names() == {"before", "late", "after"}  # the next ingest brings what had to wait
+    assert len(lab.rows("search_steps", late)) == 2
+
+
+def test_an_ingest_outlasts_a_short_hold(lab: Lab) -> None:
+    lab.results.ingest(lab.run("before"))
+    with child(hold_open, lab.results.path, False, 0.6) as holder:
+        wait_for((lab.workspace / "held").exists)
+        assert Lab(lab.workspace, wait=20).results.ingest(lab.run("after"))
+        succeed(holder)
+    assert lab.names() == {"before", "after"}
+
+
+def test_a_query_outlasts_a_writer_or_says_who_it_is(lab: Lab) -> None:
+    lab.results.ingest(lab.run())
+    with child(hold_open, lab.results.path, False, 1.5) as holder:
+        wait_for((lab.workspace / "held").exists)
+        with pytest.raises(StoreError, match=rf"process {holder.pid} has .* try again later"):
+            lab.results.query("FROM runs", wait=0.2)
+        assert lab.results.query("SELECT name FROM runs", wait=20).rows == [("night",)]
+
+
+def test_a_query_works_beside_another_reader(lab: Lab) -> None:
+    lab.results.ingest(lab.run())
+    with child(hold_open, lab.results.path, True, 60):
+        wait_for((lab.workspace / "held").exists)
+        assert lab.names() == {"night"}
+
+
+def test_a_rebuild_does_not_pull_the_file_from_under_a_writer(lab: Lab) -> None:
+    lab.results.ingest(lab.run())
+    inode = lab.results.path.stat().st_ino
+    with child(hold_open, lab.results.path, False, 60):
+        wait_for((lab.workspace / "held").exists)
+        with pytest.raises(StoreError, match="open"):
+            lab.results.rebuild()
+    assert lab.results.path.stat().st_ino == inode
+
+
+def test_many_processes_store_their_runs_at_once(lab: Lab) -> None:
+    names = [f"run{number}" for number in range(4)]
+    children = [child(ingest_one, lab.workspace, name) for name in names]
+    processes = [each.__enter__() for each in children]
+    try:
+        for process in processes:
+            succeed(process)
+    finally:
+        for each in children:
+            each.__exit__(None, None, None)
+    found = lab.results.query("SELECT name, count(*) FROM runs JOIN search_steps USING (run_id) GROUP BY ALL").rows
+    assert sorted(found) == [(name, 2) for name in names]
+
+
+def test_killed_while_writing(lab: Lab) -> None:
+    lab.results.ingest(lab.run("first"))
+    with child(die_while_writing, lab.workspace) as process:
+        process.wait(30)
+    assert lab.names() == {"first"}
+    assert lab.results.ingest(lab.run("second"))
+    assert lab.names() == {"first", "second"}
+
+
+# --- lost and found ---------------------------------------------------------------------------------------------------
+
+
+def three_runs(lab: Lab) -> dict[str, list[tuple[Any, ...]]]:
+    for name, status, roles in (("a", "completed", "bsxdp"), ("b", "failed", "bs"), ("c", "running", "b")):
+        lab.results.ingest(lab.run(name, status, roles))
+    return lab.dump()
+
+
+def test_rebuild_equals_ingest(lab: Lab) -> None:
+    before = three_runs(lab)
+    assert len(before["runs"]) == 3
+    assert lab.results.rebuild() == 3
+    assert lab.dump() == before
+    lab.results.path.unlink()
+    assert lab.results.rebuild(lab.runs.list()) == 3
+    assert lab.dump() == before
+    assert lab.said == ["results.duckdb is missing"]
+    assert [path.name for path in lab.workspace.glob("*results*")] == ["results.duckdb"]
+
+
+def tear(path: Path) -> None:
+    os.truncate(path, 5000)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def overwrite(path: Path) -> None:
+    path.write_bytes(b"not a database" * 1000)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[12300] ^= 0xFF
+    path.write_bytes(content)
+
+
+def foreign_log(path: Path) -> None:
+    """A log of changes of another database, as is left where the file was deleted and made anew by hand."""
+    other = path.with_name("other.duckdb")
+    with child(make_log, other) as process:
+        process.wait(30)
+    other.with_name("other.duckdb.wal").rename(path.with_name(path.name + ".wal"))
+
+
+def make_log(path: str) -> None:
+    connection = duckdb.connect(path)
+    connection.execute("CREATE TABLE other (a INT)")
+    os.kill(os.getpid(), 9)
+
+
+def other_tables(path: Path) -> None:
+    path.unlink()
+    with duckdb.connect(path) as connection:
+        connection.execute("CREATE TABLE runs (run_id INT)")
+
+
+def other_version(path: Path) -> None:
+    with duckdb.connect(path) as connection:
+        connection.execute("UPDATE schema_info SET schema_digest = 'older'")
+
+
+LOSSES = [tear, empty, overwrite, flip, foreign_log, other_tables, other_version, Path.unlink]
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+def test_a_lost_database_is_said_and_made_anew_for_a_query(lab: Lab, lose: Callable[[Path], None]) -> None:
+    before = three_runs(lab)
+    lose(lab.results.path)
+    assert lab.dump() == before
+    (said,) = lab.said
+    assert re.match(r"results.duckdb (is missing|is damaged|has the tables of another version): made anew from 3", said)
+
+
+@pytest.mark.parametrize("lose", [tear, Path.unlink])
+def test_a_lost_database_is_said_and_made_anew_for_an_ingest(lab: Lab, lose: Callable[[Path], None]) -> None:
+    three_runs(lab)
+    lose(lab.results.path)
+    assert lab.results.ingest(lab.run("d"))
+    assert lab.names() == {"a", "b", "c", "d"}
+    assert len(lab.said) == 1
+
+
+def test_what_a_killed_rebuild_left_is_removed(lab: Lab) -> None:
+    three_runs(lab)
+    (lab.workspace / "results.duckdb.tmp-99").write_text("half")
+    (lab.workspace / "results.duckdb.tmp-99.wal").write_text("half")
+    lab.results.rebuild()
+    assert [path.name for path in lab.workspace.glob("*results*")] == ["results.duckdb"]
+
+
+def test_a_database_that_cannot_be_written_does_not_stop_a_run(lab: Lab) -> None:
+    run = lab.run()
+    lab.results.path.mkdir()
+    assert not lab.results.ingest(run)
+    assert "they wait in the artifacts" in lab.said[-1]
+    with pytest.raises(StoreError):
+        lab.results.rebuild()
+    lab.results.path.rmdir()
+    assert lab.results.rebuild() == 1
+    assert lab.names() == {"night"}
+
+
+def test_a_crashed_run_is_a_row_too(lab: Lab) -> None:
+    run = lab.run(status="running")
+    lab.results.ingest(run)
+    lab.runs.finish(run, "crashed", "gone")
+    assert lab.results.ingest(lab.run("next"))  # brings it, though nobody ingested it
+    assert lab.results.query("SELECT status, error FROM runs WHERE name = 'night'").rows == [("crashed", "gone")]
