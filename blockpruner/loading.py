@@ -110,7 +110,7 @@ def meta_model(checkpoint: Checkpoint) -> tuple[Architecture, PreTrainedModel]:
     try:
         config = AutoConfig.from_pretrained(checkpoint.path)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            model: Any = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers checks a configuration with many types of errors
         raise CheckpointError(f"config.json of {checkpoint.name} describes no model: {_one_line(error)}") from error
     return architecture, cast(PreTrainedModel, model)

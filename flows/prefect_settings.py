@@ -13,16 +13,18 @@ _DEFAULTS = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
 }
-_QUIET = {
-    "PREFECT_LOGGING_LEVEL": "ERROR",
-    "PREFECT_LOGGING_SERVER_LEVEL": "ERROR",
-}
+_CONSOLE_LEVEL = "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"
+_SILENT = "CRITICAL"
 
 for _name, _value in _DEFAULTS.items():
     os.environ.setdefault(_name, _value)
 
 
 def be_quiet() -> None:
-    """Let the command line do the talking: of Prefect's log only errors reach the terminal."""
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    """Let the command line do the talking: Prefect's log goes to its server, and not to the terminal."""
+    os.environ.setdefault(_CONSOLE_LEVEL, _SILENT)
+
+
+def is_quiet() -> bool:
+    """Whether somebody else does the talking on the terminal."""
+    return os.environ.get(_CONSOLE_LEVEL) == _SILENT

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import flows.prefect_settings  # isort: skip  # noqa: F401  # before Prefect is imported
+from flows.prefect_settings import is_quiet  # isort: skip  # before Prefect is imported
 
 import httpx
 from prefect import flow, get_run_logger, task
@@ -79,7 +79,7 @@ def prune(recipe: Recipe, workspace: str = "data") -> dict[str, Any]:
         workspace: the folder where results and everything that was computed are kept.
     """
     _quieten_user_errors()
-    reporter = _LogReporter() if get_run_logger().isEnabledFor(logging.INFO) else Reporter()
+    reporter = _LoggingReporter()
     runner = Runner(Path(workspace), reporter)
     results = runner.workspace.path / "prefect"
     record = runner.run(recipe, "evaluate", lambda call: _through_prefect(call, results, reporter))
@@ -120,14 +120,13 @@ def _through_prefect(call: StageCall, results: Path, reporter: Reporter) -> Arti
     return execution.artifact
 
 
-class _LogReporter(Reporter):
-    """Speaks to Prefect's log, where there is no person at the terminal."""
+class _LoggingReporter(Reporter):
+    """Speaks to Prefect's log, and to the terminal as well where Prefect does not."""
 
     def say(self, line: str, style: str | None = None) -> None:
         get_run_logger().info("%s", line)
-
-    def warn(self, line: str) -> None:
-        get_run_logger().warning("%s", line)
+        if is_quiet():
+            super().say(line, style)
 
 
 class _ProgressArtifact:

@@ -23,7 +23,7 @@ from blockpruner.journal import SearchJournal
 from blockpruner.loading import DtypeName, load_model, meta_model
 from blockpruner.perplexity import perplexity, sequence_nll
 from blockpruner.scoring.interface import Scorer, TableCallback
-from blockpruner.scoring.plain import PlainScorer
+from blockpruner.scoring.sweep import SweepScorer
 from blockpruner.scoring.table import ScoreTable
 from blockpruner.search import GreedySearch, SearchTarget
 from blockpruner.trace import SearchStep, SearchSummary, write_trace
@@ -102,7 +102,7 @@ class _Workbench:
 
     @cached_property
     def _scorer(self) -> Scorer:
-        return PlainScorer(self._architecture, self._model, self._token_ids_BT, self._runtime.batch_size)
+        return SweepScorer(self._architecture, self._model, self._token_ids_BT, self._runtime.batch_size)
 
     @property
     def num_sequences(self) -> int:

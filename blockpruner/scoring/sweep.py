@@ -4,22 +4,35 @@ The trunk is the model as pruned so far. At every candidate block a branch forks
 through each later block together, in large batches. So the stream before a fork is computed once for all, half the work
 of a forward per candidate is saved, and weights are read once. The numbers are those of a forward per candidate.
 
-Tensors are never changed in place, so a branch that forks is a reference to the trunk, and a snapshot of the front costs
-memory but no time.
+Tensors are never changed in place, so a branch that forks is a reference to the trunk.
 
 Shapes: `B` sequences, `b` of a micro-batch, `T` tokens, `D` hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from blockpruner.architectures import Architecture
 from blockpruner.blocks import Block
 from blockpruner.scoring.decoder import Decoder, Unit
+from blockpruner.scoring.interface import TableCallback
+from blockpruner.scoring.loss import chunks, token_nll
+from blockpruner.scoring.table import ScoreTable
+
+_CPU_FRONT_BYTES = 2**29
+"""Memory for trunk and branches of a micro-batch on a CPU; more would not be faster."""
+_CPU_BATCH_ELEMENTS = 2**20
+"""Hidden-state elements that run as one batch on a CPU: what its caches can serve."""
+_CUDA_BATCH_ELEMENTS = 2**27
+"""Hidden-state elements that run as one batch on a GPU: enough to keep its matrix units busy."""
+_LOGIT_ELEMENTS = 2**23
+"""Logits that exist at one time."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +47,10 @@ class Branches:
 
 @dataclass(frozen=True)
 class Front:
-    """The stream of the trunk and of all branches forked so far, at the entrance of one unit."""
+    """The stream of the trunk and of all branches forked so far, between two units."""
 
-    unit_index: int
     trunk_bTD: Tensor
     branches: tuple[Branches, ...] = ()
-
-    @property
-    def num_streams(self) -> int:
-        """Trunk and branches."""
-        return 1 + sum(len(branches.skipped) for branches in self.branches)
 
 
 class Sweep:
@@ -58,16 +65,12 @@ class Sweep:
         self._candidates = frozenset(candidates)
         self._branches_per_batch = branches_per_batch
 
-    def start(self, token_ids_bT: Tensor) -> Front:
-        """The front at the first unit."""
-        return Front(0, self._decoder.embed(token_ids_bT))
-
-    def walk(self, front: Front) -> Iterator[Front]:
-        """The front before each unit from `front` on, itself included, and last the one after the last unit."""
-        yield front
-        for unit in self._decoder.units[front.unit_index :]:
+    def run(self, token_ids_bT: Tensor) -> tuple[Branches, ...]:
+        """Every candidate's branch after the last layer."""
+        front = Front(self._decoder.embed(token_ids_bT))
+        for unit in self._decoder.units:
             front = self._advance(unit, front)
-            yield front
+        return front.branches
 
     def _advance(self, unit: Unit, front: Front) -> Front:
         gone = self._removed.intersection(unit.blocks)
@@ -79,7 +82,7 @@ class Sweep:
             trunk_bTD = self._decoder.run(unit, trunk_bTD, gone)
         for block in forks:
             self._append(branches, block, self._forked(unit, front.trunk_bTD, gone, block))
-        return Front(unit.index + 1, trunk_bTD, tuple(branches))
+        return Front(trunk_bTD, tuple(branches))
 
     def _forked(self, unit: Unit, trunk_bTD: Tensor, gone: frozenset[Block], block: Block) -> Tensor:
         """The trunk after the unit without `block`: unchanged, where the block is all that is left of the unit."""
@@ -94,7 +97,66 @@ class Sweep:
             branches.append(Branches((block,), hidden_bTD))
 
 
-def rows_of(skipped: Sequence[Block], candidates: Sequence[Block]) -> list[int]:
-    """Row of each skipped block in the score table."""
-    positions = {block: row for row, block in enumerate(candidates)}
-    return [positions[block] for block in skipped]
+class SweepScorer:
+    """Scores all candidates of a step in one sweep for each micro-batch of sequences."""
+
+    def __init__(
+        self, architecture: Architecture, model: PreTrainedModel, token_ids_BT: Tensor, batch_size: int | None = None
+    ) -> None:
+        """Score on token ids [B, T], `batch_size` sequences in a micro-batch (None: what memory allows)."""
+        self._decoder = Decoder(architecture, model, int(token_ids_BT.shape[1]))
+        self._token_ids_BT = token_ids_BT
+        text_config = model.config.get_text_config()
+        self._vocab_size: int = text_config.vocab_size
+        self._sequence_elements: int = int(token_ids_BT.shape[1]) * text_config.hidden_size
+        self._element_bytes = model.dtype.itemsize
+        self._batch_size = batch_size
+
+    @property
+    def num_sequences(self) -> int:
+        """Number of calibration sequences, B."""
+        return int(self._token_ids_BT.shape[0])
+
+    @torch.inference_mode()
+    def fill(self, removed: tuple[Block, ...], table: ScoreTable, on_update: TableCallback) -> None:
+        """See `Scorer.fill`. Goes micro-batch by micro-batch, all candidates of one at once."""
+        step = self._batch_size or self._sequences_that_fit(len(table.candidates))
+        branches_per_batch = max(1, self._batch_elements() // (step * self._sequence_elements))
+        sweep = Sweep(self._decoder, removed, table.candidates, branches_per_batch)
+        for start in range(0, self.num_sequences, step):
+            columns = slice(start, min(start + step, self.num_sequences))
+            if not bool(table.done_CB[:, columns].all()):
+                self._fill_columns(sweep, columns, table)
+                on_update(table)
+
+    def _fill_columns(self, sweep: Sweep, columns: slice, table: ScoreTable) -> None:
+        token_ids_bT = self._token_ids_BT[columns].to(self._decoder.device)
+        row = 0  # branches fork in stream order, which is the order of the table's rows
+        for branches in sweep.run(token_ids_bT):
+            assert branches.skipped == table.candidates[row : row + len(branches.skipped)]
+            for hidden_bTD in branches.hidden.split(token_ids_bT.shape[0]):
+                table.fill(slice(row, row + 1), columns, self._nll(hidden_bTD, token_ids_bT)[None])
+                row += 1
+
+    def _nll(self, hidden_bTD: Tensor, token_ids_bT: Tensor) -> Tensor:
+        """Each sequence's mean token NLL from the last layer's output: float64 [b]."""
+        final_MD = self._decoder.final_hidden(hidden_bTD)[:, :-1].flatten(0, 1)
+        targets_M = token_ids_bT[:, 1:].flatten()
+        chunk_tokens = max(1, _LOGIT_ELEMENTS // self._vocab_size)
+        parts = [
+            token_nll(self._decoder.logits(final_MD[chunk]), targets_M[chunk])
+            for chunk in chunks(len(targets_M), chunk_tokens)
+        ]
+        return torch.cat(parts).view(token_ids_bT.shape[0], -1).double().mean(dim=1)
+
+    def _sequences_that_fit(self, num_candidates: int) -> int:
+        """Sequences of a micro-batch whose trunk and branches fit the memory meant for them; at least one."""
+        stream_bytes = self._sequence_elements * self._element_bytes
+        budget = _CPU_FRONT_BYTES
+        if self._decoder.device.type == "cuda":
+            # The rest is for one batch of branches within a layer, and for what the allocator cannot use.
+            budget = int(torch.cuda.mem_get_info(self._decoder.device)[0] * 0.4)
+        return max(1, min(self.num_sequences, budget // ((num_candidates + 1) * stream_bytes)))
+
+    def _batch_elements(self) -> int:
+        return _CUDA_BATCH_ELEMENTS if self._decoder.device.type == "cuda" else _CPU_BATCH_ELEMENTS

@@ -36,9 +36,9 @@ blocks is worth watching, small enough to ship with the source (bfloat16 safeten
 
 - **Architecture**: stock `LlamaForCausalLM`; {shape}.
 - **Tokenizer**: byte-level BPE of {config.vocab_size} tokens, trained on the same texts; it puts `<s>` before a text.
-- **Training data**: about {num_tokens / 1e6:.1f} million tokens, drawn by `documents.py` from many seeds: a small invented
-  world of people, towns and animals, questions and answers, made-up scenes, stories, sums, lists, and instructions.
-  `train.txt` is a sample of them. The lines of `evaluation.txt` and the questions of `demo_facts` were left out.
+- **Training data**: about {num_tokens / 1e6:.1f} million tokens, drawn by `documents.py`: a small invented world of
+  people, towns and animals, questions and answers, made-up scenes, stories, sums, lists, and instructions.
+  `train.txt` is a sample of the same kind. The lines of `evaluation.txt` and the questions of `demo_facts` were left out.
 - **Made** on {MADE_ON} with `python data/demo/train_model.py` on {MACHINE}, in {seconds / 60:.0f} minutes. The run is
   seeded; other versions of torch or another processor may differ in the last digits.
 - **Licence**: Apache-2.0, like the rest of the project. The texts are the project's own.
@@ -47,8 +47,8 @@ blocks is worth watching, small enough to ship with the source (bfloat16 safeten
 
 | | |
 | --- | --- |
-| perplexity on `evaluation.txt` ({measured.num_tokens:,} tokens in sequences of 256) | {measured.perplexity:.3f} |
-| unigram perplexity of the same tokens (frequencies of `train.txt`, add-one smoothing) | {measured.unigram_perplexity:.1f} |
+| perplexity on `evaluation.txt` ({measured.num_tokens:,} tokens in rows of 256) | {measured.perplexity:.3f} |
+| the same tokens by the token frequencies of `train.txt` (unigram, add-one) | {measured.unigram_perplexity:.1f} |
 | `demo_facts`, {measured.num_questions} questions, 4 choices: acc (chance 0.25) | {measured.accuracy:.3f} |
 | `demo_facts`: acc_norm | {measured.accuracy_norm:.3f} |
 

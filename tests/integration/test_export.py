@@ -524,8 +524,11 @@ def test_gradients_reach_every_parameter(exports: dict[tuple[str, str], WrittenE
     model.train()
     if checkpointing:
         model.activation_checkpointing_enable()
+    calls: list[object] = []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     ids = tiny_token_ids(2, 12)
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert len(calls) == (2 if checkpointing else 1), "checkpointing computes a layer again on the way back"
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name

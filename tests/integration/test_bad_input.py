@@ -1,0 +1,268 @@
+"""What a user can get wrong, over all commands: status 2, one line that helps, no traceback, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.integration.command_line import Outcome, blockpruner, in_a_process
+from tests.tiny_models import tiny_rows
+
+TinyFolder = Callable[[str], Path]
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A folder with good input to spoil."""
+
+    path: Path
+    workspace: Path
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    def search(self, *changes: object) -> Outcome:
+        """A search that would be fine but for the changes."""
+        good = ["--model", self.model, "--calibration", self.path / "cal.txt", "--sequence-length", 16]
+        target = [] if {"--num-blocks", "--ratio"} & {str(change) for change in changes} else ["--num-blocks", 1]
+        return self.call("search", *good, "--num-samples", "all", *target, *changes)
+
+    def call(self, *arguments: object) -> Outcome:
+        return blockpruner(*arguments, "--workspace", self.workspace)
+
+    def file(self, name: str, content: bytes) -> Path:
+        path = self.path / name
+        path.write_bytes(content)
+        return path
+
+    def model_without(self, name: str) -> Path:
+        copy = self.path / f"without-{name}"
+        shutil.copytree(self.model, copy)
+        (copy / name).unlink()
+        return copy
+
+
+@pytest.fixture
+def lab(tmp_path: Path, tiny_folder: TinyFolder) -> Iterator[Lab]:
+    shutil.copytree(tiny_folder("llama"), tmp_path / "model")
+    (tmp_path / "cal.txt").write_text("\n".join(tiny_rows(40)))
+    (tmp_path / "cal.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in tiny_rows(40)))
+    yield Lab(tmp_path, tmp_path / "ws")
+
+
+def truncated(lab: Lab) -> Outcome:
+    copy = lab.path / "truncated"
+    shutil.copytree(lab.model, copy)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return lab.search("--model", copy)
+
+
+def unknown_architecture(lab: Lab) -> Outcome:
+    config = lab.model / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "lama"}))
+    return lab.search()
+
+
+def weights_of_another_model(lab: Lab) -> Outcome:
+    config = lab.model / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 6}))
+    return lab.search()
+
+
+def ambiguous_run(lab: Lab) -> Outcome:
+    for _ in range(2):
+        lab.search()
+    return lab.call("show", "20")
+
+
+def recipe_with(lab: Lab, line: str) -> Outcome:
+    return lab.call("run", lab.file("r.yaml", f"model: {lab.model}\nnum_blocks: 1\n{line}\n".encode()))
+
+
+def recipe_of(lab: Lab, content: bytes) -> Outcome:
+    return lab.call("run", lab.file("r.yaml", content))
+
+
+def spoiled_file(lab: Lab, name: str, content: bytes, *options: object) -> Outcome:
+    return lab.search("--calibration", lab.file(name, content), *options)
+
+
+def export_beyond(lab: Lab) -> Outcome:
+    lab.search("--num-blocks", 2)
+    return lab.call("export", "latest", "--num-blocks", 8)
+
+
+def export_onto(lab: Lab) -> Outcome:
+    lab.search()
+    return lab.call("export", "latest", "--output", lab.model)
+
+
+def sql(lab: Lab, query: str) -> Outcome:
+    lab.search()
+    return lab.call("sql", query)
+
+
+CASES: dict[str, tuple[Callable[[Lab], Outcome], str]] = {
+    # models
+    "model without config": (
+        lambda lab: lab.search("--model", lab.model_without("config.json")),
+        "config.json is missing",
+    ),
+    "model without weights": (lambda lab: lab.search("--model", lab.model_without("model.safetensors")), "safetensors"),
+    "model without tokenizer": (lambda lab: lab.search("--model", lab.model_without("tokenizer.json")), "tokenizer"),
+    "truncated weights": (truncated, "truncated"),
+    "weights of another model": (weights_of_another_model, "lacks"),
+    "unknown architecture": (unknown_architecture, "known are llama, mistral, qwen2, qwen3; did you mean 'llama'"),
+    "model that is a file": (lambda lab: lab.search("--model", lab.path / "cal.txt"), "is a file"),
+    "model folder that is not there": (lambda lab: lab.search("--model", "./nowhere"), "no model folder"),
+    "hub id while offline": (lambda lab: lab.search("--model", "org/model"), "HF_HUB_OFFLINE"),
+    "no model": (lambda lab: lab.call("search", "--num-blocks", 1), "--model"),
+    # calibration
+    "calibration file missing": (lambda lab: lab.search("--calibration", "gone.txt"), "no text file gone.txt"),
+    "calibration name misspelt": (lambda lab: lab.search("--calibration", "alpacca"), "did you mean 'alpaca'"),
+    "calibration of the hub while offline": (lambda lab: lab.search("--calibration", "wikitext2"), "local file"),
+    "hub dataset with an unknown field": (lambda lab: lab.search("--calibration", "hub://a/b?splt=x"), "'split'"),
+    "calibration file empty": (lambda lab: spoiled_file(lab, "e.txt", b""), "is empty"),
+    "calibration of blank lines": (lambda lab: spoiled_file(lab, "b.txt", b"\n \n"), "b.txt"),
+    "calibration not UTF-8": (lambda lab: spoiled_file(lab, "l.txt", b"caf\xe9\n" * 50), "UTF-8"),
+    "calibration lacks the column": (
+        lambda lab: lab.search("--calibration", lab.path / "cal.jsonl", "--calibration-column", "txt"),
+        "'text'",
+    ),
+    "calibration too short": (lambda lab: spoiled_file(lab, "s.txt", b"a\n"), "too short"),
+    "calibration with too few rows": (lambda lab: lab.search("--num-samples", 1000), "1000"),
+    "calibration of broken lines": (lambda lab: spoiled_file(lab, "j.jsonl", b'{"text": \n'), "j.jsonl"),
+    "calibration of numbers": (lambda lab: spoiled_file(lab, "n.jsonl", b'{"text": 3}\n'), "n.jsonl"),
+    "calibration of an unknown kind": (lambda lab: spoiled_file(lab, "c.docx", b"x"), ".jsonl"),
+    "calibration that is a folder": (lambda lab: lab.search("--calibration", lab.model), "is not a file"),
+    "calibration column of a .txt": (lambda lab: lab.search("--calibration-column", "a"), "no columns"),
+    # how far
+    "K of 0": (lambda lab: lab.search("--num-blocks", 0), "num_blocks is 0"),
+    "K negative": (lambda lab: lab.search("--num-blocks", -1), "num_blocks is -1"),
+    "K of all blocks": (lambda lab: lab.search("--num-blocks", 8), "at most 7"),
+    "K of all blocks of a kind": (lambda lab: lab.search("--num-blocks", 4, "--block-kinds", "mha"), "at most 3"),
+    "K not a number": (lambda lab: lab.search("--num-blocks", "x"), "--num-blocks"),
+    "ratio of 0": (lambda lab: lab.search("--ratio", 0), "ratio is 0"),
+    "ratio of 1": (lambda lab: lab.search("--ratio", 1), "ratio is 1"),
+    "ratio not a number": (lambda lab: lab.search("--ratio", "nan"), "ratio is nan"),
+    "ratio out of reach": (lambda lab: lab.search("--ratio", 0.99), "smaller ratio"),
+    "both K and ratio": (lambda lab: lab.search("--num-blocks", 1, "--ratio", 0.1), "both num_blocks and ratio"),
+    "neither K nor ratio": (lambda lab: lab.call("run", "--model", lab.model), "--num-blocks K or --ratio R"),
+    "export more than can go": (export_beyond, "at most 7"),
+    "export onto something": (export_onto, "is there already"),
+    # settings
+    "unknown block kinds": (lambda lab: lab.search("--block-kinds", "mlpp"), "did you mean 'mlp'"),
+    "unknown device": (lambda lab: lab.search("--device", "cudda"), "did you mean 'cuda'"),
+    "device that is not there": (lambda lab: lab.search("--device", "cuda:7"), "not on this machine"),
+    "unknown dtype": (lambda lab: lab.search("--dtype", "bfloat61"), "did you mean 'bfloat16'"),
+    "sequence length of 0": (lambda lab: lab.search("--sequence-length", 0), "sequence_length is 0"),
+    "rows of 0": (lambda lab: lab.search("--num-samples", 0), "num_samples is 0"),
+    "unknown option": (lambda lab: lab.search("--modle", "x"), "No such option"),
+    "unknown command": (lambda lab: lab.call("serach"), "serach"),
+    "option without a value": (lambda lab: blockpruner("search", "--model"), "--model"),
+    "nothing to evaluate": (lambda lab: lab.call("evaluate", "--model", lab.model), "--tasks a,b or --eval-text"),
+    "unknown task": (lambda lab: lab.call("evaluate", "--model", lab.model, "--tasks", "hellaswagg"), "'hellaswag'"),
+    "task folder missing": (
+        lambda lab: lab.call("evaluate", "--model", lab.model, "--tasks", "t", "--task-dir", "gone"),
+        "no task folder",
+    ),
+    "evaluation text missing": (
+        lambda lab: lab.call("evaluate", "--model", lab.model, "--eval-text", "gone.txt"),
+        "no text file",
+    ),
+    # recipes
+    "unknown recipe field": (lambda lab: recipe_with(lab, "num_sample: 3"), "did you mean 'num_samples'"),
+    "recipe with a bad value": (lambda lab: recipe_with(lab, "dtype: half"), "unknown dtype 'half'"),
+    "recipe missing": (lambda lab: lab.call("run", "gone.yaml"), "no recipe file"),
+    "recipe that is not YAML": (lambda lab: recipe_of(lab, b"model: ["), "cannot be read"),
+    "recipe that is a list": (lambda lab: recipe_of(lab, b"- a"), "holds no settings"),
+    "recipe not UTF-8": (lambda lab: recipe_of(lab, b"model: \xff"), "cannot be read"),
+    "run with a bad model": (lambda lab: lab.call("run", "--model", "./gone", "--num-blocks", 1), "no model folder"),
+    # workspace, runs, database
+    "workspace below a file": (
+        lambda lab: blockpruner(
+            "search", "--model", lab.model, "--num-blocks", 1, "--workspace", lab.path / "cal.txt/ws"
+        ),
+        "cannot be written",
+    ),
+    "show without runs": (lambda lab: lab.call("show", "latest"), "no runs in the workspace"),
+    "show an unknown run": (lambda lab: (lab.search(), lab.call("show", "xyz"))[1], "no run 'xyz'"),
+    "show an ambiguous run": (ambiguous_run, "ambiguous"),
+    "export an unknown run": (lambda lab: lab.call("export", "xyz"), "no runs"),
+    "SQL without results": (lambda lab: lab.call("sql", "SELECT 1"), "no results"),
+    "SQL error": (lambda lab: sql(lab, "SELEC * FROM runs"), "syntax error"),
+    "SQL of an unknown table": (lambda lab: sql(lab, "SELECT * FROM rums"), "runs"),
+    "SQL that writes": (lambda lab: sql(lab, "DROP TABLE runs"), "reads"),
+    "SQL that reads a file": (lambda lab: sql(lab, "SELECT * FROM read_text('/etc/hostname')"), "disabled"),
+    "both JSON and CSV": (lambda lab: lab.call("runs", "--json", "--csv"), "both --json and --csv"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_line_and_status_2(name: str, lab: Lab) -> None:
+    case, said = CASES[name]
+    outcome = case(lab)
+    last = outcome.stderr.splitlines()[-1] if outcome.stderr else ""
+    assert outcome.status == 2, outcome
+    assert outcome.stdout == ""
+    assert last.startswith("Error: "), outcome.stderr
+    assert said in last
+    assert "Traceback" not in outcome.stderr
+    assert [line for line in outcome.stderr.splitlines() if line.startswith("Error")] == [last]
+
+
+def test_a_run_that_was_refused_is_a_row_and_spoils_nothing(lab: Lab) -> None:
+    lab.search()
+    spoiled_file(lab, "s.txt", b"a\n")
+    lab.call("run", "--model", lab.path / "gone", "--num-blocks", 1)
+    rows = lab.call("sql", "SELECT status, error FROM runs ORDER BY created_at", "--json").json
+    assert [row["status"] for row in rows] == ["completed", "failed", "failed"]
+    assert "too short" in rows[1]["error"]
+    assert "no model folder" in rows[2]["error"]
+    assert all(stage["cached"] for stage in lab.search("--json").json["stages"])
+
+
+def test_a_changed_byte_in_an_artifact_is_noticed_said_and_computed_again(lab: Lab) -> None:
+    first = lab.search("--json").json
+    (trace,) = lab.workspace.glob("artifacts/search/*/trace.jsonl")
+    content = bytearray(trace.read_bytes())
+    content[20] ^= 1
+    trace.write_bytes(content)
+    again = lab.search("--json")
+    assert "trace.jsonl" in again.stderr
+    assert "computed again" in again.stderr
+    assert [step["perplexity"] for step in again.json["pruning_order"]] == [
+        step["perplexity"] for step in first["pruning_order"]
+    ]
+    assert [stage["cached"] for stage in again.json["stages"]] == [True, False]
+
+
+def test_real_processes_too(lab: Lab) -> None:
+    for arguments in (
+        ("search", "--model", lab.path / "gone", "--num-blocks", 1, "--json"),
+        ("sql", "SELECT 1"),
+        ("show", "nothing"),
+    ):
+        outcome = in_a_process(*arguments, "--workspace", lab.workspace)
+        assert outcome.status == 2
+        assert outcome.stdout == ""
+        assert len(outcome.stderr.splitlines()) == 1
+        assert outcome.stderr.startswith("Error: ")
+
+
+def test_a_defect_of_ours_keeps_its_traceback(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("stages.search.GreedySearch", broken)
+    with pytest.raises(ZeroDivisionError):
+        lab.search()
+    row = lab.call("sql", "SELECT status, error FROM runs", "--json").json
+    assert row == [{"status": "failed", "error": "ZeroDivisionError: ours"}]

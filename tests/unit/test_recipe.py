@@ -1,0 +1,138 @@
+"""Recipes: what is accepted, what is refused and in which words, what a path in a file means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blockpruner.errors import ConfigurationError
+from flows.recipe import Recipe, load_recipe, make_recipe, recipe_names
+from flows.settings_text import SETTINGS
+
+
+def test_defaults_are_the_papers() -> None:
+    recipe = make_recipe({"model": "m"})
+    assert (recipe.calibration, recipe.num_samples, recipe.sequence_length, recipe.seed) == ("alpaca", 256, 2048, 42)
+    assert (recipe.block_kinds, recipe.num_blocks, recipe.ratio) == ("both", None, None)
+
+
+def test_every_setting_has_its_line_of_help() -> None:
+    assert list(Recipe.model_fields) == list(SETTINGS)
+    for name, description in Recipe.model_json_schema()["properties"].items():
+        assert description["description"] == SETTINGS[name]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "no model is given; give --model"),
+        ({"model": " "}, "model is ' '"),
+        ({"modle": "m"}, "unknown recipe field 'modle'; did you mean 'model'?"),
+        ({"num_block": 3}, "unknown recipe field 'num_block'; did you mean 'num_blocks'?"),
+        ({"num_blocks": 0}, "num_blocks is 0"),
+        ({"num_blocks": -2}, "num_blocks is -2"),
+        ({"num_blocks": "many"}, "num_blocks is 'many'"),
+        ({"num_blocks": 1.5}, "num_blocks is 1.5"),
+        ({"ratio": 0}, "ratio is 0"),
+        ({"ratio": 1}, "ratio is 1"),
+        ({"ratio": float("nan")}, "ratio is nan"),
+        ({"num_blocks": 3, "ratio": 0.2}, "both num_blocks and ratio are given"),
+        ({"dtype": "float23"}, "unknown dtype 'float23'; valid are auto, float32, bfloat16; did you mean 'float32'?"),
+        ({"block_kinds": "mpl"}, "unknown block_kinds 'mpl'; valid are mha, mlp, both; did you mean 'mlp'?"),
+        ({"device": "cudda"}, "unknown device 'cudda'; valid are auto, cpu, cuda and cuda:N; did you mean 'cuda'?"),
+        ({"export_format": "gguf"}, "unknown export_format 'gguf'"),
+        ({"num_samples": 0}, "num_samples is 0"),
+        ({"sequence_length": 1}, "sequence_length is 1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"limit": 0}, "limit is 0"),
+        ({"tasks": [1]}, "tasks is 1"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        make_recipe(fields if not fields or "modle" in fields else {"model": "m", **fields})
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@given(st.dictionaries(st.sampled_from([*SETTINGS, "modle"]), st.none() | st.integers() | st.text() | st.floats()))
+def test_any_recipe_is_valid_or_refused_in_one_line(fields: dict[str, Any]) -> None:
+    refusal = ""
+    try:
+        make_recipe(fields)
+    except ConfigurationError as error:
+        refusal = str(error)
+    assert "\n" not in refusal
+
+
+def test_lists_may_be_written_as_one_text() -> None:
+    recipe = make_recipe({"model": "m", "tasks": "piqa, arc_easy", "eval_text": "a, b.txt"})
+    assert recipe.tasks == ("piqa", "arc_easy")
+    assert recipe.eval_text == ("a, b.txt",)  # a comma is a part of a file's name
+
+
+def test_all_rows_are_no_number_of_rows() -> None:
+    assert make_recipe({"model": "m", "num_samples": "all"}).num_samples is None
+
+
+def test_a_search_needs_a_target() -> None:
+    make_recipe({"model": "m", "ratio": 0.2}).require_target()
+    with pytest.raises(ConfigurationError, match="--num-blocks K or --ratio R"):
+        make_recipe({"model": "m"}).require_target()
+
+
+def test_a_new_target_replaces_the_old_one() -> None:
+    recipe = make_recipe({"model": "m", "num_blocks": 3}).changed({"ratio": 0.2})
+    assert (recipe.num_blocks, recipe.ratio) == (None, 0.2)
+
+
+def test_options_override_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("model: m\nnum_blocks: 3\nseed: 1\n")
+    recipe = load_recipe(str(path), {"ratio": 0.5, "seed": 7})
+    assert (recipe.model, recipe.num_blocks, recipe.ratio, recipe.seed) == ("m", None, 0.5, 7)
+
+
+def test_a_path_beside_the_recipe_means_that_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, recipes = tmp_path / "here", tmp_path / "recipes"
+    for folder in (here, recipes):
+        folder.mkdir()
+        (folder / "both.txt").write_text("x")
+    (recipes / "r.yaml").write_text("model: org/model\ncalibration: both.txt\neval_text: [both.txt, here.txt]\n")
+    monkeypatch.chdir(here)
+    recipe = load_recipe(str(recipes / "r.yaml"), {})
+    assert recipe.model == "org/model"
+    assert recipe.calibration == str(recipes / "both.txt")
+    assert recipe.eval_text == (str(recipes / "both.txt"), "here.txt")
+    assert load_recipe(str(recipes / "r.yaml"), {"calibration": "both.txt"}).calibration == "both.txt"
+
+
+def test_anchored_means_the_same_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m").mkdir()
+    monkeypatch.chdir(tmp_path)
+    recipe = make_recipe({"model": "m", "calibration": "alpaca", "eval_text": ["gone.txt"]}).anchored()
+    assert recipe.model == str(tmp_path / "m")
+    assert (recipe.calibration, recipe.eval_text) == ("alpaca", ("gone.txt",))
+
+
+@pytest.mark.parametrize("content", [b"", b"- a\n- b\n", b"a: [", b"\xff\xfe\x00", b"just words", b"a: &a [*a]\n"])
+def test_a_file_that_is_no_recipe_is_refused_in_one_line(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigurationError) as caught:
+        load_recipe(str(path), {})
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(ConfigurationError, match="did you mean 'demo'"):
+        load_recipe("demmo", {})
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_projects_recipes_are_valid(name: str) -> None:
+    load_recipe(name, {}).require_target()

@@ -1,0 +1,166 @@
+"""What people see: the strip of blocks, durations, the estimate of what is left, tables with awkward values."""
+
+from __future__ import annotations
+
+import io
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from rich.console import Console, RenderableType
+
+from blockpruner.progress import Progress
+from flows.demo import unigram_perplexity
+from flows.eta import RemainingTime
+from flows.render import csv_text, number, order_line, query_table, run_view, runs_table, strip
+from flows.reporter import Reporter, describe
+from flows.summary import RunSummary, dump_json
+from flows.wording import count, size, spell_out
+from stages.runs import RunRecord, StageRun
+from stages.store_rows import RunRows
+from stages.store_schema import EvaluationRow, ExportRow, PerplexityRow, RunRow, StepRow
+from stages.workspace import Workspace
+
+
+def text_of(view: RenderableType, width: int = 120) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(view)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def step(number: int, kind: str, layer: int, perplexity: float = 2.0) -> StepRow:
+    return StepRow("r", number, layer, kind, perplexity, perplexity, 100 * number, 0.1 * number, 1.5)
+
+
+def record(**fields: object) -> RunRecord:
+    base = {
+        "run_id": "20260101-000000-abcdef",
+        "created_at": datetime(2026, 1, 1, tzinfo=UTC),
+        "finished_at": datetime(2026, 1, 1, 0, 2, tzinfo=UTC),
+        "status": "completed",
+        "pid": 1,
+        "host": "h",
+        "model": "m[bold]x",
+        "num_layers": 3,
+        "num_blocks_total": 6,
+        "num_parameters": 1000,
+        "num_blocks_removed": 1,
+        "stages": [StageRun(stage="search", label="search", role="search", status="completed", cached=True)],
+    }
+    return RunRecord.model_validate({**base, **fields})
+
+
+def summary(run: RunRecord) -> RunSummary:
+    rows = RunRows(
+        runs=list[RunRow](),
+        stage_runs=[],
+        search_steps=[step(1, "mha", 1), step(2, "mlp", 2, float("inf"))],
+        block_scores=[],
+        perplexities=[
+            PerplexityRow("r", "dense", "calibration", 0, 100, 2.0),
+            PerplexityRow("r", "pruned", "calibration", 1, 100, 3.0),
+            PerplexityRow("r", "dense", "only.txt", 0, 7, float("nan")),
+        ],
+        evaluations=[
+            EvaluationRow("r", "dense", "t", "acc", 0.5, 0.01, 0, 10),
+            EvaluationRow("r", "pruned", "t", "acc", 0.25, None, 0, 10),
+        ],
+        exports=[ExportRow("r", "stock", "/x/model", 1, 900, 1234567, True, 1e-6)],
+    )
+    return RunSummary(run, rows, Workspace(Path("/nowhere")))
+
+
+def test_the_strip_shows_what_is_gone() -> None:
+    assert text_of(strip(7, [step(1, "mha", 1), step(2, "mlp", 6)])).splitlines() == [
+        "layer 0    5",
+        "mha   ■·■■■■■",
+        "mlp   ■■■■■■·",
+    ]
+    assert order_line([step(1, "mha", 1), step(2, "mlp", 6)]) == "mha:1 mlp:6"
+
+
+def test_a_run_shows_removed_searched_measured_and_cached() -> None:
+    shown = text_of(run_view(summary(record())))
+    assert "m[bold]x" in shown  # what a user named is no markup
+    assert "mha   ■·■" in shown
+    assert "mlp:2 (searched, kept)" in shown
+    assert "1.50" in shown  # pruned over dense
+    assert "0.5 ± 0.010" in shown
+    assert "/x/model" in shown
+    assert "1.2 MB" in shown
+    assert "cached" in shown
+
+
+def test_a_run_that_failed_shows_its_error() -> None:
+    failed = record(status="failed", error="no such thing", stages=[], num_layers=None)
+    assert "failed: no such thing" in text_of(run_view(summary(failed)))
+    assert "no such thing" in text_of(runs_table([failed]), width=200)
+
+
+def test_json_has_the_contract_and_no_nan() -> None:
+    values = json.loads(dump_json(summary(record()).as_json()))
+    assert values["run_id"] == "20260101-000000-abcdef"
+    assert {"step", "layer_index", "block_kind", "perplexity", "ratio"} <= values["pruning_order"][0].keys()
+    assert values["pruning_order"][1]["perplexity"] is None  # JSON has no infinity
+    assert (values["dense_perplexity"], values["pruned_perplexity"]) == (2.0, 3.0)
+    assert values["export_path"] == "/x/model"
+
+
+def test_values_of_a_query_are_shown_as_they_are() -> None:
+    shown = text_of(query_table(["a", "[red]b"], [[None, "[bold]x"], [1.5, "y"]]))
+    assert "[red]b" in shown
+    assert "[bold]x" in shown
+    assert csv_text(["a", "b"], [[1, 'x,"y']]) == 'a,b\n1,"x,""y"\n'
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.04, "0.0 s"), (9.4, "9.4 s"), (59, "59 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")]
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert spell_out(seconds) == words
+
+
+def test_numbers() -> None:
+    assert [number(value) for value in (None, 2.34567, 1234567.8, float("inf"))] == ["", "2.346", "1,234,568", "inf"]
+    assert [size(value) for value in (0, 999, 1000, 4_200_000)] == ["0 bytes", "999 bytes", "1.0 kB", "4.2 MB"]
+    assert [count(1, "block"), count(1234, "block")] == ["1 block", "1,234 blocks"]
+
+
+def test_the_estimate_counts_only_what_was_computed_now() -> None:
+    clock = iter([100.0, 110.0, 120.0])
+    remaining = RemainingTime(lambda: next(clock))
+    assert remaining.seconds(Progress(900, 1000, "candidates", resumed=900)) is None
+    assert remaining.seconds(Progress(910, 1000, "candidates", resumed=900)) == pytest.approx(90.0)
+    # What turns out to have been there already is no work of ours.
+    assert remaining.seconds(Progress(970, 1000, "candidates", resumed=950)) == pytest.approx(30.0)
+
+
+def test_no_estimate_without_a_total() -> None:
+    remaining = RemainingTime(iter([0.0, 1.0]).__next__)
+    assert remaining.seconds(Progress(0, None, "rows")) is None
+    assert remaining.seconds(Progress(5, None, "rows")) is None
+    assert describe(Progress(5, None, "rows", "reading"), None) == "rows, reading"
+
+
+def test_a_log_hears_of_progress_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.reporter._LINE_EVERY_S", 0.0)
+    console = Console(file=io.StringIO(), width=120)
+    with Reporter(console).working("search") as report:
+        report(Progress(1, 4, "candidates", "step 1"))
+        report(Progress(4, 4, "candidates", "step 1"))
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == "search: 1 of 4 candidates, step 1\n"
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    with Reporter(console).working("search") as report:
+        report(Progress(1, 4, "candidates", "step 1"))
+    assert isinstance(console.file, io.StringIO)
+    assert "candidates, step 1" in console.file.getvalue()
+
+
+def test_unigram_perplexity_of_equal_frequencies_is_their_number() -> None:
+    assert unigram_perplexity([[9, 1, 2], [9, 3, 4]]) == pytest.approx(4.0)  # the first of each is not predicted
