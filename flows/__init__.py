@@ -1,1 +1,7 @@
 """The wiring: recipes, the command line, and the Prefect flow over the stages. No tensors and no SQL in here."""
+
+import os
+
+# Read by OpenMP when torch is first imported. Threads that spin while they wait cost nothing on an idle machine, and on
+# a busy one slow a search down several times: the thread they wait for is the one that they keep off its core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -92,5 +92,22 @@ def _run_flow(recipe: Recipe, workspace: Path) -> RunSummary:
         reporter.say("starting Prefect")
         from flows.prune_flow import prune
 
-        outcome = prune(recipe, str(workspace))
+        try:
+            outcome = prune(recipe, str(workspace))
+        except Exception as error:
+            # The terminal interrupts Prefect's temporary server as well, so that its last report fails with an error
+            # of its own: what the user did counts.
+            if _was_interrupted(error):
+                raise KeyboardInterrupt from error
+            raise
         return RunSummary.of(runner.runs.load(outcome["run_id"]), runner.workspace, reporter.warn)
+
+
+def _was_interrupted(error: BaseException) -> bool:
+    """Whether an error came up while an interruption was being handled."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if not isinstance(cause, Exception):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False

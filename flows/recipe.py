@@ -35,8 +35,10 @@ def _split_at_commas(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
-def _all_is_none(value: object) -> object:
-    """'all' rows means no number of rows."""
+def _number_or_all(value: object) -> object:
+    """'all' rows means no number of rows; a number may be written as text, as the command line gives it."""
+    if isinstance(value, str) and re.fullmatch(r"-?\d{1,18}", value):
+        return int(value)
     return None if value == "all" else value
 
 
@@ -58,7 +60,7 @@ class Recipe(BaseModel):
     model: NonBlank = Field(description=SETTINGS["model"])
     calibration: NonBlank = Field(default="alpaca", description=SETTINGS["calibration"])
     calibration_column: NonBlank | None = Field(default=None, description=SETTINGS["calibration_column"])
-    num_samples: Annotated[int | None, BeforeValidator(_all_is_none)] = Field(
+    num_samples: Annotated[int | None, BeforeValidator(_number_or_all)] = Field(
         default=256, ge=1, description=SETTINGS["num_samples"]
     )
     sequence_length: int = Field(default=2048, ge=2, description=SETTINGS["sequence_length"])

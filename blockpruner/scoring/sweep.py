@@ -11,6 +11,7 @@ Shapes: `B` sequences, `b` of a micro-batch, `T` tokens, `D` hidden.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -31,6 +32,8 @@ _CPU_BATCH_ELEMENTS = 2**20
 """Hidden-state elements that run as one batch on a CPU: what its caches can serve."""
 _CUDA_BATCH_ELEMENTS = 2**27
 """Hidden-state elements that run as one batch on a GPU: enough to keep its matrix units busy."""
+_MICRO_BATCHES = 8
+"""A step has at least so many, where there are so many sequences: each is a checkpoint and a report of progress."""
 _LOGIT_ELEMENTS = 2**23
 """Logits that exist at one time."""
 
@@ -156,7 +159,8 @@ class SweepScorer:
         if self._decoder.device.type == "cuda":
             # The rest is for one batch of branches within a layer, and for what the allocator cannot use.
             budget = int(torch.cuda.mem_get_info(self._decoder.device)[0] * 0.4)
-        return max(1, min(self.num_sequences, budget // ((num_candidates + 1) * stream_bytes)))
+        fit = min(math.ceil(self.num_sequences / _MICRO_BATCHES), budget // ((num_candidates + 1) * stream_bytes))
+        return max(1, fit)
 
     def _batch_elements(self) -> int:
         return _CUDA_BATCH_ELEMENTS if self._decoder.device.type == "cuda" else _CPU_BATCH_ELEMENTS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,11 +49,11 @@ class Lab:
 
 
 @pytest.fixture
-def lab(tmp_path: Path, tiny_folder: TinyFolder) -> Iterator[Lab]:
+def lab(tmp_path: Path, tiny_folder: TinyFolder) -> Lab:
     shutil.copytree(tiny_folder("llama"), tmp_path / "model")
     (tmp_path / "cal.txt").write_text("\n".join(tiny_rows(40)))
     (tmp_path / "cal.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in tiny_rows(40)))
-    yield Lab(tmp_path, tmp_path / "ws")
+    return Lab(tmp_path, tmp_path / "ws")
 
 
 def truncated(lab: Lab) -> Outcome:
@@ -187,9 +187,7 @@ CASES: dict[str, tuple[Callable[[Lab], Outcome], str]] = {
     "run with a bad model": (lambda lab: lab.call("run", "--model", "./gone", "--num-blocks", 1), "no model folder"),
     # workspace, runs, database
     "workspace below a file": (
-        lambda lab: blockpruner(
-            "search", "--model", lab.model, "--num-blocks", 1, "--workspace", lab.path / "cal.txt/ws"
-        ),
+        lambda lab: blockpruner("run", "demo", "--workspace", lab.path / "cal.txt" / "ws"),
         "cannot be written",
     ),
     "show without runs": (lambda lab: lab.call("show", "latest"), "no runs in the workspace"),
@@ -246,8 +244,8 @@ def test_a_changed_byte_in_an_artifact_is_noticed_said_and_computed_again(lab: L
 
 def test_real_processes_too(lab: Lab) -> None:
     for arguments in (
-        ("search", "--model", lab.path / "gone", "--num-blocks", 1, "--json"),
         ("sql", "SELECT 1"),
+        ("search", "--model", lab.path / "gone", "--num-blocks", 1, "--json"),
         ("show", "nothing"),
     ):
         outcome = in_a_process(*arguments, "--workspace", lab.workspace)

@@ -130,7 +130,8 @@ def load(folder: Path, **options: Any) -> PreTrainedModel:
     if is_custom:
         options["trust_remote_code"] = True
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **({"dtype": torch.float32} | options))
-    return model.eval()
+    model.eval()
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,8 @@ def loaded(exports: dict[tuple[str, str], WrittenExport]) -> Callable[[str, str]
 
 @torch.inference_mode()
 def logits(model: PreTrainedModel, token_ids_BT: Tensor) -> Tensor:
-    return model(input_ids=token_ids_BT, use_cache=False).logits
+    answer: Tensor = model(input_ids=token_ids_BT, use_cache=False).logits
+    return answer
 
 
 # --- the same logits --------------------------------------------------------------------------------------------------
@@ -205,7 +207,7 @@ def left_padded(prompts: list[list[int]]) -> dict[str, Tensor]:
     }
 
 
-def generate(model: PreTrainedModel, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+def generate(model: Any, prompts: list[list[int]], **options: Any) -> list[list[int]]:
     batch = left_padded(prompts)
     settings = GenerationConfig(
         max_new_tokens=NUM_NEW, min_new_tokens=NUM_NEW, do_sample=False, pad_token_id=0, eos_token_id=2, **options

@@ -16,9 +16,9 @@ from blockpruner.architectures import architecture_of, block_sizes, num_paramete
 from blockpruner.blocks import Block, all_blocks, mha, mlp
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ConfigurationError, ExportError
-from blockpruner.export.verify import Verification
-from blockpruner.export.write import WrittenExport
-from blockpruner.loading import meta_model
+from blockpruner.export.verify import Verification, masked_logits
+from blockpruner.export.write import WrittenExport, write_export
+from blockpruner.loading import load_model, meta_model
 from blockpruner.progress import Progress
 from blockpruner.trace import CandidateScore, SearchStep, SearchSummary, write_trace
 from stages.contract import ArtifactRef, Runtime
@@ -150,14 +150,13 @@ def test_an_export_with_another_weight_does_not_count(
     """One weight of one block is off, and the fresh process sees it."""
 
     def spoil(*arguments: Any, **options: Any) -> WrittenExport:
-        written = _write_export(*arguments, **options)
+        written = write_export(*arguments, **options)
         path = written.path / "model.safetensors"
         tensors = load_file(path)
         tensors["model.layers.1.mlps.0.mlp.up_proj.weight"][0, 0] += 0.02
         save_file(tensors, path, {"format": "pt"})
         return written
 
-    _write_export = stages.export.write_export
     monkeypatch.setattr(stages.export, "write_export", spoil)
     with pytest.raises(ExportError, match="differs from the masked original") as caught:
         run(tmp_path, inputs, num_blocks=3)
@@ -171,9 +170,9 @@ def test_an_export_of_other_blocks_does_not_count(
     """The answer of the fresh process is that of the masked original without the wrong blocks."""
 
     def answer(export_dir: Path, request: dict[str, torch.Tensor], device: str, dtype: str) -> dict[str, torch.Tensor]:
-        model = stages.export.load_model(inputs.model, device=device, dtype="float32")
+        model = load_model(inputs.model, device=device, dtype="float32")
         architecture, _ = meta_model(inputs.model)
-        return stages.export.masked_logits(architecture, model, wrong, request)
+        return masked_logits(architecture, model, wrong, request)
 
     monkeypatch.setattr("blockpruner.export.verify._ask_fresh_process", answer)
     with pytest.raises(ExportError, match="differs from the masked original"):

@@ -131,7 +131,7 @@ def test_a_ratio_is_of_all_parameters(tmp_path: Path, inputs: SearchInputs) -> N
 
 
 @pytest.mark.usefixtures("_every_score_kept")
-@pytest.mark.parametrize("num_reports", [1, 2, 9, 19, 33, 40])
+@pytest.mark.parametrize("num_reports", [1, 2, 4, 5, 8, 9])
 def test_an_interrupted_search_goes_on_to_the_same_trace(
     tmp_path: Path, inputs: SearchInputs, num_reports: int
 ) -> None:
@@ -148,10 +148,10 @@ def test_an_interrupted_search_goes_on_to_the_same_trace(
 @pytest.mark.usefixtures("_every_score_kept")
 def test_what_was_scored_is_not_scored_again(tmp_path: Path, inputs: SearchInputs) -> None:
     with pytest.raises(InterruptionError):
-        run(tmp_path, inputs, progress=lambda p: dies_after(1)(p) if p.done == 5 else None, num_blocks=3)
+        run(tmp_path, inputs, progress=lambda p: dies_after(1)(p) if p.done == 4 else None, num_blocks=3)
     reports: list[Progress] = []
     run(tmp_path, inputs, progress=reports.append, num_blocks=3)
-    assert reports[0].resumed == 5
+    assert reports[0].resumed == 4, "half of the sequences, of all eight candidates"
 
 
 _KILLS_ITSELF = """

@@ -63,4 +63,4 @@ def test_a_block_that_cannot_be_is_refused(fields: dict[str, object]) -> None:
 
 def test_a_block_does_not_change() -> None:
     with pytest.raises(ValidationError):
-        mha(0).layer_index = 1  # type: ignore[misc]
+        mha(0).layer_index = 1

@@ -30,7 +30,8 @@ def subsets(seed: int) -> list[list[Block]]:
 
 def logits(model: PreTrainedModel) -> Tensor:
     with torch.inference_mode():
-        return model(input_ids=TOKENS, use_cache=False).logits
+        answer: Tensor = model(input_ids=TOKENS, use_cache=False).logits
+    return answer
 
 
 def removed(blocks: Iterable[Block]) -> set[tuple[int, str]]:

@@ -56,8 +56,8 @@ def test_a_half_filled_table_ends_equal_to_a_fresh_one(batch_size: int) -> None:
         resumed = ScoreTable.empty(candidates, 3)
         kept = torch.arange(9).reshape(3, 3) < done
         resumed.nll_CB[kept], resumed.done_CB[kept] = fresh.nll_CB[kept], True
-        later: list[int] = []
-        scorer_of("llama", batch_size).fill((mlp(0),), resumed, lambda table, seen=later: seen.append(1))
+        later: list[ScoreTable] = []
+        scorer_of("llama", batch_size).fill((mlp(0),), resumed, later.append)
         assert torch.equal(resumed.nll_CB, fresh.nll_CB)
         assert len(later) == len(updates) - 1 - updates.index(done)
 

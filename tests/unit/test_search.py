@@ -81,9 +81,10 @@ def search(
     progress: Callable[[Progress], None] = lambda _: None,
     sizes: dict[Block, int] | None = None,
     total: int = 1000,
+    partial_interval_s: float = 0,
 ) -> GreedySearch:
     sizes = sizes or dict.fromkeys(all_blocks(num_layers, kinds), 10)
-    return GreedySearch(scorer, sizes, total, SearchJournal(folder, IDENTITY, partial_interval_s=0), progress)
+    return GreedySearch(scorer, sizes, total, SearchJournal(folder, IDENTITY, partial_interval_s), progress)
 
 
 def without_seconds(steps: Iterable[SearchStep]) -> list[str]:
@@ -141,7 +142,8 @@ def test_number_of_evaluations_is_the_papers(
     """Llama-2-7B and 13B; the sum over steps of the candidates that remain."""
     scorer = FakeScorer(random_nll(0))
     reports: list[Progress] = []
-    search(tmp_path, scorer, num_layers=num_layers, progress=reports.append).run(SearchTarget(num_blocks=num_blocks))
+    searching = search(tmp_path, scorer, num_layers=num_layers, progress=reports.append, partial_interval_s=60)
+    searching.run(SearchTarget(num_blocks=num_blocks))
     assert scorer.num_computed == evaluations
     assert {report.total for report in reports} == {evaluations}
     assert reports[-1].done == evaluations
