@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from blockpruner.progress import Progress, ProgressCallback, silent
 
-_LOGIT_BUDGET = 2**26
-"""Logits of one forward pass at most (256 MiB in float32) where the batch size is ours to choose."""
+_LOGIT_BUDGET = 2**24
+"""Logits of one forward pass at most (64 MiB in float32) where the batch size is ours to choose."""
 
 
 def sequence_nll(

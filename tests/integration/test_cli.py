@@ -31,7 +31,7 @@ Search = Callable[..., Outcome]
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("texts")
     (folder / "cal.txt").write_text("\n".join(tiny_rows(60)))
-    (folder / "long.txt").write_text("\n".join(tiny_rows(1200)))
+    (folder / "long.txt").write_text("\n".join(tiny_rows(800)))
     (folder / "eval.txt").write_text("\n".join(tiny_rows(30, seed=1)))
     return folder
 
