@@ -40,7 +40,7 @@ class Reporter:
     def stage_ended(self, label: str, seconds: float, *, cached: bool) -> None:
         """A stage is there: computed now, or taken from the cache."""
         fate = "cached" if cached else f"computed in {spell_out(seconds)}"
-        self.say(f"{label:<28} {fate}", "dim" if cached else None)
+        self.say(f"{label:<34} {fate}", "dim" if cached else None)
 
     @contextmanager
     def working(self, label: str) -> Iterator[ProgressCallback]:
