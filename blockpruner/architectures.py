@@ -6,7 +6,8 @@ names, and runs no model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -22,15 +23,16 @@ class BlockLayout:
 
     compute: str
     """The module whose output is added to the residual stream; a bypass makes it give zeros."""
-    norms: tuple[str, ...]
-    """The norms that serve this block alone and leave with it."""
+    passed: tuple[str, ...]
+    """The other modules that serve this block alone and leave with it, norms above all; a bypass lets through what
+    they are given."""
     returns_pair: bool = False
     """Whether the module returns (output, attention weights) and not a bare tensor."""
 
     @property
     def modules(self) -> tuple[str, ...]:
         """All modules that leave with the block."""
-        return (self.compute, *self.norms)
+        return (self.compute, *self.passed)
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,22 @@ class Architecture:
     """Path of the list of decoder layers, from the causal-LM model; also the prefix of its tensors in a checkpoint."""
     mha: BlockLayout = BlockLayout("self_attn", ("input_layernorm",), returns_pair=True)
     mlp: BlockLayout = BlockLayout("mlp", ("post_attention_layernorm",))
+    shared: tuple[str, ...] = ()
+    """Modules of a layer that serve both blocks, and stay while the layer has one of them."""
+    is_parallel: bool = False
+    """Whether both blocks of a layer read the same input, and not one the other's output."""
     layer_returns_tuple: bool = False
     """Whether a decoder layer returns a tuple and not a bare tensor."""
+    variant: Callable[[Architecture, PreTrainedConfig], Architecture] | None = None
+    """Gives the row for one model of a family whose layers depend on the configuration, or refuses the model."""
 
-    def is_parallel(self, config: PreTrainedConfig) -> bool:
-        """Whether both blocks of a layer read the same input, and not one the other's output."""
-        return False
+    def for_config(self, config: PreTrainedConfig) -> Architecture:
+        """This row as it is for one model.
+
+        Raises:
+            UnsupportedArchitectureError: if a block of this model can never be the identity; with the reason.
+        """
+        return self.variant(self, config) if self.variant else self
 
     def layer_result(self, hidden_states: Tensor) -> Tensor | tuple[Tensor, None]:
         """A hidden state in the form in which this family's layers return it."""
@@ -66,7 +78,7 @@ class Architecture:
         return layers
 
     def block_of_tensor(self, tensor_name: str) -> Block | None:
-        """The block that a checkpoint's tensor belongs to; None for one outside the decoder layers.
+        """The block that a checkpoint's tensor belongs to; None for one that belongs to no single block.
 
         Raises:
             UnsupportedArchitectureError: if the tensor lies in a decoder layer but in none of its known modules, so
@@ -79,21 +91,127 @@ class Architecture:
         for kind in BlockKind:
             if index.isdecimal() and any(rest.startswith(module + ".") for module in self.block(kind).modules):
                 return Block(layer_index=int(index), block_kind=kind)
+        if index.isdecimal() and any(rest.startswith(module + ".") for module in self.shared):
+            return None
         raise UnsupportedArchitectureError(
             f"tensor {tensor_name!r} belongs to neither block of a {self.model_type} layer; "
             "the checkpoint has parts that this family's table does not know, and cannot be pruned safely"
         )
 
 
+def _gpt2(row: Architecture, config: PreTrainedConfig) -> Architecture:
+    if config.add_cross_attention:
+        raise UnsupportedArchitectureError("this GPT-2 has cross-attention, which is neither of a layer's two blocks")
+    return row
+
+
+def _gpt_neox(row: Architecture, config: PreTrainedConfig) -> Architecture:
+    return dataclasses.replace(row, is_parallel=bool(config.use_parallel_residual))
+
+
+def _opt(row: Architecture, config: PreTrainedConfig) -> Architecture:
+    if not config.do_layer_norm_before:
+        raise UnsupportedArchitectureError(
+            "this OPT normalises the stream after each block (do_layer_norm_before is false, as in opt-350m), "
+            "so a block can never be the identity; OPT models with do_layer_norm_before can be pruned"
+        )
+    return row
+
+
+def _falcon(row: Architecture, config: PreTrainedConfig) -> Architecture:
+    if config.alibi:
+        raise UnsupportedArchitectureError(
+            "this Falcon uses ALiBi (alibi is true), whose biases depend on the batch; Falcon models with rotary "
+            "positions can be pruned"
+        )
+    if not config.parallel_attn:
+        return row
+    has_two_norms = config.new_decoder_architecture and config.num_ln_in_parallel_attn != 1
+    return dataclasses.replace(
+        row,
+        is_parallel=True,
+        mha=dataclasses.replace(row.mha, passed=("ln_attn",) if has_two_norms else ()),
+        mlp=dataclasses.replace(row.mlp, passed=("ln_mlp",) if has_two_norms else ()),
+        shared=() if has_two_norms else ("input_layernorm",),
+    )
+
+
+def _attention(compute: str, *passed: str) -> BlockLayout:
+    return BlockLayout(compute, passed, returns_pair=True)
+
+
+_SANDWICH_MHA = _attention("self_attn", "input_layernorm", "post_attention_layernorm")
+_SANDWICH_MLP = BlockLayout("mlp", ("pre_feedforward_layernorm", "post_feedforward_layernorm"))
+_COHERE = Architecture(
+    "cohere",
+    "Cohere",
+    mha=_attention("self_attn"),
+    mlp=BlockLayout("mlp", ()),
+    shared=("input_layernorm",),
+    is_parallel=True,
+)
+
 _TABLE = {
     architecture.model_type: architecture
     for architecture in (
+        _COHERE,
+        dataclasses.replace(_COHERE, model_type="cohere2", class_prefix="Cohere2"),
+        Architecture(
+            "falcon",
+            "Falcon",
+            layers="transformer.h",
+            mha=_attention("self_attention", "input_layernorm"),
+            layer_returns_tuple=True,
+            variant=_falcon,
+        ),
+        Architecture("gemma", "Gemma"),
+        Architecture("gemma2", "Gemma2", mha=_SANDWICH_MHA, mlp=_SANDWICH_MLP),
+        Architecture("gemma3_text", "Gemma3", mha=_SANDWICH_MHA, mlp=_SANDWICH_MLP),
+        Architecture(
+            "gpt2",
+            "GPT2",
+            layers="transformer.h",
+            mha=_attention("attn", "ln_1"),
+            mlp=BlockLayout("mlp", ("ln_2",)),
+            variant=_gpt2,
+        ),
+        Architecture(
+            "gpt_neox",
+            "GPTNeoX",
+            layers="gpt_neox.layers",
+            mha=_attention("attention", "input_layernorm"),
+            variant=_gpt_neox,
+        ),
         Architecture("llama", "Llama"),
         Architecture("mistral", "Mistral"),
+        Architecture("mixtral", "Mixtral"),
+        Architecture(
+            "olmo2",
+            "Olmo2",
+            mha=_attention("self_attn", "post_attention_layernorm"),
+            mlp=BlockLayout("mlp", ("post_feedforward_layernorm",)),
+        ),
+        Architecture(
+            "opt",
+            "OPT",
+            layers="model.decoder.layers",
+            mha=_attention("self_attn", "self_attn_layer_norm"),
+            mlp=BlockLayout("fc2", ("fc1", "final_layer_norm")),
+            variant=_opt,
+        ),
+        Architecture("phi3", "Phi3"),
         Architecture("qwen2", "Qwen2"),
+        Architecture("qwen2_moe", "Qwen2Moe"),
         Architecture("qwen3", "Qwen3"),
+        Architecture("qwen3_moe", "Qwen3Moe"),
     )
 }
+
+_REFUSED = {
+    "bloom": "its blocks add the residual themselves, so a block cannot be bypassed from outside",
+    "mpt": "its blocks add the residual themselves, so a block cannot be bypassed from outside",
+}
+"""Families that are known and cannot be pruned, with the reason."""
 
 KNOWN_MODEL_TYPES: tuple[str, ...] = tuple(sorted(_TABLE))
 
@@ -104,6 +222,8 @@ def architecture_of(model_type: str) -> Architecture:
     Raises:
         UnsupportedArchitectureError: naming the type and listing the known ones.
     """
+    if model_type in _REFUSED:
+        raise UnsupportedArchitectureError(f"models of type {model_type!r} cannot be pruned: {_REFUSED[model_type]}")
     if model_type not in _TABLE:
         raise UnsupportedArchitectureError(
             f"unknown architecture {model_type!r}; known are {', '.join(KNOWN_MODEL_TYPES)}"

@@ -1,8 +1,9 @@
 """The search's memory on disk: every finished step, and the scores of the step under way.
 
-A folder that the caller names holds `step-0001.json`, `step-0002.json`, ... and `partial.safetensors`. Each file is
-written whole beside its place and renamed into it, and carries the search's identity and a digest, so that a torn,
-changed or foreign file is noticed and what is good before it is used.
+A folder that the caller names holds `step-0001.json`, `step-0002.json`, ... and, for the step under way,
+`partial.safetensors` with its predecessor. Each file is written whole beside its place and renamed into it, and carries
+the search's identity and a digest, so that a torn, changed or foreign file is noticed and what is good before it is
+used.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,18 +28,27 @@ from blockpruner.trace import SearchStep
 logger = logging.getLogger(__name__)
 
 _DENSE_FILE = "dense.safetensors"
+_PLAN_FILE = "plan.json"
 
 
 class SearchJournal:
     """The checkpoints of one search, whatever its number of blocks."""
 
-    def __init__(self, folder: Path, identity: str, partial_interval_s: float = 2.0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        identity: str,
+        partial_interval_s: float = 2.0,
+        parts: Mapping[str, str] | None = None,
+    ) -> None:
         """Keep the journal of the search with this identity (a sha256) in `folder`, which is made if missing.
 
-        `partial_interval_s` seconds at least lie between two checkpoints within a step.
+        `partial_interval_s` seconds at least lie between two checkpoints within a step. `parts` are what the identity
+        is made of, by name ("model", "metric"): with them a refusal can say what is different.
         """
         self._folder = folder
         self._identity = identity
+        self._parts = dict(parts or {})
         self._partial_interval_s = partial_interval_s
         self._partial_saved_at = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,50 +90,72 @@ class SearchJournal:
         metadata = {"identity": self._identity, "sha256": _digest(nll_B.numpy().tobytes())}
         write_atomically(self._folder / _DENSE_FILE, save({"nll_B": nll_B}, metadata))
 
+    def plan(self) -> str | None:
+        """How the search's work was cut, as it was kept; None if it was not, or is damaged."""
+        path = self._folder / _PLAN_FILE
+        payload, identity = _opened(path) if path.exists() else (None, None)
+        return payload if identity == self._identity else None
+
+    def keep_plan(self, plan: str) -> None:
+        """Keep how the search's work is cut: whoever goes on with the same cut gets the same bits."""
+        write_atomically(self._folder / _PLAN_FILE, self._sealed(plan))
+
     def append(self, step: SearchStep) -> None:
         """Keep a finished step; the scores of the step under way are no longer needed."""
-        payload = step.model_dump_json()
-        digest = _digest((self._identity + payload).encode())
-        envelope = {"identity": self._identity, "sha256": digest, "payload": payload}
-        write_atomically(self._step_path(step.step), json.dumps(envelope).encode())
-        self._partial_path.unlink(missing_ok=True)
+        write_atomically(self._step_path(step.step), self._sealed(step.model_dump_json()))
+        for path in self._partial_paths:
+            path.unlink(missing_ok=True)
 
     def load_partial(self, removed: Sequence[Block], candidates: Sequence[Block], num_sequences: int) -> ScoreTable:
         """The scores of the step under way as they were kept last, or an empty table."""
-        table = ScoreTable.empty(candidates, num_sequences)
-        expected = self._partial_identity(removed, candidates)
-        try:
-            with safe_open(self._partial_path, "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("identity") != expected:
-                    return table
-                nll_CB, done_CB = file.get_tensor("nll_CB"), file.get_tensor("done_CB").bool()
-        except FileNotFoundError:
-            return table
-        except (SafetensorError, OSError) as error:
-            logger.warning("the checkpoint within the step is damaged (%s): the step starts again", error)
-            return table
-        fits = (nll_CB.shape, nll_CB.dtype, done_CB.shape) == (table.nll_CB.shape, torch.float64, table.done_CB.shape)
-        if not fits or metadata.get("sha256") != _table_digest(nll_CB, done_CB):
-            logger.warning("the checkpoint within the step has changed bytes: the step starts again")
-            return table
-        return ScoreTable(tuple(candidates), nll_CB, done_CB)
+        empty = ScoreTable.empty(candidates, num_sequences)
+        identity = self._partial_identity(removed, candidates)
+        found = (self._read_partial(path, identity, empty) for path in self._partial_paths)
+        return next((table for table in found if table is not None), empty)
 
     def save_partial(self, removed: Sequence[Block], table: ScoreTable) -> None:
         """Keep the scores of the step under way, unless that was done a moment ago."""
         if time.monotonic() - self._partial_saved_at < self._partial_interval_s:
             return
-        done_CB = table.done_CB.to(torch.uint8)
-        metadata = {
-            "identity": self._partial_identity(removed, table.candidates),
-            "sha256": _table_digest(table.nll_CB, table.done_CB),
+        tensors = {
+            "nll_CB": table.nll_CB,
+            "done_CB": table.done_CB.to(torch.uint8),
+            "divergence_CB": table.divergence_CB,
         }
-        write_atomically(self._partial_path, save({"nll_CB": table.nll_CB, "done_CB": done_CB}, metadata))
+        metadata = {"identity": self._partial_identity(removed, table.candidates), "sha256": _table_digest(table)}
+        newest, previous = self._partial_paths
+        if newest.exists():
+            newest.replace(previous)
+        write_atomically(newest, save(tensors, metadata))
         self._partial_saved_at = time.monotonic()
 
     @property
-    def _partial_path(self) -> Path:
-        return self._folder / "partial.safetensors"
+    def _partial_paths(self) -> tuple[Path, Path]:
+        """The scores of the step under way as they were kept last, and the time before."""
+        return self._folder / "partial.safetensors", self._folder / "partial-previous.safetensors"
+
+    def _read_partial(self, path: Path, identity: str, empty: ScoreTable) -> ScoreTable | None:
+        """A kept table of the same shape as an empty one; None if it is another step's, or damaged, which is said."""
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("identity") != identity:
+                    return None
+                nll_CB, done_CB, divergence_CB = map(file.get_tensor, ("nll_CB", "done_CB", "divergence_CB"))
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError) as error:
+            logger.warning("the checkpoint within the step is damaged (%s): taking the one before it", error)
+            return None
+        table = ScoreTable(empty.candidates, nll_CB, done_CB.bool(), divergence_CB)
+        fits = all(
+            (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
+            for mine, theirs in zip(table.tensors, empty.tensors, strict=True)
+        )
+        if not fits or metadata.get("sha256") != _table_digest(table):
+            logger.warning("the checkpoint within the step has changed bytes: taking the one before it")
+            return None
+        return table
 
     def _step_path(self, step: int) -> Path:
         return self._folder / f"step-{step:04d}.json"
@@ -132,19 +164,25 @@ class SearchJournal:
         parts = [self._identity, "without", *map(str, removed), "candidates", *map(str, candidates)]
         return _digest(" ".join(parts).encode())
 
+    def _sealed(self, payload: str) -> bytes:
+        digest = _digest((self._identity + payload).encode())
+        envelope = {"identity": self._identity, "sha256": digest, "payload": payload, "parts": self._parts}
+        return json.dumps(envelope).encode()
+
     def _read_step(self, path: Path) -> SearchStep | None:
-        try:
-            envelope = json.loads(path.read_bytes())
-            payload, identity = str(envelope["payload"]), str(envelope["identity"])
-            intact = envelope["sha256"] == _digest((identity + payload).encode())
-        except (ValueError, KeyError, TypeError):
-            return None
-        if intact and identity != self._identity:
+        payload, identity = _opened(path)
+        if payload is not None and identity != self._identity:
             raise ArtifactError(
-                f"{path} belongs to another search (another model, calibration set or metric); "
+                f"{path} belongs to another search ({self._what_differs(path)}); "
                 f"remove the folder {self._folder} to start anew"
             )
-        return SearchStep.model_validate_json(payload) if intact else None
+        return SearchStep.model_validate_json(payload) if payload is not None else None
+
+    def _what_differs(self, path: Path) -> str:
+        """What a foreign file's search has that this one has not, in words."""
+        theirs = json.loads(path.read_bytes()).get("parts") or {}
+        different = [name for name in self._parts if theirs.get(name, self._parts[name]) != self._parts[name]]
+        return f"another {' and '.join(different)}" if different else "another model, calibration set or metric"
 
     def _discard_from(self, step: int) -> None:
         logger.warning("step %d of the search's checkpoints is damaged: going on from step %d", step, step - 1)
@@ -163,9 +201,20 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
+def _opened(path: Path) -> tuple[str | None, str | None]:
+    """A sealed file's payload and the identity of its search; (None, None) if it is torn or changed."""
+    try:
+        envelope = json.loads(path.read_bytes())
+        payload, identity = str(envelope["payload"]), str(envelope["identity"])
+        intact = envelope["sha256"] == _digest((identity + payload).encode())
+    except (ValueError, KeyError, TypeError):
+        return None, None
+    return (payload, identity) if intact else (None, None)
+
+
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _table_digest(nll_CB: torch.Tensor, done_CB: torch.Tensor) -> str:
-    return _digest(nll_CB.numpy().tobytes() + done_CB.bool().numpy().tobytes())
+def _table_digest(table: ScoreTable) -> str:
+    return _digest(b"".join(tensor.numpy().tobytes() for tensor in table.tensors))

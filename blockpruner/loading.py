@@ -103,7 +103,7 @@ def meta_model(checkpoint: Checkpoint) -> tuple[Architecture, PreTrainedModel]:
     """The model's modules without its weights (meta device), and its row in the table: for shapes and counts.
 
     Raises:
-        UnsupportedArchitectureError: if the family is not in the table.
+        UnsupportedArchitectureError: if the family is not in the table, or this model of it can lose no block.
         CheckpointError: if config.json does not describe a model.
     """
     architecture = architecture_of(checkpoint.model_type)
@@ -113,7 +113,7 @@ def meta_model(checkpoint: Checkpoint) -> tuple[Architecture, PreTrainedModel]:
             model: Any = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers checks a configuration with many types of errors
         raise CheckpointError(f"config.json of {checkpoint.name} describes no model: {_one_line(error)}") from error
-    return architecture, cast(PreTrainedModel, model)
+    return architecture.for_config(config), cast(PreTrainedModel, model)
 
 
 def _one_line(error: BaseException) -> str:

@@ -50,12 +50,22 @@ def default_batch_size(sequence_length: int, vocab_size: int) -> int:
 def batch_nll(model: PreTrainedModel, token_ids_BT: Tensor) -> Tensor:
     """`sequence_nll` of one batch in one forward pass: float64 [B] on the CPU."""
     token_ids_BT = token_ids_BT.to(model.device)
-    logits_BTV = model(input_ids=token_ids_BT, use_cache=False).logits
+    return mean_token_nll(batch_logits(model, token_ids_BT), token_ids_BT).cpu()
+
+
+def batch_logits(model: PreTrainedModel, token_ids_BT: Tensor) -> Tensor:
+    """The logits [B, T, V] of one full forward pass, in the model's dtype."""
+    logits_BTV: Tensor = model(input_ids=token_ids_BT, use_cache=False).logits
+    return logits_BTV
+
+
+def mean_token_nll(logits_BTV: Tensor, token_ids_BT: Tensor) -> Tensor:
+    """Each sequence's mean NLL per predicted token from its logits: float64 [B]."""
     token_nll = [
         functional.cross_entropy(logits_TV[:-1].float(), token_ids_T[1:], reduction="none")
         for logits_TV, token_ids_T in zip(logits_BTV, token_ids_BT, strict=True)
     ]
-    return torch.stack(token_nll).double().mean(dim=1).cpu()
+    return torch.stack(token_nll).double().mean(dim=1)
 
 
 def perplexity(nll_B: Tensor) -> float:

@@ -7,6 +7,18 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Throughput:
+    """How fast arithmetic goes, where somebody counts it."""
+
+    tokens: int
+    """Tokens scored, those of every candidate."""
+    flops_per_s: float
+    """Of matrix products."""
+    mfu: float | None
+    """Their share of what the device's matrix products reach at best, as measured; None where that is not known."""
+
+
+@dataclass(frozen=True)
 class Progress:
     """One report of a piece of work under way."""
 
@@ -20,6 +32,7 @@ class Progress:
     """A few words for people: the step of a search, the task of an evaluation."""
     resumed: int = 0
     """How many of `done` were taken over, so that a rate or an ETA counts only what was computed now."""
+    throughput: Throughput | None = None
 
 
 ProgressCallback = Callable[[Progress], None]

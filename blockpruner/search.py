@@ -6,19 +6,27 @@ the journal lies is the caller's.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from blockpruner.blocks import Block
 from blockpruner.errors import ConfigurationError
 from blockpruner.journal import SearchJournal
 from blockpruner.perplexity import perplexity
-from blockpruner.progress import Progress, ProgressCallback, silent
+from blockpruner.progress import Progress, ProgressCallback, Throughput, silent
 from blockpruner.scoring.interface import Scorer
+from blockpruner.scoring.metrics import Metric, metric_of
 from blockpruner.scoring.table import ScoreTable
+from blockpruner.scoring.work import Meter
 from blockpruner.trace import CandidateScore, SearchStep
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,16 +84,20 @@ class SearchTarget:
         return len(steps) + max(1, math.ceil((self.ratio - reached) / mean_ratio))
 
 
-def rank(table: ScoreTable, scores: Sequence[float]) -> tuple[CandidateScore, ...]:
+def rank(table: ScoreTable, metric: Metric, noise_nats: float = 0.0) -> tuple[CandidateScore, ...]:
     """Rank the candidates of a complete table by score, least important first.
 
-    Ties go to the block that comes first in the stream; scores that are not finite rank last.
+    Ties go to the block that comes first in the stream; scores that are not finite rank last. A candidate whose score
+    is within `noise_nats` of the best one's is marked as tied: on another machine it might have been chosen.
     """
+    means = [metric.mean_nats(nll_B, divergence_B) for nll_B, divergence_B in _rows(table)]
+    scores = [metric.score(nll_B, divergence_B) for nll_B, divergence_B in _rows(table)]
     order = sorted(
         range(len(scores)),
         key=lambda i: (not math.isfinite(scores[i]), scores[i] if math.isfinite(scores[i]) else 0.0, i),
     )
     ranks = {index: position for position, index in enumerate(order, start=1)}
+    best = means[order[0]]
     return tuple(
         CandidateScore(
             block=block,
@@ -93,9 +105,14 @@ def rank(table: ScoreTable, scores: Sequence[float]) -> tuple[CandidateScore, ..
             perplexity=perplexity(table.nll_CB[index]),
             rank=ranks[index],
             chosen=ranks[index] == 1,
+            tied=ranks[index] != 1 and abs(means[index] - best) <= noise_nats,
         )
         for index, block in enumerate(table.candidates)
     )
+
+
+def _rows(table: ScoreTable) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(table.nll_CB, table.divergence_CB, strict=True)
 
 
 class GreedySearch:
@@ -108,8 +125,15 @@ class GreedySearch:
         num_parameters: int,
         journal: SearchJournal,
         progress: ProgressCallback = silent,
+        metric: Metric | None = None,
+        noise_nats: float = 0.0,
     ) -> None:
-        """Search among the blocks of `sizes` (with their numbers of parameters), keeping every step in `journal`."""
+        """Search among the blocks of `sizes` (with their numbers of parameters), keeping every step in `journal`.
+
+        Candidates closer to the chosen one than `noise_nats`, the arithmetic's own uncertainty, are marked as ties.
+        """
+        self._metric = metric or metric_of("perplexity")
+        self._noise_nats = noise_nats
         self._scorer = scorer
         self._sizes = dict(sorted(sizes.items()))
         self._num_parameters = num_parameters
@@ -129,7 +153,7 @@ class GreedySearch:
         return reached
 
     def _next_step(self, steps: Sequence[SearchStep], target: SearchTarget) -> SearchStep:
-        started = time.monotonic()
+        started, work_before = time.monotonic(), copy(self._scorer.meter)
         removed = tuple(step.block for step in steps)
         candidates = tuple(block for block in self._sizes if block not in removed)
         table = self._journal.load_partial(removed, candidates, self._scorer.num_sequences)
@@ -140,16 +164,20 @@ class GreedySearch:
             self._journal.save_partial(removed, table)
             note = f"step {len(steps) + 1}"
             done = self._candidates_before + table.num_done
-            self._progress(Progress(done, total, "candidates", note, self._resumed))
+            self._progress(Progress(done, total, "candidates", note, self._resumed, _throughput(self._scorer.meter)))
 
         on_update(table)
         self._scorer.fill(removed, table, on_update)
         self._candidates_before += len(candidates)
-        return self._choose(steps, table, time.monotonic() - started)
+        work_saved = self._scorer.meter.share_saved_since(work_before)
+        return self._choose(steps, table, time.monotonic() - started, work_saved)
 
-    def _choose(self, steps: Sequence[SearchStep], table: ScoreTable, seconds: float) -> SearchStep:
+    def _choose(
+        self, steps: Sequence[SearchStep], table: ScoreTable, seconds: float, work_saved: float
+    ) -> SearchStep:
         assert table.is_complete
-        ranked = rank(table, [perplexity(nll_B) for nll_B in table.nll_CB])
+        ranked = rank(table, self._metric, self._noise_nats)
+        _say_broken(len(steps) + 1, ranked)
         best = next(candidate for candidate in ranked if candidate.chosen)
         removed = (steps[-1].num_parameters_removed if steps else 0) + self._sizes[best.block]
         return SearchStep(
@@ -160,6 +188,7 @@ class GreedySearch:
             num_parameters_removed=removed,
             ratio=removed / self._num_parameters,
             seconds=seconds,
+            work_saved=work_saved,
             candidates=ranked,
         )
 
@@ -168,3 +197,15 @@ class GreedySearch:
         mean_ratio = sum(self._sizes.values()) / len(self._sizes) / self._num_parameters
         for done in range(len(steps), target.num_steps(steps, mean_ratio)):
             yield max(1, len(self._sizes) - done)
+
+
+def _throughput(meter: Meter) -> Throughput | None:
+    return Throughput(meter.tokens, meter.flops_per_s, meter.mfu) if meter.flops else None
+
+
+def _say_broken(step: int, ranked: Sequence[CandidateScore]) -> None:
+    broken = [str(candidate.block) for candidate in ranked if not math.isfinite(candidate.score)]
+    if broken:
+        logger.warning(
+            "step %d: without %s the model's predictions are not finite; such blocks rank last", step, ", ".join(broken)
+        )

@@ -27,6 +27,8 @@ class CandidateScore(_Record):
     rank: PositiveInt
     """1 is the least important."""
     chosen: bool
+    tied: bool = False
+    """Whether the score is too close to the chosen one's for the arithmetic to tell them apart."""
 
 
 class SearchStep(_Record):
@@ -42,6 +44,8 @@ class SearchStep(_Record):
     ratio: float
     """`num_parameters_removed` over all of the model's parameters."""
     seconds: float
+    work_saved: float = 0.0
+    """The share of a whole sweep that did not have to be computed again after the step before."""
     candidates: tuple[CandidateScore, ...]
     """In stream order."""
 

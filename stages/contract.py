@@ -16,6 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from blockpruner.progress import ProgressCallback, silent
+from blockpruner.scoring.settings import ScorerSettings
 
 
 class StageConfig(BaseModel):
@@ -54,6 +55,8 @@ class Runtime:
     """A torch device: 'cpu', 'cuda', 'cuda:1'."""
     batch_size: int | None = None
     """Sequences in one forward pass; None lets the stage choose."""
+    scoring: ScorerSettings = field(default_factory=ScorerSettings)
+    """How a search computes its scores."""
     progress: ProgressCallback = silent
     state_dir: Path | None = None
     """Where a resumable stage keeps its checkpoints; the artifact store sets it."""

@@ -87,8 +87,8 @@ def write_export(
         ExportError: if the surviving blocks do not fit the wanted format.
         UnsupportedArchitectureError: if the checkpoint has tensors that belong to no known part.
     """
-    architecture = architecture_of(checkpoint.model_type)
     config = AutoConfig.from_pretrained(checkpoint.path)
+    architecture = architecture_of(checkpoint.model_type).for_config(config)
     packed = pack(config.num_hidden_layers, removed)
     chosen = choose_format(packed, wanted)
     out_dir.mkdir(parents=True, exist_ok=True)

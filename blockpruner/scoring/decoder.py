@@ -1,15 +1,15 @@
-"""A causal LM taken apart into the pieces a sweep calls: embedding, each residual unit, final norm and head.
+"""A causal LM taken apart into the pieces a sweep calls: embedding, each residual unit, and the head.
 
 Nothing of a family's mathematics is written again: every piece is the model's own code. The decoder layers get the
-keyword arguments that the model itself passes them (masks and position embeddings can differ from layer to layer),
-captured once for a batch of one sequence; they broadcast over any number of sequences.
+arguments that the model itself passes them (masks and position embeddings can differ from layer to layer), captured
+once for a batch of one sequence; they broadcast over any number of sequences.
 
-Shapes: `N` sequences of any branches, `T` tokens, `D` hidden, `V` vocabulary.
+Shapes: `N` sequences of any branches, `M` tokens, `T` tokens of a sequence, `D` hidden, `V` vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from blockpruner.architectures import Architecture
 from blockpruner.blocks import Block, BlockKind
-from blockpruner.masking import masked
+from blockpruner.masking import layer_without
+from blockpruner.scoring.residency import LayerResidency, Resident
 
 LayerCall = Callable[..., Any]
+RunLayer = Callable[[nn.Module, Tensor, tuple[Any, ...], dict[str, Any]], Any]
+"""Calls a layer on hidden states with its captured arguments; a place for a compiler to step in."""
 
 
 @dataclass(frozen=True)
@@ -36,64 +38,103 @@ class Unit:
     blocks: tuple[Block, ...]
 
 
+def run_layer(layer: nn.Module, hidden_NTD: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The plain `RunLayer`."""
+    return layer(hidden_NTD, *args, **kwargs)
+
+
 class Decoder:
     """The pieces of a model for sequences of one length, without cache or padding."""
 
-    def __init__(self, architecture: Architecture, model: PreTrainedModel, sequence_length: int) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        model: PreTrainedModel,
+        sequence_length: int,
+        residency: LayerResidency | None = None,
+        run: RunLayer = run_layer,
+    ) -> None:
         """Take `model` apart for sequences of `sequence_length` tokens."""
         self._architecture = architecture
         self._model = model
         self._layers = architecture.decoder_layers(model)
-        self._kwargs = self._capture(sequence_length)
-        self.units = tuple(self._units(parallel=architecture.is_parallel(model.config)))
+        self._residency = residency or Resident()
+        self._run = run
+        self._views: dict[tuple[int, frozenset[BlockKind]], nn.Module] = {}
+        self._arguments = self._capture(sequence_length)
+        self.units = tuple(self._units())
 
     @property
     def device(self) -> torch.device:
         """Where the embeddings are, and the sweep's tensors with them."""
         return self._model.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states."""
+        return self._model.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return int(self._model.config.get_text_config().hidden_size)
+
     def embed(self, token_ids_NT: Tensor) -> Tensor:
         """What the first decoder layer gets: [N, T, D]."""
-        return self._run_base(token_ids_NT, None)[0]
+        entered: list[Tensor] = []
 
-    def final_hidden(self, hidden_NTD: Tensor) -> Tensor:
-        """What the head gets, from the output of the last decoder layer: [N, T, D]."""
-        token_ids_NT = torch.zeros(hidden_NTD.shape[:2], dtype=torch.long, device=hidden_NTD.device)
-        return self._run_base(token_ids_NT, hidden_NTD)[1]
+        def first(hidden_states: Tensor) -> Tensor:
+            entered.append(hidden_states)
+            return hidden_states
 
-    def logits(self, final_MD: Tensor) -> Tensor:
-        """Logits [M, V] of M tokens' final hidden states, with the model's own scaling and capping."""
-        token_ids = torch.zeros((1, 1), dtype=torch.long, device=final_MD.device)
-        output = BaseModelOutputWithPast(last_hidden_state=final_MD[None])
-        with _forward_replaced(self._model.base_model, lambda *_, **__: output):
+        with self._layers_replaced(lambda _: first):
+            self._model.base_model(input_ids=token_ids_NT, use_cache=False)
+        return entered[0]
+
+    def logits(self, hidden_MD: Tensor) -> Tensor:
+        """Logits [M, V] from the last layer's output: final norm and head with the model's own scaling and capping."""
+        token_ids = torch.zeros((1, 1), dtype=torch.long, device=hidden_MD.device)
+        with self._layers_replaced(lambda _: lambda _: hidden_MD[None]):
             logits: Tensor = self._model(input_ids=token_ids, use_cache=False).logits
-        return logits[0]
+        return logits.reshape(hidden_MD.shape[0], -1)
 
-    def run(self, unit: Unit, hidden_NTD: Tensor, without: Collection[Block] = ()) -> Tensor:
+    def run(self, unit: Unit, hidden_NTD: Tensor, without: frozenset[Block] = frozenset()) -> Tensor:
         """The stream after a unit: [N, T, D]; blocks of `without` add nothing."""
-        layer = self._layers[unit.layer_index]
-        skipped = {Block(layer_index=unit.layer_index, block_kind=kind) for kind in BlockKind} - set(unit.blocks)
-        with masked(self._architecture, self._model, skipped.union(without)):
-            output = layer(hidden_NTD, **self._kwargs[unit.layer_index])
+        self._residency.ensure(unit.layer_index)
+        args, kwargs = self._arguments[unit.layer_index]
+        output = self._run(self._view(unit, without), hidden_NTD, args, kwargs)
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
 
-    def _units(self, *, parallel: bool) -> Iterator[Unit]:
+    def expect(self, layer_indices: tuple[int, ...]) -> None:
+        """Tell in which order the layers will be run next, so that weights that are elsewhere can be fetched ahead."""
+        self._residency.expect(layer_indices)
+
+    def _view(self, unit: Unit, without: frozenset[Block]) -> nn.Module:
+        """The unit's layer with everything bypassed that is not the unit's, or is in `without`."""
+        active = {block.block_kind for block in unit.blocks if block not in without}
+        bypassed = frozenset(BlockKind) - active
+        key = (unit.layer_index, bypassed)
+        if key not in self._views:
+            self._views[key] = layer_without(self._architecture, self._layers[unit.layer_index], bypassed)
+        return self._views[key]
+
+    def _units(self) -> Iterator[Unit]:
         index = 0
         for layer_index in range(len(self._layers)):
             blocks = [Block(layer_index=layer_index, block_kind=kind) for kind in BlockKind]
-            for group in [blocks] if parallel else [[block] for block in blocks]:
+            for group in [blocks] if self._architecture.is_parallel else [[block] for block in blocks]:
                 yield Unit(index, layer_index, tuple(group))
                 index += 1
 
     @torch.inference_mode()
-    def _capture(self, sequence_length: int) -> list[dict[str, Any]]:
-        """The keyword arguments that the model passes to each layer for one sequence."""
-        captured: list[dict[str, Any]] = [{} for _ in self._layers]
+    def _capture(self, sequence_length: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """The arguments beside the hidden state that the model passes to each layer for one sequence."""
+        captured: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((), {}) for _ in self._layers]
 
         def record(index: int) -> LayerCall:
-            def layer(hidden_states: Tensor, *_: Any, **kwargs: Any) -> Any:
-                captured[index] = kwargs
+            def layer(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+                captured[index] = (args, kwargs)
                 return self._architecture.layer_result(hidden_states)
 
             return layer
@@ -103,23 +144,20 @@ class Decoder:
             self._model.base_model(input_ids=token_ids, use_cache=False)
         return captured
 
-    def _run_base(self, token_ids_NT: Tensor, injected_NTD: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Run the base model around its layers: what enters the first, and what leaves the final norm.
-
-        The layers do nothing; `injected_NTD`, if given, takes the place of the last one's output.
-        """
-        entered: list[Tensor] = []
+    @contextmanager
+    def _layers_replaced(self, make: Callable[[int], Callable[[Tensor], Tensor]]) -> Iterator[None]:
+        """Let functions of the hidden state alone stand in for the layers."""
 
         def stand_in(index: int) -> LayerCall:
+            call = make(index)
+
             def layer(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-                entered.append(hidden_states)
-                return self._architecture.layer_result(hidden_states if injected_NTD is None else injected_NTD)
+                return self._architecture.layer_result(call(hidden_states))
 
             return layer
 
         with _all_replaced(self._layers, stand_in):
-            output = self._model.base_model(input_ids=token_ids_NT, use_cache=False)
-        return entered[0], output.last_hidden_state
+            yield
 
 
 @contextmanager
@@ -132,12 +170,3 @@ def _all_replaced(layers: nn.ModuleList, make: Callable[[int], LayerCall]) -> It
     finally:
         for layer in calls:
             del layer.forward
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, call: LayerCall) -> Iterator[None]:
-    module.forward = call
-    try:
-        yield
-    finally:
-        del module.forward

@@ -5,19 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from torch import Tensor
+
 from blockpruner.blocks import Block
 from blockpruner.scoring.table import ScoreTable
+from blockpruner.scoring.work import Meter
 
 TableCallback = Callable[[ScoreTable], None]
 """Called each time values were entered, so that the caller can keep a checkpoint and report progress."""
 
 
 class Scorer(Protocol):
-    """Computes the per-sequence NLL of the model without each candidate."""
+    """Computes what the model without each candidate predicts of every calibration sequence."""
 
     @property
     def num_sequences(self) -> int:
         """Number of calibration sequences, B."""
+        ...
+
+    @property
+    def meter(self) -> Meter:
+        """What was computed so far, and how fast."""
+        ...
+
+    def dense_nll(self) -> Tensor:
+        """Each sequence's mean token NLL in nats of the unpruned model: float64 [B] on the CPU."""
         ...
 
     def fill(self, removed: tuple[Block, ...], table: ScoreTable, on_update: TableCallback) -> None:

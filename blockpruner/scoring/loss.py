@@ -1,19 +1,65 @@
 """Token losses, chunk by chunk, so that the logits of a whole batch never exist.
 
-Shapes: `V` vocabulary, `M` tokens of one chunk.
+Shapes: `V` vocabulary, `M` tokens of one micro-batch, `m` of one chunk, `K` branches, `D` hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from blockpruner.scoring.metrics import Divergence
+
+Head = Callable[[Tensor], Tensor]
+"""Final norm, language-model head, scaling and capping: [M, D] -> logits [M, V]."""
 
 
 def token_nll(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
     """Negative log-likelihood of each target in nats, float32 [M]: log-sum-exp minus the target's logit."""
     logits_MV = logits_MV.float()
     return logits_MV.logsumexp(dim=-1) - logits_MV.gather(-1, targets_M[:, None]).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """Computes what a metric needs of each token, for several branches at a time."""
+
+    head: Head
+    divergence: Divergence | None
+    logit_elements: int
+    """Logits that exist at one time."""
+    vocab_size: int
+    nll: Callable[[Tensor, Tensor], Tensor] = token_nll
+
+    def of(self, hidden_KMD: Tensor, targets_M: Tensor, dense_MD: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """NLL, and divergence from the dense model where that is given, of every branch's tokens: float32 [K, M] each.
+
+        Args:
+            hidden_KMD: the last layer's output of K branches on the same M tokens.
+            targets_M: the tokens that follow.
+            dense_MD: the dense model's last layer's output on these tokens; None: no divergence.
+        """
+        num_branches, num_tokens, _ = hidden_KMD.shape
+        step = max(1, self.logit_elements // (self.vocab_size * num_branches))
+        parts = [
+            self._chunk(hidden_KMD[:, chunk], targets_M[chunk], None if dense_MD is None else dense_MD[chunk])
+            for chunk in chunks(num_tokens, step)
+        ]
+        divergences = [divergence for _, divergence in parts if divergence is not None]
+        return torch.cat([nll for nll, _ in parts], dim=1), torch.cat(divergences, dim=1) if divergences else None
+
+    def _chunk(self, hidden_KmD: Tensor, targets_m: Tensor, dense_mD: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        num_branches, num_tokens, _ = hidden_KmD.shape
+        logits = self.head(hidden_KmD.reshape(num_branches * num_tokens, -1))
+        nll_Km = self.nll(logits, targets_m.repeat(num_branches)).view(num_branches, num_tokens)
+        if dense_mD is None:
+            return nll_Km, None
+        assert self.divergence is not None
+        logits_KmV = logits.view(num_branches, num_tokens, -1)
+        return nll_Km, self.divergence(self.head(dense_mD), logits_KmV)
 
 
 def chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:

@@ -1,166 +1,242 @@
-"""The sweep: score every candidate in one walk through the network.
+"""The sweep: score every candidate in one walk through the network. Exact, and the search's default.
 
-The trunk is the model as pruned so far. At every candidate block a branch forks that skips the block; all branches go
-through each later block together, in large batches. So the stream before a fork is computed once for all, half the work
-of a forward per candidate is saved, and weights are read once. The numbers are those of a forward per candidate.
+The stream before a fork is computed once for all, half the work of a forward per candidate is saved, weights are read
+once for a large batch, and what the last removal left as it was is taken from snapshots. The numbers are those of a
+forward per candidate.
 
-Tensors are never changed in place, so a branch that forks is a reference to the trunk.
-
-Shapes: `B` sequences, `b` of a micro-batch, `T` tokens, `D` hidden.
+Shapes: `B` sequences, `b` of a micro-batch, `K` branches, `T` tokens, `M` = b (T - 1) predicted tokens, `D` hidden.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from blockpruner.architectures import Architecture
-from blockpruner.blocks import Block
-from blockpruner.scoring.decoder import Decoder, Unit
+from blockpruner.blocks import Block, BlockKind
+from blockpruner.errors import ConfigurationError
+from blockpruner.scoring.decoder import Decoder
+from blockpruner.scoring.front import Chunk, Front, Walk
+from blockpruner.scoring.host_memory import HostCopies
 from blockpruner.scoring.interface import TableCallback
-from blockpruner.scoring.loss import chunks, token_nll
+from blockpruner.scoring.loss import TokenLosses
+from blockpruner.scoring.metrics import Metric
+from blockpruner.scoring.plan import SweepPlan
+from blockpruner.scoring.snapshots import SnapshotStore, choose_positions
 from blockpruner.scoring.table import ScoreTable
+from blockpruner.scoring.work import Costs, Meter
 
-_CPU_FRONT_BYTES = 2**29
-"""Memory for trunk and branches of a micro-batch on a CPU; more would not be faster."""
-_CPU_BATCH_ELEMENTS = 2**20
-"""Hidden-state elements that run as one batch on a CPU: what its caches can serve."""
-_CUDA_BATCH_ELEMENTS = 2**27
-"""Hidden-state elements that run as one batch on a GPU: enough to keep its matrix units busy."""
-_MICRO_BATCHES = 8
-"""A step has at least so many, where there are so many sequences: each is a checkpoint and a report of progress."""
-_LOGIT_ELEMENTS = 2**23
-"""Logits that exist at one time."""
+logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Branches:
-    """Some branches that run as one batch."""
-
-    skipped: tuple[Block, ...]
-    """The block that each branch skips, in stream order."""
-    hidden: Tensor
-    """[len(skipped) * b, T, D], branch by branch."""
-
-
-@dataclass(frozen=True)
-class Front:
-    """The stream of the trunk and of all branches forked so far, between two units."""
-
-    trunk_bTD: Tensor
-    branches: tuple[Branches, ...] = ()
-
-
-class Sweep:
-    """One walk for one micro-batch, with the removed blocks and candidates of one search step."""
-
-    def __init__(
-        self, decoder: Decoder, removed: Collection[Block], candidates: Collection[Block], branches_per_batch: int
-    ) -> None:
-        """Walk with `removed` skipped by all, a branch for each candidate, so many branches in one batch."""
-        self._decoder = decoder
-        self._removed = frozenset(removed)
-        self._candidates = frozenset(candidates)
-        self._branches_per_batch = branches_per_batch
-
-    def run(self, token_ids_bT: Tensor) -> tuple[Branches, ...]:
-        """Every candidate's branch after the last layer."""
-        front = Front(self._decoder.embed(token_ids_bT))
-        for unit in self._decoder.units:
-            front = self._advance(unit, front)
-        return front.branches
-
-    def _advance(self, unit: Unit, front: Front) -> Front:
-        gone = self._removed.intersection(unit.blocks)
-        forks = [block for block in unit.blocks if block in self._candidates and block not in gone]
-        branches = list(front.branches)
-        trunk_bTD = front.trunk_bTD
-        if len(gone) < len(unit.blocks):
-            branches = [Branches(part.skipped, self._decoder.run(unit, part.hidden, gone)) for part in branches]
-            trunk_bTD = self._decoder.run(unit, trunk_bTD, gone)
-        for block in forks:
-            self._append(branches, block, self._forked(unit, front.trunk_bTD, gone, block))
-        return Front(trunk_bTD, tuple(branches))
-
-    def _forked(self, unit: Unit, trunk_bTD: Tensor, gone: frozenset[Block], block: Block) -> Tensor:
-        """The trunk after the unit without `block`: unchanged, where the block is all that is left of the unit."""
-        without = gone.union({block})
-        return trunk_bTD if without.issuperset(unit.blocks) else self._decoder.run(unit, trunk_bTD, without)
-
-    def _append(self, branches: list[Branches], block: Block, hidden_bTD: Tensor) -> None:
-        if branches and len(branches[-1].skipped) < self._branches_per_batch:
-            last = branches.pop()
-            branches.append(Branches((*last.skipped, block), torch.cat([last.hidden, hidden_bTD])))
-        else:
-            branches.append(Branches((block,), hidden_bTD))
+MakeLosses = Callable[[SweepPlan], TokenLosses]
+Result = TypeVar("Result")
 
 
 class SweepScorer:
     """Scores all candidates of a step in one sweep for each micro-batch of sequences."""
 
     def __init__(
-        self, architecture: Architecture, model: PreTrainedModel, token_ids_BT: Tensor, batch_size: int | None = None
+        self,
+        decoder: Decoder,
+        token_ids_BT: Tensor,
+        metric: Metric,
+        plan: SweepPlan,
+        costs: Costs,
+        make_losses: MakeLosses,
+        meter: Meter,
     ) -> None:
-        """Score on token ids [B, T], `batch_size` sequences in a micro-batch (None: what memory allows)."""
-        self._decoder = Decoder(architecture, model, int(token_ids_BT.shape[1]))
+        """Score on token ids [B, T], cut as `plan` says. `scoring.build` puts the parts together."""
+        self._decoder = decoder
         self._token_ids_BT = token_ids_BT
-        text_config = model.config.get_text_config()
-        self._vocab_size: int = text_config.vocab_size
-        self._sequence_elements: int = int(token_ids_BT.shape[1]) * text_config.hidden_size
-        self._element_bytes = model.dtype.itemsize
-        self._batch_size = batch_size
+        self.metric = metric
+        self._costs = costs
+        self._make_losses = make_losses
+        self._meter = meter
+        self._dense_BTD: Tensor | None = None
+        self._rank_before: dict[Block, int] = {}
+        self._use(plan)
 
     @property
     def num_sequences(self) -> int:
         """Number of calibration sequences, B."""
         return int(self._token_ids_BT.shape[0])
 
+    @property
+    def meter(self) -> Meter:
+        """What was computed so far, and how fast."""
+        return self._meter
+
+    @property
+    def plan(self) -> SweepPlan:
+        """How the sweep is cut now."""
+        return self._plan
+
+    @torch.inference_mode()
+    def dense_nll(self) -> Tensor:
+        """Each sequence's mean token NLL in nats of the unpruned model: float64 [B] on the CPU."""
+        table = ScoreTable.empty((_DENSE,), self.num_sequences)
+        hidden: list[Tensor] = []
+        while not table.is_complete:
+            batch = self._next_batch(table)
+            hidden += self._attempt(lambda batch=batch: [self._dense_columns(batch, table)]) or []
+        self._dense_BTD = torch.cat(hidden) if self.metric.divergence else None
+        return table.nll_CB[0]
+
     @torch.inference_mode()
     def fill(self, removed: tuple[Block, ...], table: ScoreTable, on_update: TableCallback) -> None:
         """See `Scorer.fill`. Goes micro-batch by micro-batch, all candidates of one at once."""
-        step = self._batch_size or self._sequences_that_fit(len(table.candidates))
-        branches_per_batch = max(1, self._batch_elements() // (step * self._sequence_elements))
-        sweep = Sweep(self._decoder, removed, table.candidates, branches_per_batch)
-        for start in range(0, self.num_sequences, step):
-            columns = slice(start, min(start + step, self.num_sequences))
-            if not bool(table.done_CB[:, columns].all()):
-                self._fill_columns(sweep, columns, table)
+        if self.metric.divergence is not None and self._dense_BTD is None:
+            self.dense_nll()
+        self._meter.start()
+        step = self._step(removed, table.candidates)
+        while not table.is_complete:
+            batch = self._next_batch(table)
+            if self._attempt(lambda batch=batch: [self._fill_columns(step, batch, table)]):
                 on_update(table)
+            else:
+                step = self._step(removed, table.candidates)
+        self._rank_before = _ranks(table)
 
-    def _fill_columns(self, sweep: Sweep, columns: slice, table: ScoreTable) -> None:
-        token_ids_bT = self._token_ids_BT[columns].to(self._decoder.device)
-        row = 0  # branches fork in stream order, which is the order of the table's rows
-        for branches in sweep.run(token_ids_bT):
-            assert branches.skipped == table.candidates[row : row + len(branches.skipped)]
-            for hidden_bTD in branches.hidden.split(token_ids_bT.shape[0]):
-                table.fill(slice(row, row + 1), columns, self._nll(hidden_bTD, token_ids_bT)[None])
-                row += 1
+    def _use(self, plan: SweepPlan) -> None:
+        self._plan = plan
+        self._losses = self._make_losses(plan)
+        host = HostCopies(self._decoder.device) if plan.snapshots_on_host else None
+        self._snapshots = SnapshotStore(self._decoder.units, host)
 
-    def _nll(self, hidden_bTD: Tensor, token_ids_bT: Tensor) -> Tensor:
-        """Each sequence's mean token NLL from the last layer's output: float64 [b]."""
-        final_MD = self._decoder.final_hidden(hidden_bTD)[:, :-1].flatten(0, 1)
-        targets_M = token_ids_bT[:, 1:].flatten()
-        chunk_tokens = max(1, _LOGIT_ELEMENTS // self._vocab_size)
-        parts = [
-            token_nll(self._decoder.logits(final_MD[chunk]), targets_M[chunk])
-            for chunk in chunks(len(targets_M), chunk_tokens)
-        ]
-        return torch.cat(parts).view(token_ids_bT.shape[0], -1).double().mean(dim=1)
+    def _next_batch(self, table: ScoreTable) -> slice:
+        """The next sequences that a table lacks values of, as many as go together."""
+        first = int((~table.done_CB.all(dim=0)).nonzero()[0])
+        start = first - first % self._plan.micro_batch
+        return slice(start, min(start + self._plan.micro_batch, self.num_sequences))
 
-    def _sequences_that_fit(self, num_candidates: int) -> int:
-        """Sequences of a micro-batch whose trunk and branches fit the memory meant for them; at least one."""
-        stream_bytes = self._sequence_elements * self._element_bytes
-        budget = _CPU_FRONT_BYTES
+    def _attempt(self, compute: Callable[[], Result]) -> Result | None:
+        """The result, or None and a smaller plan when the device has too little memory.
+
+        Raises:
+            ConfigurationError: if no plan is small enough.
+        """
+        try:
+            return compute()
+        except torch.OutOfMemoryError as error:
+            plan = self._plan.smaller()
+            if plan is None:
+                raise ConfigurationError(
+                    "the device has too little memory for one sequence and one branch; give a larger "
+                    f"--memory-budget or a smaller --sequence-length ({_first_sentence(error)})"
+                ) from error
+        # Here, where the exception no longer holds the frames and their tensors.
+        logger.warning("the device is out of memory: going on with smaller batches (%s)", plan)
+        self._use(plan)
         if self._decoder.device.type == "cuda":
-            # The rest is for one batch of branches within a layer, and for what the allocator cannot use.
-            budget = int(torch.cuda.mem_get_info(self._decoder.device)[0] * 0.4)
-        fit = min(math.ceil(self.num_sequences / _MICRO_BATCHES), budget // ((num_candidates + 1) * stream_bytes))
-        return max(1, fit)
+            torch.cuda.empty_cache()
+        return None
 
-    def _batch_elements(self) -> int:
-        return _CUDA_BATCH_ELEMENTS if self._decoder.device.type == "cuda" else _CPU_BATCH_ELEMENTS
+    def _step(self, removed: tuple[Block, ...], candidates: tuple[Block, ...]) -> _Step:
+        """What all micro-batches of one step share."""
+        units, costs = self._decoder.units, self._costs.walk(self._decoder.units, removed, candidates)
+        held = self._snapshots.positions(0, removed, candidates)
+        branches, sizes = 0, {}
+        for unit in units:
+            reachable = unit.index in held or unit.index > max(held, default=0)
+            if reachable and not frozenset(removed).issuperset(unit.blocks):
+                sizes[unit.index] = (branches + 1) * self._stream_bytes
+            branches += len(frozenset(candidates).intersection(unit.blocks))
+        weights = [
+            sum(1.0 / self._rank_before.get(block, 1) for block in unit.blocks if block in candidates) for unit in units
+        ]
+        wanted = choose_positions(weights, costs, sizes, self._plan.snapshot_bytes)
+        return _Step(Walk(self._decoder, removed, candidates, self._plan.branches_per_chunk), removed, costs, wanted)
+
+    @property
+    def _stream_bytes(self) -> int:
+        """Of the hidden states of all sequences, without branches."""
+        hidden = self._decoder.hidden_size * self._decoder.dtype.itemsize
+        return self._token_ids_BT.numel() * hidden
+
+    def _fill_columns(self, step: _Step, batch: slice, table: ScoreTable) -> None:
+        token_ids_bT = self._token_ids_BT[batch].to(self._decoder.device)
+        held = self._snapshots.positions(batch.start, step.removed, table.candidates)
+        front = (
+            self._snapshots.front_at(batch.start, max(held)) if held else step.walk.start(token_ids_bT)
+        )
+        self._snapshots.drop_except(batch.start, held & step.wanted)
+        begun = front.position
+
+        def keep(passed: Front) -> None:
+            if passed.position in step.wanted - held:
+                self._snapshots.keep(batch.start, passed, step.removed)
+
+        front = step.walk.run(front, keep)
+        assert front.skipped == table.candidates  # branches fork in stream order, the order of the table's rows
+        losses = [self._chunk_losses(chunk, batch, token_ids_bT) for chunk in front.chunks if chunk.skipped]
+        table.fill(slice(None), batch, *_stacked(losses))
+        tokens, saved = token_ids_bT.numel(), step.costs[begun]
+        self._meter.add((step.costs[-1] - saved) * tokens, saved * tokens, tokens * len(table.candidates))
+
+    def _dense_columns(self, batch: slice, table: ScoreTable) -> Tensor:
+        """Enter the dense model's NLL; the last layer's output [b, T, D], on the CPU."""
+        token_ids_bT = self._token_ids_BT[batch].to(self._decoder.device)
+        walk = Walk(self._decoder, (), (), self._plan.branches_per_chunk)
+        hidden_bTD = walk.run(walk.start(token_ids_bT), lambda _: None).chunks[-1].hidden
+        trunk = Chunk((_DENSE,), hidden_bTD)
+        nll_Kb, _ = self._chunk_losses(trunk, batch, token_ids_bT, divergent=False)
+        table.fill(slice(None), batch, nll_Kb)
+        return hidden_bTD.cpu()
+
+    def _chunk_losses(
+        self, chunk: Chunk, batch: slice, token_ids_bT: Tensor, *, divergent: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Means over each sequence's predicted tokens, NLL and divergence: float64 [K, b] each, on the device."""
+        num_sequences, num_branches = len(token_ids_bT), len(chunk.skipped)
+        branches = chunk.hidden[: num_branches * num_sequences]
+        hidden_KMD = branches[:, :-1].reshape(num_branches, -1, branches.shape[-1])
+        dense_MD = self._dense_hidden(batch) if divergent else None
+        losses = self._losses.of(hidden_KMD, token_ids_bT[:, 1:].flatten(), dense_MD)
+        nll, divergence = (
+            None if values is None else values.view(num_branches, num_sequences, -1).double().mean(-1)
+            for values in losses
+        )
+        assert nll is not None
+        return nll, divergence
+
+    def _dense_hidden(self, batch: slice) -> Tensor | None:
+        """The dense model's last layer's output on a micro-batch's predicting tokens: [M, D]."""
+        if self.metric.divergence is None:
+            return None
+        assert self._dense_BTD is not None
+        return self._dense_BTD[batch, :-1].flatten(0, 1).to(self._decoder.device)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What all micro-batches of one step share."""
+
+    walk: Walk
+    removed: tuple[Block, ...]
+    costs: list[int]
+    """Operations a token before each unit, and in all."""
+    wanted: frozenset[int]
+    """Where to keep snapshots."""
+
+
+_DENSE = Block(layer_index=0, block_kind=BlockKind.MHA)
+"""Names the only row of a table for the dense model."""
+
+
+def _stacked(losses: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    divergences = [divergence for _, divergence in losses if divergence is not None]
+    return torch.cat([nll for nll, _ in losses]), torch.cat(divergences) if divergences else None
+
+
+def _ranks(table: ScoreTable) -> dict[Block, int]:
+    """Where each candidate stood among the others, from 1: low ones are likely to be the next to go."""
+    order = sorted(zip(table.nll_CB.mean(dim=1).tolist(), table.candidates, strict=True))
+    return {block: rank for rank, (_, block) in enumerate(order, start=1)}
+
+
+def _first_sentence(error: BaseException) -> str:
+    return str(error).partition(". ")[0]

@@ -1,0 +1,142 @@
+"""Puts a scorer together: what the model costs, where its weights lie, what fits, what is compiled.
+
+The only place in the library that asks a device how much memory it has.
+"""
+
+from __future__ import annotations
+
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from blockpruner.architectures import Architecture
+from blockpruner.scoring import plan as plans
+from blockpruner.scoring.compiled import compiled_layer, compiled_losses
+from blockpruner.scoring.decoder import Decoder, run_layer
+from blockpruner.scoring.host_memory import available_bytes
+from blockpruner.scoring.interface import Scorer
+from blockpruner.scoring.loss import TokenLosses, token_nll
+from blockpruner.scoring.metrics import Metric
+from blockpruner.scoring.plain import PlainScorer
+from blockpruner.scoring.plan import Machine, SweepPlan, SweepShape, plan_sweep
+from blockpruner.scoring.residency import Resident, Streamed
+from blockpruner.scoring.settings import CompileChoice, ScorerSettings
+from blockpruner.scoring.sweep import SweepScorer
+from blockpruner.scoring.work import Costs, Meter, matrix_peak
+
+_COMPILE_FLOPS = 4e15
+"""Work of one sweep from which compiling pays: its seconds of start-up against what every sweep then saves."""
+_HOST_SHARE = 0.5
+"""Of the host's free memory, for snapshots beside a GPU."""
+_CPU_SHARE = 0.25
+"""Of the machine's free memory, for a sweep on the CPU."""
+_GPU_SHARE = 0.95
+
+
+def is_streamed(weight_bytes: int, device: str, memory_budget: int | None) -> bool:
+    """Whether a model's weights are too many for a GPU (or for the share of it that may be used), so that they lie on
+    the host and are fetched layer by layer."""
+    if not device.startswith("cuda"):
+        return False
+    limit = memory_budget or int(_GPU_SHARE * torch.cuda.mem_get_info(device)[0])
+    return weight_bytes > 0.7 * limit
+
+
+def build_scorer(
+    architecture: Architecture,
+    model: PreTrainedModel,
+    token_ids_BT: Tensor,
+    device: str,
+    metric: Metric,
+    settings: ScorerSettings,
+    batch_size: int | None = None,
+    plan: SweepPlan | None = None,
+) -> Scorer:
+    """A scorer for a model that lies on `device`, or on the CPU if it is to be streamed.
+
+    Args:
+        architecture: the model's row of the table.
+        model: a causal LM in eval mode.
+        token_ids_BT: the calibration set, [B, T].
+        device: where to compute.
+        metric: what a block's removal is judged by.
+        settings: how to compute.
+        batch_size: sequences of a micro-batch; None: what fits.
+        plan: the plan of an interrupted search, to go on with; None: a new one.
+    """
+    compute = torch.device(device)
+    meter = Meter(peak=matrix_peak(compute, model.dtype))
+    if settings.scorer == "plain":
+        model.to(compute)
+        return PlainScorer(architecture, model, token_ids_BT, batch_size, metric, meter)
+    if compute.type == "cuda" and settings.memory_budget:
+        total = torch.cuda.get_device_properties(compute).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, settings.memory_budget / total), compute)
+    is_remote = compute.type == "cuda" and model.device.type == "cpu"
+    residency = _streamed(architecture, model, compute) if is_remote else Resident()
+    shape, costs = _shape(architecture, model, token_ids_BT)
+    compiles = _compiles(settings.compile, compute, shape)
+    length = int(token_ids_BT.shape[1])
+    decoder = Decoder(architecture, model, length, residency, compiled_layer() if compiles else run_layer)
+    plan = plan or plan_sweep(shape, _machine(compute, settings.memory_budget), batch_size)
+    nll, divergence = compiled_losses(metric.divergence) if compiles else (token_nll, metric.divergence)
+
+    def make_losses(plan: SweepPlan) -> TokenLosses:
+        return TokenLosses(decoder.logits, divergence, plan.logit_elements, shape.vocab_size, nll)
+
+    return SweepScorer(decoder, token_ids_BT, metric, plan, costs, make_losses, meter)
+
+
+def _streamed(architecture: Architecture, model: PreTrainedModel, device: torch.device) -> Streamed:
+    """Pin the decoder layers on the host and move everything else to the device."""
+    layers = architecture.decoder_layers(model)
+    inside = {id(tensor) for layer in layers for tensor in (*layer.parameters(), *layer.buffers())}
+    for module in model.modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if id(tensor) not in inside:
+                tensor.data = tensor.data.to(device)
+    return Streamed(layers, device)
+
+
+def _shape(architecture: Architecture, model: PreTrainedModel, token_ids_BT: Tensor) -> tuple[SweepShape, Costs]:
+    config, costs = model.config.get_text_config(), Costs.of(architecture, model)
+    num_sequences, sequence_length = token_ids_BT.shape
+    hidden_bytes = config.hidden_size * model.dtype.itemsize
+    # Half of a forward pass for each candidate and the trunk, and a head for each.
+    flops = (len(costs.blocks) + 1) * (sum(costs.blocks.values()) / 2 + costs.head) * sequence_length
+    layer = architecture.decoder_layers(model)[0]
+    shape = SweepShape(
+        num_sequences=num_sequences,
+        sequence_length=sequence_length,
+        num_candidates=len(costs.blocks),
+        hidden_bytes=hidden_bytes,
+        working_bytes=4 * hidden_bytes + 2 * _projected(layer) * model.dtype.itemsize,
+        vocab_size=config.vocab_size,
+        flops_per_sequence=flops,
+    )
+    return shape, costs
+
+
+def _projected(layer: nn.Module) -> int:
+    """Elements that all of a layer's matrices give for one token."""
+    return sum(parameter.shape[-2] for parameter in layer.parameters() if parameter.dim() > 1)
+
+
+def _machine(device: torch.device, memory_budget: int | None) -> Machine:
+    if device.type != "cuda":
+        usable = memory_budget or int(_CPU_SHARE * available_bytes())
+        return Machine(usable, 0, plans.CPU_CHUNK_BYTES, plans.CPU_LOGIT_ELEMENTS, plans.CPU_MICRO_BATCH_FLOPS)
+    allocated = torch.cuda.memory_allocated(device)
+    reusable = torch.cuda.memory_reserved(device) - allocated
+    usable = int(_GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + reusable))
+    if memory_budget:
+        usable = min(usable, memory_budget - allocated)
+    host = int(_HOST_SHARE * available_bytes())
+    return Machine(usable, host, plans.CUDA_CHUNK_BYTES, plans.CUDA_LOGIT_ELEMENTS, plans.CUDA_MICRO_BATCH_FLOPS)
+
+
+def _compiles(choice: CompileChoice, device: torch.device, shape: SweepShape) -> bool:
+    if choice == "auto":
+        return device.type == "cuda" and shape.flops_per_sequence * shape.num_sequences > _COMPILE_FLOPS
+    return choice == "on"

@@ -1,0 +1,128 @@
+"""Fronts that are kept from one step to the next, so that a sweep need not begin at the embedding.
+
+When a block is removed, every branch that forked before it, and the trunk up to it, are what they were: the next
+step's sweep goes on from there, and computes the same numbers as a whole one. Where the next removal will be is not
+known while the sweep runs; blocks that ranked low in the step before are the best guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from blockpruner.blocks import Block
+from blockpruner.scoring.decoder import Unit
+from blockpruner.scoring.front import Chunk, Front
+from blockpruner.scoring.host_memory import HostCopies, HostCopy
+
+
+def choose_positions(
+    removal_weights: Sequence[float],
+    cost_before: Sequence[float],
+    size_at: Mapping[int, int],
+    budget_bytes: int,
+) -> frozenset[int]:
+    """Where to keep snapshots: again and again the one that saves most for its bytes, while the budget lasts.
+
+    A removal in a unit lets the next sweep begin at the deepest snapshot that is not behind it.
+
+    Args:
+        removal_weights: how likely the next removal is in each unit.
+        cost_before: work of a sweep before each unit.
+        size_at: bytes of a snapshot of all sequences, by the positions where one can be had.
+        budget_bytes: bytes of all snapshots together, at most.
+    """
+    saved_by_unit = [0.0] * len(removal_weights)
+    kept: set[int] = set()
+    left = budget_bytes
+
+    def gain(position: int) -> float:
+        units = range(position, len(removal_weights))
+        return sum(removal_weights[unit] * max(0.0, cost_before[position] - saved_by_unit[unit]) for unit in units)
+
+    while fitting := {at: gain(at) / size for at, size in size_at.items() if at not in kept and size <= left}:
+        best = max(fitting, key=lambda position: fitting[position])
+        if fitting[best] <= 0.0:
+            break
+        kept.add(best)
+        left -= size_at[best]
+        for unit in range(best, len(removal_weights)):
+            saved_by_unit[unit] = max(saved_by_unit[unit], cost_before[best])
+    return frozenset(kept)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A kept front with what it was made with."""
+
+    position: int
+    """Index of the unit that comes next."""
+    skipped: tuple[tuple[Block, ...], ...]
+    """The blocks that the branches skip, chunk by chunk."""
+    hidden: tuple[Tensor | HostCopy, ...]
+    """Every chunk's hidden states."""
+    removed: frozenset[Block]
+    """The removed blocks that lie before the front."""
+
+
+class SnapshotStore:
+    """The snapshots of every micro-batch, on the device or in page-locked host memory."""
+
+    def __init__(self, units: Sequence[Unit], host: HostCopies | None = None) -> None:
+        """Keep the tensors of fronts as they are, or (`host`) their copies on the host."""
+        self._blocks_before = [frozenset(block for unit in units[:end] for block in unit.blocks) for end in range(len(units))]
+        self._host = host
+        self._of_batch: dict[int, dict[int, Snapshot]] = {}
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for start in list(self._of_batch):
+            self.drop_except(start, ())
+
+    def positions(self, start: int, removed: Collection[Block], candidates: Collection[Block]) -> frozenset[int]:
+        """Where the micro-batch that begins at sequence `start` has snapshots that are valid for a sweep."""
+        held = self._of_batch.get(start, {})
+        return frozenset(at for at, snapshot in held.items() if self._is_valid(snapshot, removed, candidates))
+
+    def front_at(self, start: int, position: int) -> Front:
+        """The front that a micro-batch's snapshot holds."""
+        snapshot = self._of_batch[start][position]
+        chunks = (Chunk(skipped, self._loaded(hidden)) for skipped, hidden in zip(snapshot.skipped, snapshot.hidden, strict=True))
+        return Front(position, tuple(chunks))
+
+    def keep(self, start: int, front: Front, removed: Collection[Block]) -> None:
+        """Keep a front that a sweep without `removed` has come to."""
+        self._of_batch.setdefault(start, {})[front.position] = Snapshot(
+            position=front.position,
+            skipped=tuple(chunk.skipped for chunk in front.chunks),
+            hidden=tuple(self._host.store(chunk.hidden) if self._host else chunk.hidden for chunk in front.chunks),
+            removed=self._blocks_before[front.position].intersection(removed),
+        )
+
+    def drop_except(self, start: int, positions: Collection[int]) -> None:
+        """Forget a micro-batch's snapshots at other positions."""
+        held = self._of_batch.pop(start, {})
+        for snapshot in held.values():
+            if snapshot.position not in positions:
+                self._give_back(snapshot)
+        self._of_batch[start] = {at: snapshot for at, snapshot in held.items() if at in positions}
+
+    def _is_valid(self, snapshot: Snapshot, removed: Collection[Block], candidates: Collection[Block]) -> bool:
+        """Whether a sweep comes past the very same front: no block before it has gone since, and the branches are its."""
+        before = self._blocks_before[snapshot.position]
+        branches = sorted(before.intersection(candidates).difference(removed))
+        has = [block for skipped in snapshot.skipped for block in skipped]
+        return snapshot.removed == before.intersection(removed) and has == branches
+
+    def _loaded(self, hidden: Tensor | HostCopy) -> Tensor:
+        if isinstance(hidden, Tensor):
+            return hidden
+        assert self._host is not None
+        return self._host.load(hidden)
+
+    def _give_back(self, snapshot: Snapshot) -> None:
+        for hidden in snapshot.hidden:
+            if self._host is not None and isinstance(hidden, HostCopy):
+                self._host.give_back(hidden)

@@ -1,0 +1,211 @@
+"""How much faster the sweep searches than the plain loop of the paper's code, on real shapes with random weights.
+
+    python -m tests.benchmarks.search_speed 7b                      # one line of a table
+    python -m tests.benchmarks.search_speed 1b small --compile off
+    python -m tests.benchmarks.search_speed 7b --memory-budget 6GiB --num-blocks 4 --no-plain
+    python -m tests.benchmarks.search_speed MODEL_DIR --tokens 16x256 --num-blocks 8 --text FILE
+
+The plain loop runs in the reference's configuration (a full forward pass and full logits for each candidate, batch 2,
+SDPA); it is timed on candidates spread over the network, and the whole search follows from the floating-point
+operations that each later forward pass still has. The sweep's time is the whole search's, compilation included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from blockpruner.architectures import Architecture, architecture_of, block_sizes, num_parameters
+from blockpruner.blocks import Block
+from blockpruner.calibration import cut_into_sequences
+from blockpruner.checkpoint import Checkpoint
+from blockpruner.journal import SearchJournal
+from blockpruner.loading import load_model, load_tokenizer
+from blockpruner.memory_size import parse_memory_size
+from blockpruner.scoring.build import build_scorer, is_streamed
+from blockpruner.scoring.metrics import metric_of
+from blockpruner.scoring.plain import PlainScorer
+from blockpruner.scoring.settings import ScorerSettings
+from blockpruner.scoring.sweep import SweepScorer
+from blockpruner.scoring.table import ScoreTable
+from blockpruner.scoring.work import Costs
+from blockpruner.search import GreedySearch, SearchTarget
+from blockpruner.trace import SearchStep
+
+PLAIN_BATCH = 2
+PLAIN_CANDIDATES = 8
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A shape and a task."""
+
+    config: dict[str, int | bool]
+    num_sequences: int
+    sequence_length: int
+    num_blocks: int
+
+
+def _llama(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, *, tied: bool) -> dict[str, int | bool]:
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": tied,
+    }
+
+
+WORKLOADS = {
+    "7b": Workload(_llama(32000, 4096, 11008, 32, 32, 32, tied=False), 18, 2048, 17),
+    "1b": Workload(_llama(128256, 2048, 8192, 16, 32, 8, tied=True), 18, 2048, 8),
+    "small": Workload(_llama(8192, 512, 1408, 24, 8, 8, tied=True), 32, 512, 12),
+}
+
+
+def random_model(config: dict[str, int | bool], device: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A Llama of this shape with the initialisation of transformers."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(LlamaConfig(**config))
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval().requires_grad_(False)
+
+
+def plain_seconds(
+    architecture: Architecture, model: PreTrainedModel, token_ids_BT: Tensor, steps: tuple[SearchStep, ...]
+) -> float:
+    """The plain loop's time for a whole search of these steps, from a few candidates."""
+    scorer, costs = PlainScorer(architecture, model, token_ids_BT, PLAIN_BATCH), Costs.of(architecture, model)
+    blocks = sorted(costs.blocks)
+    sampled = blocks[:: max(1, len(blocks) // PLAIN_CANDIDATES)][:PLAIN_CANDIDATES]
+    warm_up = ScoreTable.empty(sampled[:1], len(token_ids_BT))
+    scorer.fill((), warm_up, lambda _: None)
+    started = time.monotonic()
+    scorer.fill((), ScoreTable.empty(sampled, len(token_ids_BT)), lambda _: None)
+    per_flop = (time.monotonic() - started) / sum(costs.forward((block,)) for block in sampled)
+    removed: list[Block] = []
+    flops = 0
+    for step in steps:
+        flops += sum(costs.forward((*removed, candidate.block)) for candidate in step.candidates)
+        removed.append(step.block)
+    return flops * per_flop
+
+
+def sweep_search(
+    architecture: Architecture,
+    model: PreTrainedModel,
+    token_ids_BT: Tensor,
+    device: str,
+    num_blocks: int,
+    settings: ScorerSettings,
+    metric: str,
+) -> tuple[tuple[SearchStep, ...], float, SweepScorer]:
+    """The search itself, with the time that it took from a loaded model on."""
+    started = time.monotonic()
+    scorer = build_scorer(architecture, model, token_ids_BT, device, metric_of(metric), settings)
+    assert isinstance(scorer, SweepScorer)
+    print(f"  plan {scorer.plan.model_dump_json()}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        journal = SearchJournal(Path(folder), "0" * 64)
+        search = GreedySearch(
+            scorer, block_sizes(architecture, model), num_parameters(model), journal, metric=scorer.metric
+        )
+        steps = search.run(SearchTarget(num_blocks=num_blocks))
+    return steps, time.monotonic() - started, scorer
+
+
+def measure(name: str, workload: Workload | None, arguments: argparse.Namespace) -> dict[str, object]:
+    """One line of the table."""
+    device, dtype = arguments.device, torch.bfloat16 if arguments.device != "cpu" else torch.float32
+    budget = parse_memory_size(arguments.memory_budget) if arguments.memory_budget else None
+    if workload is None:
+        checkpoint = Checkpoint.open(name)
+        num_sequences, length = map(int, arguments.tokens.split("x"))
+        rows = [line.strip() for line in Path(arguments.text).read_text().splitlines() if line.strip()]
+        token_ids_BT = cut_into_sequences(rows, load_tokenizer(checkpoint), length)[:num_sequences]
+        model = load_model(checkpoint, device=device, dtype="bfloat16" if device != "cpu" else "float32")
+        num_blocks = arguments.num_blocks or 8
+    else:
+        if arguments.tokens:
+            num_sequences, length = map(int, arguments.tokens.split("x"))
+        else:
+            num_sequences, length = workload.num_sequences, workload.sequence_length
+        generator = torch.Generator().manual_seed(1)
+        token_ids_BT = torch.randint(workload.config["vocab_size"], (num_sequences, length), generator=generator)
+        model = random_model(workload.config, device, dtype)
+        num_blocks = arguments.num_blocks or workload.num_blocks
+    architecture = architecture_of(model.config.model_type).for_config(model.config)
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    if is_streamed(weight_bytes, device, budget):
+        model = model.cpu()
+        torch.cuda.empty_cache()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    settings = ScorerSettings(memory_budget=budget, compile=arguments.compile)
+    steps, seconds, scorer = sweep_search(
+        architecture, model, token_ids_BT, device, num_blocks, settings, arguments.metric
+    )
+    meter = scorer.meter
+    row: dict[str, object] = {
+        "workload": name,
+        "sequences": f"{token_ids_BT.shape[0]} x {token_ids_BT.shape[1]}",
+        "blocks": num_blocks,
+        "sweep_s": round(seconds, 2),
+        "mfu": round(meter.mfu, 3) if meter.mfu else None,
+        "tflops": round(meter.flops_per_s / 1e12, 2),
+        "peak_tflops": round(meter.peak / 1e12) if meter.peak else None,
+        "work_saved": round(meter.flops_saved / (meter.flops + meter.flops_saved), 3),
+        "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if device != "cpu" else None,
+        "order": " ".join(str(step.block) for step in steps),
+        "step_s": [round(step.seconds, 2) for step in steps],
+        "step_saved": [round(step.work_saved, 2) for step in steps],
+    }
+    if not arguments.no_plain:
+        del scorer
+        if device != "cpu":
+            torch.cuda.empty_cache()
+        plain = plain_seconds(architecture, model, token_ids_BT, steps)
+        row |= {"plain_s": round(plain, 1), "faster": round(plain / seconds, 2)}
+    return row
+
+
+def main() -> None:
+    """Measure what was asked for and print a line each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workloads", nargs="+", help=f"{', '.join(WORKLOADS)}, or a model folder")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--num-blocks", type=int)
+    parser.add_argument("--tokens", help="sequences x length, as 16x256")
+    parser.add_argument("--text", help="a .txt to calibrate a model folder on")
+    parser.add_argument("--memory-budget")
+    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
+    parser.add_argument("--metric", default="perplexity", choices=["perplexity", "kl", "js"])
+    parser.add_argument("--no-plain", action="store_true", help="do not time the plain loop")
+    arguments = parser.parse_args()
+    where = torch.cuda.get_device_name() if arguments.device != "cpu" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{where}, torch {torch.__version__}", flush=True)
+    for name in arguments.workloads:
+        print(json.dumps(measure(name, WORKLOADS.get(name), arguments)), flush=True)
+        if arguments.device != "cpu":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
