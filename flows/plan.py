@@ -15,7 +15,7 @@ from blockpruner.architectures import block_sizes, num_parameters
 from blockpruner.blocks import all_blocks
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ConfigurationError
-from blockpruner.loading import DtypeName, meta_model, resolve_device, resolve_dtype
+from blockpruner.loading import DtypeName, check_tensors, meta_model, resolve_device, resolve_dtype
 from blockpruner.search import SearchTarget
 from flows.recipe import Recipe
 from stages import baseline, calibrate, evaluate, export, search
@@ -238,9 +238,11 @@ def _checked_shape(recipe: Recipe, checkpoint: Checkpoint) -> ModelShape:
 
     Raises:
         UnsupportedArchitectureError: if the model's family is not in the table.
+        CheckpointError: if the weights are not those of the model that config.json describes.
         ConfigurationError: if the target cannot be reached.
     """
     architecture, shapes = meta_model(checkpoint)
+    check_tensors(checkpoint, shapes)
     num_layers, total = len(architecture.decoder_layers(shapes)), num_parameters(shapes)
     sizes = block_sizes(architecture, shapes)
     candidates = {block: sizes[block] for block in all_blocks(num_layers, recipe.block_kinds)}

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,12 @@ class Lab:
         good = ["--model", self.model, "--calibration", self.path / "cal.txt", "--sequence-length", 16]
         target = [] if {"--num-blocks", "--ratio"} & {str(change) for change in changes} else ["--num-blocks", 1]
         return self.call("search", *good, "--num-samples", "all", *target, *changes)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The run records, newest first."""
+        paths = (self.workspace / "runs").glob("*.json")
+        records = [json.loads(path.read_text()) for path in paths]
+        return sorted(records, key=lambda record: str(record["created_at"]), reverse=True)
 
     def call(self, *arguments: object) -> Outcome:
         return blockpruner(*arguments, "--workspace", self.workspace)
@@ -253,6 +260,24 @@ def test_real_processes_too(lab: Lab) -> None:
         assert outcome.stdout == ""
         assert len(outcome.stderr.splitlines()) == 1
         assert outcome.stderr.startswith("Error: ")
+
+
+def test_weights_of_another_model_are_one_line_for_every_stage(lab: Lab) -> None:
+    """`baseline` prunes nothing and takes models of any family, so that only loading them tells."""
+    config = lab.model / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 6}))
+    text = ["--calibration", lab.path / "cal.txt", "--sequence-length", 16, "--num-samples", "all"]
+    outcome = in_a_process("baseline", "--model", lab.model, *text, "--workspace", lab.workspace)
+    assert outcome.status == 2
+    calibrated, error = outcome.stderr.splitlines()
+    assert calibrated.startswith("calibrate ")
+    assert error.startswith("Error: ")
+    assert "lacks 18 tensors" in error
+    (run,) = lab.records()
+    assert lab.search().status == 2
+    refused, _ = lab.records()
+    assert [stage["role"] for stage in run["stages"]] == ["calibration", "baseline"]
+    assert refused["stages"] == []  # a search is refused before anything
 
 
 def test_a_defect_of_ours_keeps_its_traceback(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
