@@ -197,11 +197,26 @@ CASES: dict[str, tuple[Callable[[Lab], Outcome], str]] = {
         lambda lab: blockpruner("run", "demo", "--workspace", lab.path / "cal.txt" / "ws"),
         "cannot be written",
     ),
-    "show without runs": (lambda lab: lab.call("show", "latest"), "no runs in the workspace"),
+    **{
+        f"{command[0]} of a workspace {what}": (
+            lambda lab, command=command, place=place: blockpruner(*command, "--workspace", lab.path / place),
+            said,
+        )
+        for command in (("runs",), ("show", "latest"), ("sql", "SELECT 1"), ("export", "latest"), ("evaluate", "x"))
+        for what, place, said in (
+            ("that is a file", "cal.txt", "cal.txt is a file; give the folder"),
+            ("that is not there", "nowhere", "nowhere is not there; give the folder"),
+        )
+    },
+    "show without runs": (
+        lambda lab: blockpruner("show", "latest", "--workspace", lab.path),
+        "no runs in the workspace",
+    ),
+    "SQL without results": (lambda lab: blockpruner("sql", "SELECT 1", "--workspace", lab.path), "no results"),
+    "show nothing": (lambda lab: (lab.search(), lab.call("show", ""))[1], "no run is named; give an id"),
     "show an unknown run": (lambda lab: (lab.search(), lab.call("show", "xyz"))[1], "no run 'xyz'"),
     "show an ambiguous run": (ambiguous_run, "ambiguous"),
     "export an unknown run": (lambda lab: lab.call("export", "xyz"), "no runs"),
-    "SQL without results": (lambda lab: lab.call("sql", "SELECT 1"), "no results"),
     "SQL error": (lambda lab: sql(lab, "SELEC * FROM runs"), "syntax error"),
     "SQL of an unknown table": (lambda lab: sql(lab, "SELECT * FROM rums"), "runs"),
     "SQL that writes": (lambda lab: sql(lab, "DROP TABLE runs"), "reads"),

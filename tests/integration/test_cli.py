@@ -188,9 +188,12 @@ def test_sql_for_people_and_for_machines(options: list[object], tmp_path: Path) 
     assert never[0]["x"] is None
 
 
-def test_an_empty_workspace_has_no_runs_and_is_not_made(tmp_path: Path) -> None:
-    assert blockpruner("runs", "--workspace", tmp_path / "none", "--json").json == []
-    assert "no runs" in blockpruner("runs", "--workspace", tmp_path / "none").stderr
+def test_an_empty_workspace_has_no_runs_and_one_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    assert blockpruner("runs", "--workspace", tmp_path, "--json").json == []
+    assert "no runs" in blockpruner("runs", "--workspace", tmp_path).stderr
+    assert list(tmp_path.iterdir()) == []
+    for command in (["runs"], ["runs", "--json"], ["show", "latest"], ["sql", "SELECT 1"]):
+        assert blockpruner(*command, "--workspace", tmp_path / "none").status == 2
     assert not (tmp_path / "none").exists()
 
 
