@@ -246,6 +246,7 @@ def _checked_shape(recipe: Recipe, checkpoint: Checkpoint) -> ModelShape:
     num_layers, total = len(architecture.decoder_layers(shapes)), num_parameters(shapes)
     sizes = block_sizes(architecture, shapes)
     candidates = {block: sizes[block] for block in all_blocks(num_layers, recipe.block_kinds)}
+    _check_num_blocks(recipe, len(candidates))
     SearchTarget(recipe.num_blocks, recipe.ratio).check(candidates, total)
     if recipe.export_blocks is not None and recipe.num_blocks is not None and recipe.export_blocks > recipe.num_blocks:
         raise ConfigurationError(
@@ -253,3 +254,13 @@ def _checked_shape(recipe: Recipe, checkpoint: Checkpoint) -> ModelShape:
             "give at most as many, or search for more"
         )
     return ModelShape(num_layers, total)
+
+
+def _check_num_blocks(recipe: Recipe, num_candidates: int) -> None:
+    """`SearchTarget.check` refuses this as well, without knowing which kinds of blocks were asked for."""
+    if recipe.num_blocks is not None and recipe.num_blocks >= num_candidates:
+        kind = "" if recipe.block_kinds == "both" else f"{recipe.block_kinds} "
+        raise ConfigurationError(
+            f"num_blocks is {recipe.num_blocks}, but of the {num_candidates} {kind}blocks one must stay; "
+            f"give at most {num_candidates - 1}"
+        )

@@ -144,7 +144,7 @@ CASES: dict[str, tuple[Callable[[Lab], Outcome], str]] = {
         "'text'",
     ),
     "calibration too short": (lambda lab: spoiled_file(lab, "s.txt", b"a\n"), "too short"),
-    "calibration with too few rows": (lambda lab: lab.search("--num-samples", 1000), "1000"),
+    "calibration with too few rows": (lambda lab: lab.search("--num-samples", 1000), "or for all"),
     "calibration of broken lines": (lambda lab: spoiled_file(lab, "j.jsonl", b'{"text": \n'), "j.jsonl"),
     "calibration of numbers": (lambda lab: spoiled_file(lab, "n.jsonl", b'{"text": 3}\n'), "n.jsonl"),
     "calibration of an unknown kind": (lambda lab: spoiled_file(lab, "c.docx", b"x"), ".jsonl"),
@@ -153,8 +153,11 @@ CASES: dict[str, tuple[Callable[[Lab], Outcome], str]] = {
     # how far
     "K of 0": (lambda lab: lab.search("--num-blocks", 0), "num_blocks is 0"),
     "K negative": (lambda lab: lab.search("--num-blocks", -1), "num_blocks is -1"),
-    "K of all blocks": (lambda lab: lab.search("--num-blocks", 8), "at most 7"),
-    "K of all blocks of a kind": (lambda lab: lab.search("--num-blocks", 4, "--block-kinds", "mha"), "at most 3"),
+    "K of all blocks": (lambda lab: lab.search("--num-blocks", 8), "but of the 8 blocks one must stay; give at most 7"),
+    "K of all blocks of a kind": (
+        lambda lab: lab.search("--num-blocks", 4, "--block-kinds", "mha"),
+        "but of the 4 mha blocks one must stay; give at most 3",
+    ),
     "K not a number": (lambda lab: lab.search("--num-blocks", "x"), "--num-blocks"),
     "ratio of 0": (lambda lab: lab.search("--ratio", 0), "ratio is 0"),
     "ratio of 1": (lambda lab: lab.search("--ratio", 1), "ratio is 1"),
