@@ -28,11 +28,16 @@ class Lab:
     def model(self) -> Path:
         return self.path / "model"
 
+    @property
+    def good(self) -> list[object]:
+        """Options of a model and a calibration set."""
+        text = ["--calibration", self.path / "cal.txt", "--sequence-length", 16, "--num-samples", "all"]
+        return ["--model", self.model, *text]
+
     def search(self, *changes: object) -> Outcome:
         """A search that would be fine but for the changes."""
-        good = ["--model", self.model, "--calibration", self.path / "cal.txt", "--sequence-length", 16]
         target = [] if {"--num-blocks", "--ratio"} & {str(change) for change in changes} else ["--num-blocks", 1]
-        return self.call("search", *good, "--num-samples", "all", *target, *changes)
+        return self.call("search", *self.good, *target, *changes)
 
     def records(self) -> list[dict[str, Any]]:
         """The run records, newest first."""
@@ -280,12 +285,52 @@ def test_real_processes_too(lab: Lab) -> None:
         assert outcome.stderr.startswith("Error: ")
 
 
+@pytest.mark.parametrize(
+    ("content", "said", "ran"),
+    [
+        (b"caf\xe9\n" * 50, "is not UTF-8", []),
+        (b"\n", "is empty", []),
+        (b"a\n", "too short", ["calibration", "text:e.txt"]),
+    ],
+)
+def test_a_bad_evaluation_text_is_found_before_the_model_is_loaded(
+    content: bytes, said: str, ran: list[str], lab: Lab
+) -> None:
+    spoiled = lab.file("e.txt", content)
+    for command in ("evaluate", "baseline"):
+        target = ["--num-blocks", 1] if command == "evaluate" else []
+        outcome = lab.call(command, *lab.good, *target, "--eval-text", spoiled)
+        assert outcome.status == 2
+        assert said in outcome.stderr.splitlines()[-1]
+        assert [stage["role"] for stage in lab.records()[0]["stages"]] == ran
+
+
+def test_a_bad_file_is_refused_before_prefect_starts(lab: Lab) -> None:
+    for option in ("--eval-text", "--calibration"):
+        outcome = lab.call("run", *lab.good, "--num-blocks", 1, option, lab.file("e.txt", b"caf\xe9\n" * 50))
+        assert outcome.status == 2
+        assert [line[:7] for line in outcome.stderr.splitlines()] == ["Error: "]
+
+
+def test_tasks_whose_data_is_not_there_are_found_before_the_search(lab: Lab) -> None:
+    """As a registered task's is while offline: the name is known, and the data is not on this machine."""
+    tasks = lab.path / "tasks"
+    tasks.mkdir()
+    (tasks / "far.yaml").write_text(
+        "task: far\ndataset_path: somebody/far\ntest_split: test\noutput_type: multiple_choice\n"
+        "doc_to_text: prompt\ndoc_to_choice: choices\ndoc_to_target: answer\n"
+    )
+    outcome = lab.call("evaluate", *lab.good, "--num-blocks", 1, "--tasks", "far", "--task-dir", tasks)
+    assert outcome.status == 2
+    assert "the data of the tasks far is not on this machine" in outcome.stderr.splitlines()[-1]
+    assert [stage["role"] for stage in lab.records()[0]["stages"]] == ["calibration", "evaluate:dense"]
+
+
 def test_weights_of_another_model_are_one_line_for_every_stage(lab: Lab) -> None:
     """`baseline` prunes nothing and takes models of any family, so that only loading them tells."""
     config = lab.model / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 6}))
-    text = ["--calibration", lab.path / "cal.txt", "--sequence-length", 16, "--num-samples", "all"]
-    outcome = in_a_process("baseline", "--model", lab.model, *text, "--workspace", lab.workspace)
+    outcome = in_a_process("baseline", *lab.good, "--workspace", lab.workspace)
     assert outcome.status == 2
     calibrated, error = outcome.stderr.splitlines()
     assert calibrated.startswith("calibrate ")
