@@ -39,7 +39,7 @@ def paper_sample(num_rows: int, num_samples: int, seed: int) -> list[int]:
     if num_samples > num_rows:
         raise TextSourceError(
             f"{num_samples} samples were asked for, the text has {num_rows} rows; ask for at most {num_rows}, "
-            "or for none to take all rows in order"
+            "or for all, which takes them in order"
         )
     return random.Random(seed).sample(range(num_rows), num_samples)
 

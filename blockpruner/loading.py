@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from blockpruner.architectures import Architecture, architecture_of
 from blockpruner.checkpoint import Checkpoint
@@ -66,18 +69,27 @@ def load_model(
         CheckpointError: if the model cannot be built, or tensors are missing (transformers would fill them at random).
     """
     try:
-        # transformers' annotations do not know that output_loading_info makes the result a pair.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, dtype=_DTYPES[dtype], trust_remote_code=trust_remote_code, output_loading_info=True
-        )
+        # transformers' annotations do not know that output_loading_info makes the result a pair. A tensor of another
+        # shape is to be told there as well: what transformers raises for it points to the report that is not printed.
+        with _without_load_report():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                checkpoint.path,
+                dtype=_DTYPES[dtype],
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
         model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint.name} cannot be loaded: {_one_line(error)}") from error
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint.name} lacks {len(missing)} tensors that its config.json asks for, {missing[0]} first; "
-            "config and weights do not belong together: download the model again"
+    if info["missing_keys"] or info["mismatched_keys"]:
+        raise _other_weights(
+            checkpoint, sorted(info["missing_keys"]), sorted(key for key, *_ in info["mismatched_keys"])
+        )
+    if info["unexpected_keys"]:
+        unused = sorted(info["unexpected_keys"])
+        logger.warning(
+            "%s holds %d tensors that the model does not use, %s first", checkpoint.name, len(unused), unused[0]
         )
     model.train(False)
     model.requires_grad_(False)
@@ -114,6 +126,54 @@ def meta_model(checkpoint: Checkpoint) -> tuple[Architecture, PreTrainedModel]:
     except Exception as error:  # transformers checks a configuration with many types of errors
         raise CheckpointError(f"config.json of {checkpoint.name} describes no model: {_one_line(error)}") from error
     return architecture.for_config(config), cast(PreTrainedModel, model)
+
+
+def check_tensors(checkpoint: Checkpoint, shapes: PreTrainedModel) -> None:
+    """Compare the headers of the weight files with the model that config.json describes; reads no weight.
+
+    Judges only what is certain from the names: where the files hold tensors that the model does not know, transformers
+    may know them by other names, and quantized weights have shapes of their own. `load_model` has the last word.
+
+    Args:
+        checkpoint: the files.
+        shapes: `meta_model` of the checkpoint.
+
+    Raises:
+        CheckpointError: if tensors are missing or have another shape.
+    """
+    if "quantization_config" in checkpoint.config:
+        return
+    expected: dict[str, torch.Tensor] = shapes.state_dict(keep_vars=True)  # without non-persistent buffers
+    held = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+    tied: dict[int, set[str]] = {}
+    for name, tensor in expected.items():
+        tied.setdefault(id(tensor), set()).add(name)
+    # Of tied tensors a file may hold any one.
+    missing = [name for name, tensor in expected.items() if held.keys().isdisjoint(tied[id(tensor)])]
+    misshapen = [name for name, tensor in expected.items() if held.get(name, tensor.shape) != tuple(tensor.shape)]
+    if held.keys() <= expected.keys() and (missing or misshapen):
+        raise _other_weights(checkpoint, missing, misshapen)
+
+
+def _other_weights(checkpoint: Checkpoint, missing: list[str], misshapen: list[str]) -> CheckpointError:
+    """The error for weights that are not those of the model that config.json describes."""
+    lacks = f"lacks {len(missing)} tensors that its config.json asks for, {missing[0]} first" if missing else ""
+    differs = f"has {len(misshapen)} of another shape than it asks for, {misshapen[0]} first" if misshapen else ""
+    return CheckpointError(
+        f"{checkpoint.name} {' and '.join(part for part in (lacks, differs) if part)}; "
+        "config and weights do not belong together: download the model again"
+    )
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Keep transformers from printing its table of every tensor that does not fit: we say it in one line."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def _one_line(error: BaseException) -> str:

@@ -90,24 +90,9 @@ def _run_flow(recipe: Recipe, workspace: Path) -> RunSummary:
             raise
         be_quiet()
         reporter.say("starting Prefect")
+        from flows.prefect_server import start_shielded_server
         from flows.prune_flow import prune
 
-        try:
-            outcome = prune(recipe, str(workspace))
-        except Exception as error:
-            # The terminal interrupts Prefect's temporary server as well, so that its last report fails with an error
-            # of its own: what the user did counts.
-            if _was_interrupted(error):
-                raise KeyboardInterrupt from error
-            raise
+        start_shielded_server()
+        outcome = prune(recipe, str(workspace))
         return RunSummary.of(runner.runs.load(outcome["run_id"]), runner.workspace, reporter.warn)
-
-
-def _was_interrupted(error: BaseException) -> bool:
-    """Whether an error came up while an interruption was being handled."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if not isinstance(cause, Exception):
-            return True
-        cause = cause.__cause__ or cause.__context__
-    return False

@@ -82,10 +82,15 @@ def sql(
 
 
 def _open_runs(workspace: Path) -> RunStore:
-    """The workspace's runs; those whose process died are closed first, here and in the database."""
+    """The workspace's runs; those whose process died are closed first, here and in the database.
+
+    A workspace that is not there is an error for every command that looks at one: a misspelt folder must not look like
+    one in which nothing has run. One that is there without runs is none for `runs`, whose answer is an empty list.
+    """
     from stages.runs import RunStore
 
     store = RunStore(workspace, _warn)
+    store.workspace.require()
     if closed := store.close_dead():
         from stages.store import ResultStore
 

@@ -187,6 +187,7 @@ def _recipe_of_run(context: typer.Context, run: str | None, workspace: Path) -> 
     from stages.workspace import log_warning
 
     store = RunStore(workspace)
+    store.workspace.require()
     record = store.resolve(run)
     if 1 <= given.get("num_blocks", 0) <= len(rows_of(record, store.workspace, log_warning).search_steps):
         given["export_blocks"] = given.pop("num_blocks")

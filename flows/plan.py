@@ -15,7 +15,7 @@ from blockpruner.architectures import block_sizes, num_parameters
 from blockpruner.blocks import all_blocks
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ConfigurationError
-from blockpruner.loading import DtypeName, meta_model, resolve_device, resolve_dtype
+from blockpruner.loading import DtypeName, check_tensors, meta_model, resolve_device, resolve_dtype
 from blockpruner.search import SearchTarget
 from flows.recipe import Recipe
 from stages import baseline, calibrate, evaluate, export, search
@@ -101,12 +101,13 @@ class Plan:
         return plan
 
     def check(self) -> None:
-        """Name every text and task once, so that one that does not exist is refused before anything is computed."""
+        """Name every text and task and read every file, so that a bad one is refused before anything is computed."""
         if self.goal == "measure" and not (self.recipe.tasks or self.recipe.eval_text):
             raise ConfigurationError("there is nothing to evaluate; give --tasks a,b or --eval-text FILE")
         if self.goal != "measure":
-            resolve_text(self.recipe.calibration, "calibration", self.recipe.calibration_column)
-        _ = self.texts
+            resolve_text(self.recipe.calibration, "calibration", self.recipe.calibration_column).check()
+        for typed in self.texts.values():
+            resolve_text(typed, "evaluation", self._column(typed)).check()
         _ = self.tasks
 
     def description(self) -> RunDescription:
@@ -149,21 +150,26 @@ class Plan:
 
     @property
     def stages(self) -> Iterator[PlannedStage]:
-        """The stages in the order in which they run."""
+        """The stages in the order in which they run.
+
+        Before the search comes every stage that opens something of the user's: the texts, and with the dense model's
+        evaluation the tasks' data. What is too short or not on this machine fails in the first minutes, and not after
+        hours of searching; and a second run, which finds the evaluation in the cache, opens nothing.
+        """
         goal = self.goal
         if goal != "measure":
             yield PlannedStage("calibration", "calibrate", self._calibration)
         if goal not in ("search", "export"):
             for name, typed in self.texts.items():
                 yield PlannedStage(f"text:{name}", f"calibrate {name}", partial(self._text, typed))
+        if goal == "measure" or (goal == "evaluate" and self.tasks):
+            yield PlannedStage("evaluate:dense", "evaluate dense", self._evaluate_dense)
         if goal in ("baseline", "evaluate"):
             yield PlannedStage("baseline", "baseline", self._baseline)
         if goal in _SEARCHING:
             yield PlannedStage("search", "search", self._search)
         if goal in ("export", "evaluate"):
             yield PlannedStage("export", "export", self._export)
-        if goal == "measure" or (goal == "evaluate" and self.tasks):
-            yield PlannedStage("evaluate:dense", "evaluate dense", self._evaluate_dense)
         if goal == "evaluate":
             yield PlannedStage("evaluate:pruned", "evaluate pruned", self._evaluate_pruned)
 
@@ -204,8 +210,8 @@ class Plan:
         return Job(export.STAGE, config, export.ExportInputs(self.checkpoint, artifacts["search"].ref))
 
     def _evaluate_dense(self, artifacts: Artifacts) -> Job:
-        """The dense model on the tasks; on the texts as well where no baseline has measured them."""
-        texts = () if "baseline" in artifacts else self._text_refs(artifacts)
+        """The dense model on the tasks; on the texts as well where no baseline measures them."""
+        texts = () if self.goal == "evaluate" else self._text_refs(artifacts)
         return self._evaluate(self.checkpoint, texts, self.recipe.trust_remote_code)
 
     def _evaluate_pruned(self, artifacts: Artifacts) -> Job:
@@ -238,12 +244,15 @@ def _checked_shape(recipe: Recipe, checkpoint: Checkpoint) -> ModelShape:
 
     Raises:
         UnsupportedArchitectureError: if the model's family is not in the table.
+        CheckpointError: if the weights are not those of the model that config.json describes.
         ConfigurationError: if the target cannot be reached.
     """
     architecture, shapes = meta_model(checkpoint)
+    check_tensors(checkpoint, shapes)
     num_layers, total = len(architecture.decoder_layers(shapes)), num_parameters(shapes)
     sizes = block_sizes(architecture, shapes)
     candidates = {block: sizes[block] for block in all_blocks(num_layers, recipe.block_kinds)}
+    _check_num_blocks(recipe, len(candidates))
     SearchTarget(recipe.num_blocks, recipe.ratio).check(candidates, total)
     if recipe.export_blocks is not None and recipe.num_blocks is not None and recipe.export_blocks > recipe.num_blocks:
         raise ConfigurationError(
@@ -251,3 +260,13 @@ def _checked_shape(recipe: Recipe, checkpoint: Checkpoint) -> ModelShape:
             "give at most as many, or search for more"
         )
     return ModelShape(num_layers, total)
+
+
+def _check_num_blocks(recipe: Recipe, num_candidates: int) -> None:
+    """`SearchTarget.check` refuses this as well, without knowing which kinds of blocks were asked for."""
+    if recipe.num_blocks is not None and recipe.num_blocks >= num_candidates:
+        kind = "" if recipe.block_kinds == "both" else f"{recipe.block_kinds} "
+        raise ConfigurationError(
+            f"num_blocks is {recipe.num_blocks}, but of the {num_candidates} {kind}blocks one must stay; "
+            f"give at most {num_candidates - 1}"
+        )

@@ -7,6 +7,7 @@ already set stays.
 
 from __future__ import annotations
 
+import logging
 import os
 
 _DEFAULTS = {
@@ -14,6 +15,7 @@ _DEFAULTS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
 }
 _CONSOLE_LEVEL = "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"
+_INTERNAL_LEVEL = "PREFECT_LOGGING_INTERNAL_LEVEL"
 _SILENT = "CRITICAL"
 
 for _name, _value in _DEFAULTS.items():
@@ -21,8 +23,13 @@ for _name, _value in _DEFAULTS.items():
 
 
 def be_quiet() -> None:
-    """Let the command line do the talking: Prefect's log goes to its server, and not to the terminal."""
-    os.environ.setdefault(_CONSOLE_LEVEL, _SILENT)
+    """Let the command line do the talking: Prefect's log goes to its server, and not to the terminal.
+
+    Nor does its complaint about a log or an event that a server did not take; whoever sets a level hears it all.
+    """
+    if os.environ.setdefault(_CONSOLE_LEVEL, _SILENT) == _SILENT:
+        os.environ.setdefault(_INTERNAL_LEVEL, _SILENT)
+        logging.raiseExceptions = False  # Python's own switch for errors of logging itself, which Prefect heeds
 
 
 def is_quiet() -> bool:

@@ -217,4 +217,6 @@ def _describe(problem: ErrorDetails) -> str:
     if kind in ("device", "target"):
         return problem["msg"]
     shown = repr(came)
-    return f"{field} is {shown if len(shown) <= 80 else shown[:77] + '...'}: {problem['msg'].replace('Input ', 'it ')}"
+    or_all = ", or all" if field == "num_samples" else ""
+    valid_is = problem["msg"].replace("Input ", "it ")
+    return f"{field} is {shown if len(shown) <= 80 else shown[:77] + '...'}: {valid_is}{or_all}"

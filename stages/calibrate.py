@@ -112,7 +112,7 @@ def choose_rows(rows: Sequence[str], num_samples: int | None, seed: int | None) 
         return rows
     if num_samples < 1:
         raise ConfigurationError(
-            f"{num_samples} samples make no calibration set; give 1 or more, or none to take all rows"
+            f"{num_samples} samples make no calibration set; give 1 or more, or all to take all rows in order"
         )
     if seed is None:
         raise ConfigurationError("a draw of samples needs a seed; give one (the paper's is 42)")

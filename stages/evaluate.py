@@ -131,7 +131,7 @@ def _check(config: EvaluateConfig) -> None:
     if config.num_fewshot is not None and config.num_fewshot < 0:
         raise ConfigurationError(f"num_fewshot is {config.num_fewshot}; give 0 or more")
     if config.limit is not None and config.limit < 1:
-        raise ConfigurationError(f"limit is {config.limit}; give 1 or more, or none for all examples")
+        raise ConfigurationError(f"limit is {config.limit}; give 1 or more, or leave it out for all examples")
 
 
 def _load(config: EvaluateConfig, inputs: EvaluateInputs, runtime: Runtime) -> PreTrainedModel:

@@ -101,6 +101,11 @@ class RunRecord(RunDescription):
     error: str | None = None
     stages: list[StageRun] = Field(default_factory=list)
 
+    @property
+    def was_refused(self) -> bool:
+        """Whether the run failed before any of its stages began: a model, text or setting that could not be used."""
+        return self.status == "failed" and not self.stages
+
     def stage(self, role: str) -> StageRun | None:
         """The last completed stage with this role."""
         done = [stage for stage in self.stages if stage.role == role and stage.status == "completed"]
@@ -190,18 +195,24 @@ class RunStore:
     def resolve(self, text: str) -> RunRecord:
         """The run that a user means: 'latest', an id, a name (the newest run of that name), or a unique start of an id.
 
+        A run that was refused is kept like any other that failed, and an id finds it; 'latest' and a name mean the
+        newest run that was not refused, and one that was only where there is no other: a slip of the pen must not come
+        between a user and the run before it.
+
         Raises:
             ArtifactError: if there is none, or several; the message lists them.
         """
+        if not text.strip():
+            raise ArtifactError("no run is named; give an id, the start of one, a name, or latest")
         records = self.list()
         if not records:
             raise ArtifactError(f"no runs in the workspace {self.workspace.path} yet; give `blockpruner demo` for one")
         if text == "latest":
-            return records[0]
+            return _newest(records)
         exact = [record for record in records if record.run_id == text] or [r for r in records if r.name == text]
         if exact:
-            return exact[0]
-        begun = [record for record in records if text and record.run_id.startswith(text)]
+            return _newest(exact)
+        begun = [record for record in records if record.run_id.startswith(text)]
         if len(begun) > 1:
             raise ArtifactError(f"run {text!r} is ambiguous, it begins {_listing(begun)}; give more of the id")
         if not begun:
@@ -262,6 +273,11 @@ class RunStore:
             lock = _held.pop(self._lock_path(run_id), None)
         if lock is not None:
             lock.release()
+
+
+def _newest(records: Records) -> RunRecord:
+    """Of records in the order of `RunStore.list`, the first that was not refused; else the first."""
+    return next((record for record in records if not record.was_refused), records[0])
 
 
 def process_start(pid: int) -> str | None:

@@ -129,6 +129,17 @@ class TextSource:
         column = self.source.column or DEFAULT_COLUMN
         return parse_rows(self._content, self.source.format, column, str(self.file))
 
+    def check(self) -> None:
+        """Read a local file, so that one that cannot be used is refused at once.
+
+        A dataset of the hub waits for the stage that needs it: it may be large, or the hub out of reach for a moment.
+
+        Raises:
+            TextSourceError: if the file cannot be read, has no rows, or lacks the column.
+        """
+        if isinstance(self.source, FileSource):
+            _ = self.rows
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the content: of a file's bytes, or of a dataset's rows (or the commit, where one is pinned).

@@ -65,6 +65,19 @@ class Workspace:
                 "give another with --workspace DIR or the environment variable BLOCKPRUNER_WORKSPACE"
             ) from error
 
+    def require(self) -> None:
+        """Make sure that there is something to look at; makes nothing.
+
+        Raises:
+            ArtifactError: if the folder is not there, or is a file.
+        """
+        if not self.path.is_dir():
+            problem = "is a file" if self.path.exists() else "is not there"
+            raise ArtifactError(
+                f"no runs and no results: the workspace {self.path} {problem}; give the folder of an earlier run with "
+                "--workspace DIR or the environment variable BLOCKPRUNER_WORKSPACE, or make one with `blockpruner demo`"
+            )
+
     def lock(self, name: str) -> BaseFileLock:
         """The lock of this name, not yet taken; any thread may release it."""
         self.locks.mkdir(parents=True, exist_ok=True)

@@ -42,13 +42,14 @@ def blockpruner(*arguments: object) -> Outcome:
 
 
 def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
-    """Start the command line in a process of its own."""
+    """Start the command line in a process of its own, at the head of a group as in a terminal."""
     return subprocess.Popen(
         [sys.executable, "-c", "from flows.cli import app; app(prog_name='blockpruner')", *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,11 +28,22 @@ class Lab:
     def model(self) -> Path:
         return self.path / "model"
 
+    @property
+    def good(self) -> list[object]:
+        """Options of a model and a calibration set."""
+        text = ["--calibration", self.path / "cal.txt", "--sequence-length", 16, "--num-samples", "all"]
+        return ["--model", self.model, *text]
+
     def search(self, *changes: object) -> Outcome:
         """A search that would be fine but for the changes."""
-        good = ["--model", self.model, "--calibration", self.path / "cal.txt", "--sequence-length", 16]
         target = [] if {"--num-blocks", "--ratio"} & {str(change) for change in changes} else ["--num-blocks", 1]
-        return self.call("search", *good, "--num-samples", "all", *target, *changes)
+        return self.call("search", *self.good, *target, *changes)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The run records, newest first."""
+        paths = (self.workspace / "runs").glob("*.json")
+        records = [json.loads(path.read_text()) for path in paths]
+        return sorted(records, key=lambda record: str(record["created_at"]), reverse=True)
 
     def call(self, *arguments: object) -> Outcome:
         return blockpruner(*arguments, "--workspace", self.workspace)
@@ -137,7 +149,7 @@ CASES: dict[str, tuple[Callable[[Lab], Outcome], str]] = {
         "'text'",
     ),
     "calibration too short": (lambda lab: spoiled_file(lab, "s.txt", b"a\n"), "too short"),
-    "calibration with too few rows": (lambda lab: lab.search("--num-samples", 1000), "1000"),
+    "calibration with too few rows": (lambda lab: lab.search("--num-samples", 1000), "or for all"),
     "calibration of broken lines": (lambda lab: spoiled_file(lab, "j.jsonl", b'{"text": \n'), "j.jsonl"),
     "calibration of numbers": (lambda lab: spoiled_file(lab, "n.jsonl", b'{"text": 3}\n'), "n.jsonl"),
     "calibration of an unknown kind": (lambda lab: spoiled_file(lab, "c.docx", b"x"), ".jsonl"),
@@ -146,8 +158,11 @@ CASES: dict[str, tuple[Callable[[Lab], Outcome], str]] = {
     # how far
     "K of 0": (lambda lab: lab.search("--num-blocks", 0), "num_blocks is 0"),
     "K negative": (lambda lab: lab.search("--num-blocks", -1), "num_blocks is -1"),
-    "K of all blocks": (lambda lab: lab.search("--num-blocks", 8), "at most 7"),
-    "K of all blocks of a kind": (lambda lab: lab.search("--num-blocks", 4, "--block-kinds", "mha"), "at most 3"),
+    "K of all blocks": (lambda lab: lab.search("--num-blocks", 8), "but of the 8 blocks one must stay; give at most 7"),
+    "K of all blocks of a kind": (
+        lambda lab: lab.search("--num-blocks", 4, "--block-kinds", "mha"),
+        "but of the 4 mha blocks one must stay; give at most 3",
+    ),
     "K not a number": (lambda lab: lab.search("--num-blocks", "x"), "--num-blocks"),
     "ratio of 0": (lambda lab: lab.search("--ratio", 0), "ratio is 0"),
     "ratio of 1": (lambda lab: lab.search("--ratio", 1), "ratio is 1"),
@@ -190,11 +205,26 @@ CASES: dict[str, tuple[Callable[[Lab], Outcome], str]] = {
         lambda lab: blockpruner("run", "demo", "--workspace", lab.path / "cal.txt" / "ws"),
         "cannot be written",
     ),
-    "show without runs": (lambda lab: lab.call("show", "latest"), "no runs in the workspace"),
+    **{
+        f"{command[0]} of a workspace {what}": (
+            lambda lab, command=command, place=place: blockpruner(*command, "--workspace", lab.path / place),
+            said,
+        )
+        for command in (("runs",), ("show", "latest"), ("sql", "SELECT 1"), ("export", "latest"), ("evaluate", "x"))
+        for what, place, said in (
+            ("that is a file", "cal.txt", "cal.txt is a file; give the folder"),
+            ("that is not there", "nowhere", "nowhere is not there; give the folder"),
+        )
+    },
+    "show without runs": (
+        lambda lab: blockpruner("show", "latest", "--workspace", lab.path),
+        "no runs in the workspace",
+    ),
+    "SQL without results": (lambda lab: blockpruner("sql", "SELECT 1", "--workspace", lab.path), "no results"),
+    "show nothing": (lambda lab: (lab.search(), lab.call("show", ""))[1], "no run is named; give an id"),
     "show an unknown run": (lambda lab: (lab.search(), lab.call("show", "xyz"))[1], "no run 'xyz'"),
     "show an ambiguous run": (ambiguous_run, "ambiguous"),
     "export an unknown run": (lambda lab: lab.call("export", "xyz"), "no runs"),
-    "SQL without results": (lambda lab: lab.call("sql", "SELECT 1"), "no results"),
     "SQL error": (lambda lab: sql(lab, "SELEC * FROM runs"), "syntax error"),
     "SQL of an unknown table": (lambda lab: sql(lab, "SELECT * FROM rums"), "runs"),
     "SQL that writes": (lambda lab: sql(lab, "DROP TABLE runs"), "reads"),
@@ -253,6 +283,64 @@ def test_real_processes_too(lab: Lab) -> None:
         assert outcome.stdout == ""
         assert len(outcome.stderr.splitlines()) == 1
         assert outcome.stderr.startswith("Error: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "said", "ran"),
+    [
+        (b"caf\xe9\n" * 50, "is not UTF-8", []),
+        (b"\n", "is empty", []),
+        (b"a\n", "too short", ["calibration", "text:e.txt"]),
+    ],
+)
+def test_a_bad_evaluation_text_is_found_before_the_model_is_loaded(
+    content: bytes, said: str, ran: list[str], lab: Lab
+) -> None:
+    spoiled = lab.file("e.txt", content)
+    for command in ("evaluate", "baseline"):
+        target = ["--num-blocks", 1] if command == "evaluate" else []
+        outcome = lab.call(command, *lab.good, *target, "--eval-text", spoiled)
+        assert outcome.status == 2
+        assert said in outcome.stderr.splitlines()[-1]
+        assert [stage["role"] for stage in lab.records()[0]["stages"]] == ran
+
+
+def test_a_bad_file_is_refused_before_prefect_starts(lab: Lab) -> None:
+    for option in ("--eval-text", "--calibration"):
+        outcome = lab.call("run", *lab.good, "--num-blocks", 1, option, lab.file("e.txt", b"caf\xe9\n" * 50))
+        assert outcome.status == 2
+        assert [line[:7] for line in outcome.stderr.splitlines()] == ["Error: "]
+
+
+def test_tasks_whose_data_is_not_there_are_found_before_the_search(lab: Lab) -> None:
+    """As a registered task's is while offline: the name is known, and the data is not on this machine."""
+    tasks = lab.path / "tasks"
+    tasks.mkdir()
+    (tasks / "far.yaml").write_text(
+        "task: far\ndataset_path: somebody/far\ntest_split: test\noutput_type: multiple_choice\n"
+        "doc_to_text: prompt\ndoc_to_choice: choices\ndoc_to_target: answer\n"
+    )
+    outcome = lab.call("evaluate", *lab.good, "--num-blocks", 1, "--tasks", "far", "--task-dir", tasks)
+    assert outcome.status == 2
+    assert "the data of the tasks far is not on this machine" in outcome.stderr.splitlines()[-1]
+    assert [stage["role"] for stage in lab.records()[0]["stages"]] == ["calibration", "evaluate:dense"]
+
+
+def test_weights_of_another_model_are_one_line_for_every_stage(lab: Lab) -> None:
+    """`baseline` prunes nothing and takes models of any family, so that only loading them tells."""
+    config = lab.model / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 6}))
+    outcome = in_a_process("baseline", *lab.good, "--workspace", lab.workspace)
+    assert outcome.status == 2
+    calibrated, error = outcome.stderr.splitlines()
+    assert calibrated.startswith("calibrate ")
+    assert error.startswith("Error: ")
+    assert "lacks 18 tensors" in error
+    (run,) = lab.records()
+    assert lab.search().status == 2
+    refused, _ = lab.records()
+    assert [stage["role"] for stage in run["stages"]] == ["calibration", "baseline"]
+    assert refused["stages"] == []  # a search is refused before anything
 
 
 def test_a_defect_of_ours_keeps_its_traceback(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

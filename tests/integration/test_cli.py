@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -188,9 +189,12 @@ def test_sql_for_people_and_for_machines(options: list[object], tmp_path: Path) 
     assert never[0]["x"] is None
 
 
-def test_an_empty_workspace_has_no_runs_and_is_not_made(tmp_path: Path) -> None:
-    assert blockpruner("runs", "--workspace", tmp_path / "none", "--json").json == []
-    assert "no runs" in blockpruner("runs", "--workspace", tmp_path / "none").stderr
+def test_an_empty_workspace_has_no_runs_and_one_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    assert blockpruner("runs", "--workspace", tmp_path, "--json").json == []
+    assert "no runs" in blockpruner("runs", "--workspace", tmp_path).stderr
+    assert list(tmp_path.iterdir()) == []
+    for command in (["runs"], ["runs", "--json"], ["show", "latest"], ["sql", "SELECT 1"]):
+        assert blockpruner(*command, "--workspace", tmp_path / "none").status == 2
     assert not (tmp_path / "none").exists()
 
 
@@ -205,9 +209,9 @@ def test_the_environment_names_the_workspace(
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-def _started_search(folder: Path, *arguments: object) -> subprocess.Popen[str]:
+def _started_search(folder: Path, *arguments: object, command: str = "search") -> subprocess.Popen[str]:
     """A search in a process of its own, caught after its first removal or within it."""
-    process = start("search", *arguments)
+    process = start(command, *arguments)
     deadline = time.monotonic() + 90
     while not any(path.stat().st_size for path in folder.glob("state/search/*/*") if path.is_file()):
         assert process.poll() is None, process.communicate()
@@ -250,16 +254,63 @@ def test_killed_and_run_again_gives_the_undisturbed_trace(
 
 
 @pytest.mark.slow
-def test_an_interrupted_search_says_how_to_go_on(long_search: Callable[[Path], list[object]], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_search_says_how_to_go_on(
+    sent: signal.Signals, status: int, long_search: Callable[[Path], list[object]], tmp_path: Path
+) -> None:
     process = _started_search(tmp_path / "ws", *long_search(tmp_path / "ws"))
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     stdout, stderr = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == status
     assert stdout == ""
     assert "give the same command again" in stderr
     assert "Traceback" not in stderr
     (run,) = blockpruner("runs", "--workspace", tmp_path / "ws", "--json").json
     assert run["status"] == "cancelled"
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal_spares_prefects_server(
+    long_search: Callable[[Path], list[object]], tmp_path: Path
+) -> None:
+    """A terminal interrupts the temporary server as well, and without it Prefect goes on trying for a minute."""
+    process = _started_search(tmp_path / "ws", *long_search(tmp_path / "ws"), command="run")
+    os.killpg(process.pid, signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=45)
+    assert process.returncode == 130
+    assert stdout == ""
+    *stages, blank, last = stderr.splitlines()
+    assert stages[0] == "starting Prefect"
+    assert {line.split()[0] for line in stages[1:]} <= {"calibrate", "baseline"}
+    assert blank == ""
+    assert last.startswith("Interrupted. ")
+    (run,) = blockpruner("runs", "--workspace", tmp_path / "ws", "--json").json
+    assert run["status"] == "cancelled"
+    assert not _is_any_left(process)
+
+
+@pytest.mark.slow
+def test_an_order_to_end_while_prefect_starts_leaves_nothing_behind(
+    long_search: Callable[[Path], list[object]], tmp_path: Path
+) -> None:
+    process = start("run", *long_search(tmp_path / "ws"))
+    assert process.stderr is not None
+    assert process.stderr.readline() == "starting Prefect\n"
+    time.sleep(2)  # until its server is under way
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert (stdout, stderr) == ("", "Terminated. What was finished is kept: give the same command again to go on.\n")
+    assert not _is_any_left(process)
+
+
+def _is_any_left(process: subprocess.Popen[str]) -> bool:
+    """Whether a process that this one started is still there."""
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_help_comes_at_once() -> None:

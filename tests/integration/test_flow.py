@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -174,6 +175,15 @@ def test_the_deployments_name_what_exists() -> None:
         make_recipe(deployment["parameters"]["recipe"]).require_target()
         assert deployment["parameters"].keys() <= prune_flow.prune.parameters.properties.keys()
     assert "cron" in deployments["nightly"]["schedules"][0]
+
+
+def test_the_readme_creates_the_pool_that_the_deployments_name() -> None:
+    prefect_yaml = (ROOT / "prefect.yaml").read_text()
+    pools = {deployment["work_pool"]["name"] for deployment in yaml.safe_load(prefect_yaml)["deployments"]}
+    assert pools == {"blockpruner"}
+    for text in (prefect_yaml, (ROOT / "README.md").read_text()):
+        assert re.findall(r"work-pool create --type process (\S+)", text) == ["blockpruner"]
+        assert re.findall(r"worker start --pool (\S+)", text) == ["blockpruner"]
 
 
 def test_the_servers_form_describes_every_setting() -> None:

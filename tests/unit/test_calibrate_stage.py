@@ -78,7 +78,11 @@ def test_it_says_what_it_does(tokenizer: Checkpoint, text: TextSource, tmp_path:
     ("settings", "error", "words"),
     [
         ({"num_samples": 41, "seed": 42}, TextSourceError, "41 samples were asked for, the text has 40 rows"),
-        ({"num_samples": 0, "seed": 42}, ConfigurationError, "0 samples make no calibration set"),
+        (
+            {"num_samples": 0, "seed": 42},
+            ConfigurationError,
+            "0 samples make no calibration set; give 1 or more, or all",
+        ),
         ({"num_samples": -1, "seed": 42}, ConfigurationError, "-1 samples make no calibration set"),
         ({"num_samples": 5}, ConfigurationError, "a draw of samples needs a seed"),
         ({"sequence_length": 1}, ConfigurationError, "a sequence length of 1 leaves nothing to predict"),

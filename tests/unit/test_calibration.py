@@ -38,7 +38,9 @@ def test_the_papers_draw_is_pinned() -> None:
 
 
 def test_too_many_samples() -> None:
-    with pytest.raises(TextSourceError, match=r"^11 samples were asked for, the text has 10 rows; ask for at most 10"):
+    with pytest.raises(
+        TextSourceError, match=r"^11 samples were asked for, the text has 10 rows; ask for at most 10, or for all"
+    ):
         paper_sample(10, 11, 42)
 
 

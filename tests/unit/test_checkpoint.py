@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import BlockPrunerError, CheckpointError, ConfigurationError, UnsupportedArchitectureError
-from blockpruner.loading import load_model, load_tokenizer, meta_model, resolve_device, resolve_dtype
+from blockpruner.loading import (
+    check_tensors,
+    load_model,
+    load_tokenizer,
+    meta_model,
+    resolve_device,
+    resolve_dtype,
+)
+from tests.tiny_models import TINY_FAMILIES
 
 TinyFolder = Callable[[str], Path]
 
@@ -331,9 +341,77 @@ def test_a_missing_tensor_is_not_filled_at_random(folder: Path, left_out: str) -
 
 def test_a_tensor_of_another_shape_is_refused(folder: Path) -> None:
     edit_config(folder, intermediate_size=64)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match="has 12 of another shape") as caught:
         load(folder)
-    message(caught.value)
+    assert "down_proj" in message(caught.value)
+
+
+@pytest.mark.parametrize("num_layers", [3, 6])
+def test_transformers_report_of_what_does_not_fit_is_not_printed(
+    folder: Path, num_layers: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # so that caplog hears it
+    edit_config(folder, num_hidden_layers=num_layers)
+    with nullcontext() if num_layers < 4 else pytest.raises(CheckpointError, match="lacks 18 tensors"):
+        load(folder)
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    unused = f"{folder} holds 9 tensors that the model does not use, model.layers.3.input_layernorm.weight first"
+    assert said == ([unused] if num_layers < 4 else [])
+
+
+# --- whether the weights are the config's, before they are loaded -----------------------------------------------------
+
+
+def check(folder: Path) -> None:
+    checkpoint = Checkpoint.open(str(folder))
+    check_tensors(checkpoint, meta_model(checkpoint)[1])
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Write the weights anew after a change."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_every_familys_own_weights_fit(family: str, tiny_folder: TinyFolder) -> None:
+    check(tiny_folder(family))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_hidden_layers": 6}, "lacks 18 tensors that its config.json asks for, model.layers.4."),
+        ({"intermediate_size": 64}, "has 12 of another shape than it asks for, model.layers.0.mlp."),
+        ({"num_hidden_layers": 5, "vocab_size": 64}, "lacks 9 tensors"),
+        ({"tie_word_embeddings": True}, None),
+        ({"num_hidden_layers": 3}, None),
+        ({"quantization_config": {}, "vocab_size": 64}, None),
+    ],
+)
+def test_weights_of_another_model_are_known_by_their_headers(
+    folder: Path, changes: dict[str, Any], words: str | None
+) -> None:
+    edit_config(folder, **changes)
+    with nullcontext() if words is None else pytest.raises(CheckpointError) as caught:
+        check(folder)
+    assert words is None or words in message(caught.value)
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_one_of_two_tied_tensors_is_enough(name: str, folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=f"lacks 1 tensors that its config.json asks for, {name}"):
+        check(folder)
+    edit_config(folder, tie_word_embeddings=True)
+    check(folder)
+
+
+def test_tensors_with_names_of_their_own_are_left_to_transformers(folder: Path) -> None:
+    """It knows more names than ours: those of the model without its head, for one."""
+    rewrite(folder, lambda tensors: tensors.update({n.removeprefix("model."): tensors.pop(n) for n in list(tensors)}))
+    check(folder)
 
 
 def test_a_header_that_lies_about_a_dtype_is_refused(folder: Path) -> None:

@@ -178,7 +178,8 @@ def test_resolve(runs: Runs) -> None:
     [
         ("20260101", ["ambiguous", "20260101-000000-aaaaaa", "20260101-000000-aabbbb"]),
         ("nigth", ["no run 'nigth'", "did you mean 'night'", "latest"]),
-        ("", ["no run ''"]),
+        ("", ["no run is named", "latest"]),
+        (" ", ["no run is named", "latest"]),
         ("../x", ["no run"]),
     ],
 )
@@ -196,6 +197,21 @@ def test_resolve_lists_only_a_few_of_many(runs: Runs) -> None:
         runs.add(f"run-{number}")
     with pytest.raises(ArtifactError, match="and 4 more"):
         runs.store.resolve("run-")
+
+
+def test_latest_and_names_pass_over_what_was_refused(runs: Runs) -> None:
+    stage = {"stage": "search", "label": "search", "role": "search", "status": "failed"}
+    runs.add("refused-first", age_s=50, name="day", status="failed")
+    assert runs.store.resolve("latest").run_id == "refused-first"  # better than nothing
+    assert runs.store.resolve("day").run_id == "refused-first"
+    runs.add("good", age_s=40, name="night")
+    runs.add("failed-under-way", age_s=30, name="night", status="failed", stages=[stage])
+    runs.add("refused", age_s=20, name="night", status="failed", error="no model folder")
+    assert runs.store.resolve("latest").run_id == "failed-under-way"
+    assert runs.store.resolve("night").run_id == "failed-under-way"
+    assert runs.store.resolve("refused").error == "no model folder"
+    runs.add("cancelled-at-once", age_s=10, status="cancelled")
+    assert runs.store.resolve("latest").run_id == "cancelled-at-once"
 
 
 def test_resolve_without_runs(runs: Runs) -> None:
