@@ -88,8 +88,4 @@ def _stand_ins(architecture: Architecture, layer: nn.Module, kind: BlockKind) ->
     layout = architecture.block(kind)
     stand_ins: dict[str, nn.Module | None] = {name: Unchanged() for name in layout.passed}
     stand_ins[layout.compute] = ZerosPair() if layout.returns_pair else Zeros()
-    return {
-        name: stand_in
-        for name, stand_in in stand_ins.items()
-        if not isinstance(layer.get_submodule(name), Bypass)
-    }
+    return {name: stand_in for name, stand_in in stand_ins.items() if not isinstance(layer.get_submodule(name), Bypass)}

@@ -172,9 +172,7 @@ class GreedySearch:
         work_saved = self._scorer.meter.share_saved_since(work_before)
         return self._choose(steps, table, time.monotonic() - started, work_saved)
 
-    def _choose(
-        self, steps: Sequence[SearchStep], table: ScoreTable, seconds: float, work_saved: float
-    ) -> SearchStep:
+    def _choose(self, steps: Sequence[SearchStep], table: ScoreTable, seconds: float, work_saved: float) -> SearchStep:
         assert table.is_complete
         ranked = rank(table, self._metric, self._noise_nats)
         _say_broken(len(steps) + 1, ranked)

@@ -33,7 +33,6 @@ from blockpruner.search import GreedySearch, SearchTarget
 from blockpruner.trace import SearchStep, SearchSummary, write_trace
 from stages.contract import ArtifactRef, Runtime, Stage, StageConfig, StageManifest
 
-
 _NOISE_NATS: dict[DtypeName, float] = {"float32": 1e-5, "bfloat16": 2e-3}
 """How far the scores of two orders of summation lie apart at most, as the tests hold them to."""
 

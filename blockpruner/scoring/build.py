@@ -5,7 +5,6 @@ The only place in the library that asks a device how much memory it has.
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -36,7 +35,8 @@ _GPU_SHARE = 0.95
 
 def is_streamed(weight_bytes: int, device: str, memory_budget: int | None) -> bool:
     """Whether a model's weights are too many for a GPU (or for the share of it that may be used), so that they lie on
-    the host and are fetched layer by layer."""
+    the host and are fetched layer by layer.
+    """
     if not device.startswith("cuda"):
         return False
     limit = memory_budget or int(_GPU_SHARE * torch.cuda.mem_get_info(device)[0])

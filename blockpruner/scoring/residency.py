@@ -76,7 +76,9 @@ class Streamed:
             self._current.free.record(compute)
         slot = self._fetch(layer_index)
         compute.wait_event(slot.arrived)
-        for tensor, view in zip(self._tensors[layer_index], _views(self._tensors[layer_index], slot.buffer), strict=True):
+        for tensor, view in zip(
+            self._tensors[layer_index], _views(self._tensors[layer_index], slot.buffer), strict=True
+        ):
             tensor.data = view
         self._current = slot
         self._fetch_after(layer_index)

@@ -72,7 +72,9 @@ class SnapshotStore:
 
     def __init__(self, units: Sequence[Unit], host: HostCopies | None = None) -> None:
         """Keep the tensors of fronts as they are, or (`host`) their copies on the host."""
-        self._blocks_before = [frozenset(block for unit in units[:end] for block in unit.blocks) for end in range(len(units))]
+        self._blocks_before = [
+            frozenset(block for unit in units[:end] for block in unit.blocks) for end in range(len(units))
+        ]
         self._host = host
         self._of_batch: dict[int, dict[int, Snapshot]] = {}
 
@@ -89,7 +91,10 @@ class SnapshotStore:
     def front_at(self, start: int, position: int) -> Front:
         """The front that a micro-batch's snapshot holds."""
         snapshot = self._of_batch[start][position]
-        chunks = (Chunk(skipped, self._loaded(hidden)) for skipped, hidden in zip(snapshot.skipped, snapshot.hidden, strict=True))
+        chunks = (
+            Chunk(skipped, self._loaded(hidden))
+            for skipped, hidden in zip(snapshot.skipped, snapshot.hidden, strict=True)
+        )
         return Front(position, tuple(chunks))
 
     def keep(self, start: int, front: Front, removed: Collection[Block]) -> None:

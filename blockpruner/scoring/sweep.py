@@ -160,9 +160,7 @@ class SweepScorer:
     def _fill_columns(self, step: _Step, batch: slice, table: ScoreTable) -> None:
         token_ids_bT = self._token_ids_BT[batch].to(self._decoder.device)
         held = self._snapshots.positions(batch.start, step.removed, table.candidates)
-        front = (
-            self._snapshots.front_at(batch.start, max(held)) if held else step.walk.start(token_ids_bT)
-        )
+        front = self._snapshots.front_at(batch.start, max(held)) if held else step.walk.start(token_ids_bT)
         self._snapshots.drop_except(batch.start, held & step.wanted)
         begun = front.position
 

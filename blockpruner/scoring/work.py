@@ -36,8 +36,11 @@ class Costs:
         experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
         share = config.num_experts_per_tok / experts if experts else 1.0
         blocks = {
-            block: sum(2 * _active_size(parameter, share) for module in block_modules(architecture, model, block)
-                       for parameter in module.parameters())
+            block: sum(
+                2 * _active_size(parameter, share)
+                for module in block_modules(architecture, model, block)
+                for parameter in module.parameters()
+            )
             for block in all_blocks(len(architecture.decoder_layers(model)))
         }
         return cls(blocks, 2 * model.get_output_embeddings().weight.numel())

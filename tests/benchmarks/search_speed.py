@@ -55,7 +55,9 @@ class Workload:
     num_blocks: int
 
 
-def _llama(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, *, tied: bool) -> dict[str, int | bool]:
+def _llama(
+    vocab: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, *, tied: bool
+) -> dict[str, int | bool]:
     return {
         "vocab_size": vocab,
         "hidden_size": hidden,
