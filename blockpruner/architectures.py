@@ -6,7 +6,6 @@ names, and runs no model.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -99,111 +98,13 @@ class Architecture:
         )
 
 
-def _gpt2(row: Architecture, config: PreTrainedConfig) -> Architecture:
-    if config.add_cross_attention:
-        raise UnsupportedArchitectureError("this GPT-2 has cross-attention, which is neither of a layer's two blocks")
-    return row
-
-
-def _gpt_neox(row: Architecture, config: PreTrainedConfig) -> Architecture:
-    return dataclasses.replace(row, is_parallel=bool(config.use_parallel_residual))
-
-
-def _opt(row: Architecture, config: PreTrainedConfig) -> Architecture:
-    if not config.do_layer_norm_before:
-        raise UnsupportedArchitectureError(
-            "this OPT normalises the stream after each block (do_layer_norm_before is false, as in opt-350m), "
-            "so a block can never be the identity; OPT models with do_layer_norm_before can be pruned"
-        )
-    return row
-
-
-def _falcon(row: Architecture, config: PreTrainedConfig) -> Architecture:
-    if config.alibi:
-        raise UnsupportedArchitectureError(
-            "this Falcon uses ALiBi (alibi is true), whose biases depend on the batch; Falcon models with rotary "
-            "positions can be pruned"
-        )
-    if not config.parallel_attn:
-        return row
-    has_two_norms = config.new_decoder_architecture and config.num_ln_in_parallel_attn != 1
-    return dataclasses.replace(
-        row,
-        is_parallel=True,
-        mha=dataclasses.replace(row.mha, passed=("ln_attn",) if has_two_norms else ()),
-        mlp=dataclasses.replace(row.mlp, passed=("ln_mlp",) if has_two_norms else ()),
-        shared=() if has_two_norms else ("input_layernorm",),
-    )
-
-
-def _attention(compute: str, *passed: str) -> BlockLayout:
-    return BlockLayout(compute, passed, returns_pair=True)
-
-
-_SANDWICH_MHA = _attention("self_attn", "input_layernorm", "post_attention_layernorm")
-_SANDWICH_MLP = BlockLayout("mlp", ("pre_feedforward_layernorm", "post_feedforward_layernorm"))
-_COHERE = Architecture(
-    "cohere",
-    "Cohere",
-    mha=_attention("self_attn"),
-    mlp=BlockLayout("mlp", ()),
-    shared=("input_layernorm",),
-    is_parallel=True,
-)
-
 _TABLE = {
     architecture.model_type: architecture
     for architecture in (
-        _COHERE,
-        dataclasses.replace(_COHERE, model_type="cohere2", class_prefix="Cohere2"),
-        Architecture(
-            "falcon",
-            "Falcon",
-            layers="transformer.h",
-            mha=_attention("self_attention", "input_layernorm"),
-            layer_returns_tuple=True,
-            variant=_falcon,
-        ),
-        Architecture("gemma", "Gemma"),
-        Architecture("gemma2", "Gemma2", mha=_SANDWICH_MHA, mlp=_SANDWICH_MLP),
-        Architecture("gemma3_text", "Gemma3", mha=_SANDWICH_MHA, mlp=_SANDWICH_MLP),
-        Architecture(
-            "gpt2",
-            "GPT2",
-            layers="transformer.h",
-            mha=_attention("attn", "ln_1"),
-            mlp=BlockLayout("mlp", ("ln_2",)),
-            variant=_gpt2,
-        ),
-        Architecture(
-            "gpt_neox",
-            "GPTNeoX",
-            layers="gpt_neox.layers",
-            mha=_attention("attention", "input_layernorm"),
-            variant=_gpt_neox,
-        ),
         Architecture("llama", "Llama"),
         Architecture("mistral", "Mistral"),
-        Architecture("mixtral", "Mixtral"),
-        Architecture(
-            "olmo2",
-            "Olmo2",
-            mha=_attention("self_attn", "post_attention_layernorm"),
-            mlp=BlockLayout("mlp", ("post_feedforward_layernorm",)),
-        ),
-        Architecture(
-            "opt",
-            "OPT",
-            layers="model.decoder.layers",
-            mha=_attention("self_attn", "self_attn_layer_norm"),
-            mlp=BlockLayout("fc2", ("fc1", "final_layer_norm")),
-            variant=_opt,
-        ),
-        Architecture("phi3", "Phi3"),
         Architecture("qwen2", "Qwen2"),
-        Architecture("qwen2_moe", "Qwen2Moe"),
         Architecture("qwen3", "Qwen3"),
-        Architecture("qwen3_moe", "Qwen3Moe"),
     )
 }
 

@@ -34,8 +34,9 @@ _GPU_SHARE = 0.95
 
 
 def is_streamed(weight_bytes: int, device: str, memory_budget: int | None) -> bool:
-    """Whether a model's weights are too many for a GPU (or for the share of it that may be used), so that they lie on
-    the host and are fetched layer by layer.
+    """Whether a model's weights lie on the host and are fetched layer by layer.
+
+    They do when they are too many for the GPU, or for the share of it that may be used.
     """
     if not device.startswith("cuda"):
         return False
@@ -66,9 +67,11 @@ def build_scorer(
         plan: the plan of an interrupted search, to go on with; None: a new one.
     """
     compute = torch.device(device)
+    if compute.type == "cuda" and compute.index is None:
+        compute = torch.device("cuda", torch.cuda.current_device())
     meter = Meter(peak=matrix_peak(compute, model.dtype))
     if settings.scorer == "plain":
-        model.to(compute)
+        nn.Module.to(model, compute)
         return PlainScorer(architecture, model, token_ids_BT, batch_size, metric, meter)
     if compute.type == "cuda" and settings.memory_budget:
         total = torch.cuda.get_device_properties(compute).total_memory
@@ -93,7 +96,7 @@ def _streamed(architecture: Architecture, model: PreTrainedModel, device: torch.
     layers = architecture.decoder_layers(model)
     inside = {id(tensor) for layer in layers for tensor in (*layer.parameters(), *layer.buffers())}
     for module in model.modules():
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if id(tensor) not in inside:
                 tensor.data = tensor.data.to(device)
     return Streamed(layers, device)

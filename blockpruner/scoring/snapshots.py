@@ -115,7 +115,7 @@ class SnapshotStore:
         self._of_batch[start] = {at: snapshot for at, snapshot in held.items() if at in positions}
 
     def _is_valid(self, snapshot: Snapshot, removed: Collection[Block], candidates: Collection[Block]) -> bool:
-        """Whether a sweep comes past the very same front: no block before it has gone since, and the branches are its."""
+        """Whether a sweep comes past the same front: no block before it has gone since, and the branches are its."""
         before = self._blocks_before[snapshot.position]
         branches = sorted(before.intersection(candidates).difference(removed))
         has = [block for skipped in snapshot.skipped for block in skipped]

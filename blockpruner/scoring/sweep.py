@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -82,7 +83,7 @@ class SweepScorer:
         hidden: list[Tensor] = []
         while not table.is_complete:
             batch = self._next_batch(table)
-            hidden += self._attempt(lambda batch=batch: [self._dense_columns(batch, table)]) or []
+            hidden += self._attempt(partial(self._dense_columns, batch, table)) or []
         self._dense_BTD = torch.cat(hidden) if self.metric.divergence else None
         return table.nll_CB[0]
 
@@ -95,7 +96,7 @@ class SweepScorer:
         step = self._step(removed, table.candidates)
         while not table.is_complete:
             batch = self._next_batch(table)
-            if self._attempt(lambda batch=batch: [self._fill_columns(step, batch, table)]):
+            if self._attempt(partial(self._fill_columns, step, batch, table)):
                 on_update(table)
             else:
                 step = self._step(removed, table.candidates)
@@ -157,7 +158,8 @@ class SweepScorer:
         hidden = self._decoder.hidden_size * self._decoder.dtype.itemsize
         return self._token_ids_BT.numel() * hidden
 
-    def _fill_columns(self, step: _Step, batch: slice, table: ScoreTable) -> None:
+    def _fill_columns(self, step: _Step, batch: slice, table: ScoreTable) -> bool:
+        """Compute and enter a micro-batch's values; True, for `_attempt`."""
         token_ids_bT = self._token_ids_BT[batch].to(self._decoder.device)
         held = self._snapshots.positions(batch.start, step.removed, table.candidates)
         front = self._snapshots.front_at(batch.start, max(held)) if held else step.walk.start(token_ids_bT)
@@ -174,8 +176,9 @@ class SweepScorer:
         table.fill(slice(None), batch, *_stacked(losses))
         tokens, saved = token_ids_bT.numel(), step.costs[begun]
         self._meter.add((step.costs[-1] - saved) * tokens, saved * tokens, tokens * len(table.candidates))
+        return True
 
-    def _dense_columns(self, batch: slice, table: ScoreTable) -> Tensor:
+    def _dense_columns(self, batch: slice, table: ScoreTable) -> list[Tensor]:
         """Enter the dense model's NLL; the last layer's output [b, T, D], on the CPU."""
         token_ids_bT = self._token_ids_BT[batch].to(self._decoder.device)
         walk = Walk(self._decoder, (), (), self._plan.branches_per_chunk)
@@ -183,7 +186,7 @@ class SweepScorer:
         trunk = Chunk((_DENSE,), hidden_bTD)
         nll_Kb, _ = self._chunk_losses(trunk, batch, token_ids_bT, divergent=False)
         table.fill(slice(None), batch, nll_Kb)
-        return hidden_bTD.cpu()
+        return [hidden_bTD.cpu()]
 
     def _chunk_losses(
         self, chunk: Chunk, batch: slice, token_ids_bT: Tensor, *, divergent: bool = True

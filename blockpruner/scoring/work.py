@@ -125,4 +125,4 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float | None:
         a @ b
     end.record()
     end.synchronize()
-    return 2.0 * _PEAK_SIZE**3 * _PEAK_PRODUCTS / (start.elapsed_time(end) / 1e3)
+    return float(2.0 * _PEAK_SIZE**3 * _PEAK_PRODUCTS / (start.elapsed_time(end) / 1e3))

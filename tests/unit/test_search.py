@@ -20,6 +20,7 @@ from blockpruner.journal import SearchJournal
 from blockpruner.progress import Progress
 from blockpruner.scoring.interface import TableCallback
 from blockpruner.scoring.table import ScoreTable
+from blockpruner.scoring.work import Meter
 from blockpruner.search import GreedySearch, SearchTarget
 from blockpruner.trace import SearchStep
 
@@ -39,10 +40,14 @@ class FakeScorer:
     def __init__(self, nll: NllFunction, num_sequences: int = 1, dies_after: int | None = None) -> None:
         self._nll, self._num_sequences, self._dies_after = nll, num_sequences, dies_after
         self.num_computed = 0
+        self.meter = Meter()
 
     @property
     def num_sequences(self) -> int:
         return self._num_sequences
+
+    def dense_nll(self) -> torch.Tensor:
+        return torch.tensor(self._nll(frozenset()), dtype=torch.float64)
 
     def fill(self, removed: tuple[Block, ...], table: ScoreTable, on_update: TableCallback) -> None:
         for row, candidate in enumerate(table.candidates):

@@ -7,48 +7,56 @@ import random
 import pytest
 import torch
 
-from blockpruner.architectures import architecture_of
-from blockpruner.blocks import Block, all_blocks, mha, mlp
-from blockpruner.scoring.plain import PlainScorer
-from blockpruner.scoring.sweep import SweepScorer
+from blockpruner.blocks import all_blocks, mha, mlp
+from blockpruner.scoring.settings import MetricName
 from blockpruner.scoring.table import ScoreTable
-from tests.tiny_models import TINY_FAMILIES
+from tests.scorers import filled, plain_scorer, row_of, sweep_scorer
+from tests.tiny_models import TINY_FAMILIES, tiny_model, tiny_token_ids
 
 NUM_SEQUENCES, SEQUENCE_LENGTH = 5, 12
-
-
-def filled(scorer: PlainScorer | SweepScorer, removed: tuple[Block, ...], candidates: list[Block]) -> ScoreTable:
-    table = ScoreTable.empty(candidates, scorer.num_sequences)
-    scorer.fill(removed, table, lambda _: None)
-    return table
+TOKENS = tiny_token_ids(NUM_SEQUENCES, SEQUENCE_LENGTH, seed=1)
 
 
 @pytest.mark.parametrize("family", sorted(TINY_FAMILIES))
-@pytest.mark.parametrize("micro_batch", [1, 3, None])
-def test_sweep_equals_a_forward_per_candidate(family: str, micro_batch: int | None) -> None:
+@pytest.mark.parametrize(("micro_batch", "branches_per_chunk"), [(1, 1), (3, 2), (5, 100)])
+def test_sweep_equals_a_forward_per_candidate(family: str, micro_batch: int, branches_per_chunk: int) -> None:
     model = TINY_FAMILIES[family]()
-    architecture = architecture_of(model.config.model_type)
     draw = random.Random(f"{family} {micro_batch}")
     blocks = all_blocks(model.config.num_hidden_layers)
-    generator = torch.Generator().manual_seed(1)
-    token_ids_BT = torch.randint(model.config.vocab_size, (NUM_SEQUENCES, SEQUENCE_LENGTH), generator=generator)
-    plain = PlainScorer(architecture, model, token_ids_BT, 2)
-    sweep = SweepScorer(architecture, model, token_ids_BT, micro_batch)
+    plain = plain_scorer(model, TOKENS)
+    sweep = sweep_scorer(model, TOKENS, micro_batch=micro_batch, branches_per_chunk=branches_per_chunk)
     for num_removed in (0, 1, 3, len(blocks) - 2):
-        removed = tuple(draw.sample(blocks, num_removed))
-        candidates = [block for block in blocks if block not in removed and draw.random() < 0.8] or [
-            next(block for block in blocks if block not in removed)
-        ]
+        removed = draw.sample(blocks, num_removed)
+        there = [block for block in blocks if block not in removed]
+        candidates = [block for block in there if draw.random() < 0.8] or there[:1]
         expected, table = filled(plain, removed, candidates), filled(sweep, removed, candidates)
         assert table.is_complete
         torch.testing.assert_close(table.nll_CB, expected.nll_CB, rtol=0, atol=1e-5)
+    torch.testing.assert_close(sweep.dense_nll(), plain.dense_nll(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "kl", "js"])
+@pytest.mark.parametrize("snapshot_bytes", [0, 20_000, 10**9])
+def test_a_search_with_snapshots_gives_the_scores_of_one_without(metric: MetricName, snapshot_bytes: int) -> None:
+    model = tiny_model()
+    plain = plain_scorer(model, TOKENS, metric)
+    sweep = sweep_scorer(model, TOKENS, metric, snapshot_bytes=snapshot_bytes)
+    fresh = sweep_scorer(model, TOKENS, metric)
+    removed: list[object] = []
+    for block in (mlp(3), mha(2), mlp(1), mha(3), mha(0)):
+        candidates = [each for each in all_blocks(4) if each not in removed]
+        table = filled(sweep, removed, candidates)
+        expected = filled(plain, removed, candidates)
+        torch.testing.assert_close(table.nll_CB, expected.nll_CB, rtol=0, atol=1e-5)
+        torch.testing.assert_close(table.divergence_CB, expected.divergence_CB, rtol=0, atol=1e-5, equal_nan=True)
+        assert torch.equal(table.nll_CB, filled(fresh, removed, candidates).nll_CB), "bit for bit"
+        removed.append(block)
+    assert (sweep.meter.flops_saved > 0) == (snapshot_bytes > 0)
 
 
 def test_a_resumed_sweep_is_bit_identical() -> None:
-    model = TINY_FAMILIES["llama"]()
-    architecture = architecture_of("llama")
-    token_ids_BT = torch.arange(NUM_SEQUENCES * SEQUENCE_LENGTH).view(NUM_SEQUENCES, SEQUENCE_LENGTH) % 50
-    scorer = SweepScorer(architecture, model, token_ids_BT, 2)
+    model = tiny_model()
+    scorer = sweep_scorer(model, TOKENS)
     removed, candidates = (mlp(0),), [mha(0), mha(1), mlp(1), mha(2)]
     whole = filled(scorer, removed, candidates)
     resumed = ScoreTable.empty(candidates, NUM_SEQUENCES)
@@ -57,4 +65,22 @@ def test_a_resumed_sweep_is_bit_identical() -> None:
     scorer.fill(removed, resumed, lambda table: columns_done.append(int(table.done_CB[0].sum())))
     assert columns_done == [4, 5]  # the first micro-batch was not computed again
     assert torch.equal(resumed.nll_CB, whole.nll_CB)
-    assert "forward" not in vars(architecture.decoder_layers(model)[0])
+    assert "forward" not in vars(row_of(model).decoder_layers(model)[0])
+
+
+def test_too_little_memory_shrinks_the_plan_and_changes_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    expected = filled(plain_scorer(model, TOKENS), (), all_blocks(4))
+    scorer = sweep_scorer(model, TOKENS, micro_batch=4, branches_per_chunk=4, snapshot_bytes=10**6)
+    layer = row_of(model).decoder_layers(model)[2]
+    whole = type(layer).forward
+
+    def small_device(self: torch.nn.Module, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> object:
+        if hidden_states.shape[0] > 3:
+            raise torch.OutOfMemoryError("out of memory. Try less.")
+        return whole(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(type(layer), "forward", small_device)
+    table = filled(scorer, (), all_blocks(4))
+    torch.testing.assert_close(table.nll_CB, expected.nll_CB, rtol=0, atol=1e-5)
+    assert scorer.plan.micro_batch < 4
