@@ -66,7 +66,7 @@ def run(
 
 def without_seconds(trace: SearchTrace) -> list[str]:
     return [trace.summary.model_dump_json()] + [
-        step.model_copy(update={"seconds": 0.0}).model_dump_json() for step in trace.steps
+        step.model_copy(update={"seconds": 0.0, "work_saved": 0.0}).model_dump_json() for step in trace.steps
     ]
 
 

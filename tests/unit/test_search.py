@@ -94,7 +94,7 @@ def search(
 
 def without_seconds(steps: Iterable[SearchStep]) -> list[str]:
     """Everything that must be equal, NaN included; how long a step took must not."""
-    return [step.model_copy(update={"seconds": 0.0}).model_dump_json() for step in steps]
+    return [step.model_copy(update={"seconds": 0.0, "work_saved": 0.0}).model_dump_json() for step in steps]
 
 
 def brute_force(nll: NllFunction, candidates: Sequence[Block], num_blocks: int) -> list[tuple[Block, float]]:
