@@ -13,7 +13,10 @@ import httpx
 import pytest
 import yaml
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.objects import FlowRun, TaskRun
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.testing.utilities import prefect_test_harness
 
@@ -184,6 +187,17 @@ def test_the_readme_creates_the_pool_that_the_deployments_name() -> None:
     for text in (prefect_yaml, (ROOT / "README.md").read_text()):
         assert re.findall(r"work-pool create --type process (\S+)", text) == ["blockpruner"]
         assert re.findall(r"worker start --pool (\S+)", text) == ["blockpruner"]
+
+
+def test_the_server_schedules_runs_by_cron() -> None:
+    """The scheduler writes them in bulk, which SQLAlchemy 2.1 refuses to Prefect 3.8: no night would have its run."""
+    with get_client(sync_client=True) as client:
+        flow_id = client.create_flow_from_name("nightly")
+        schedules = [DeploymentScheduleCreate(schedule=CronSchedule(cron="0 2 * * *", timezone="UTC"))]
+        deployment_id = client.create_deployment(flow_id, "nightly", schedules=schedules)
+        client.request("POST", f"/deployments/{deployment_id}/schedule", json={}).raise_for_status()
+        found = client.read_flow_runs(deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment_id])))
+    assert {run.state_name for run in found} == {"Scheduled"}
 
 
 def test_the_servers_form_describes_every_setting() -> None:
