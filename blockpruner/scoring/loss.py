@@ -19,8 +19,9 @@ Head = Callable[[Tensor], Tensor]
 
 def token_nll(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
     """Negative log-likelihood of each target in nats, float32 [M]: log-sum-exp minus the target's logit."""
-    logits_MV = logits_MV.float()
-    return logits_MV.logsumexp(dim=-1) - logits_MV.gather(-1, targets_M[:, None]).squeeze(-1)
+    # With the dtype given here, a GPU reads 16-bit logits and computes in float32 without a float32 copy of them.
+    log_probabilities_MV = torch.log_softmax(logits_MV, dim=-1, dtype=torch.float32)
+    return -log_probabilities_MV.gather(-1, targets_M[:, None]).squeeze(-1)
 
 
 @dataclass(frozen=True)

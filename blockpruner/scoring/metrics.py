@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from blockpruner.perplexity import perplexity
@@ -36,12 +37,17 @@ class Metric:
         return float(values_B.double().mean())
 
 
+def _log_softmax(logits: Tensor) -> Tensor:
+    """In float32, without a float32 copy of 16-bit logits."""
+    return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+
+
 def kl_divergence(dense_logits: Tensor, pruned_logits: Tensor) -> Tensor:
     """Kullback-Leibler divergence from the dense model's next-token distribution P to the pruned one's Q.
 
     sum over the vocabulary of P (log P - log Q), in nats.
     """
-    dense, pruned = dense_logits.float().log_softmax(-1), pruned_logits.float().log_softmax(-1)
+    dense, pruned = _log_softmax(dense_logits), _log_softmax(pruned_logits)
     return (dense.exp() * (dense - pruned)).sum(-1)
 
 
@@ -50,7 +56,7 @@ def js_divergence(dense_logits: Tensor, pruned_logits: Tensor) -> Tensor:
 
     Half of KL(P, M) and half of KL(Q, M) with M the mean of P and Q, in nats.
     """
-    dense, pruned = dense_logits.float().log_softmax(-1), pruned_logits.float().log_softmax(-1)
+    dense, pruned = _log_softmax(dense_logits), _log_softmax(pruned_logits)
     p, q = dense.exp(), pruned.exp()
     # log M; where both underflow to zero the products below are zero times a finite number.
     mean = (0.5 * (p + q)).clamp_min(1e-38).log()

@@ -62,6 +62,8 @@ CUDA_MICRO_BATCH_FLOPS = 1e15
 CPU_CHUNK_BYTES = 2**22
 CPU_LOGIT_ELEMENTS = 2**23
 CPU_MICRO_BATCH_FLOPS = 1e11
+_FEW_BYTES = 2**30
+"""Snapshots of less than this are given up, not halved, when memory is short."""
 _LOGIT_BYTES = 12
 """Of one logit while its loss is computed: itself, in float32, and one temporary."""
 
@@ -85,13 +87,16 @@ class SweepPlan(BaseModel):
         """The next plan to try when the device had too little memory; None when there is none."""
         if self.branches_per_chunk == 1 and self.micro_batch == 1 and self.logit_elements == 1:
             return None
+        if self.snapshot_bytes > 0 and not self.snapshots_on_host:
+            # Changes no batch, and so no bit of any score.
+            fewer = self.snapshot_bytes // 2 if self.snapshot_bytes > _FEW_BYTES else 0
+            return self.model_copy(update={"snapshot_bytes": fewer})
         chunk = self.branches_per_chunk // 2
         return self.model_copy(
             update={
                 "micro_batch": self.micro_batch if chunk else max(1, self.micro_batch // 2),
                 "branches_per_chunk": max(1, chunk),
                 "logit_elements": max(1, self.logit_elements // 2),
-                "snapshot_bytes": self.snapshot_bytes if self.snapshots_on_host else self.snapshot_bytes // 2,
             }
         )
 
@@ -121,6 +126,8 @@ def plan_sweep(shape: SweepShape, machine: Machine, micro_batch: int | None = No
 def _micro_batch(shape: SweepShape, machine: Machine, fitting: int) -> int:
     """Sequences of a micro-batch: enough to be worth the start, few enough to fit, and all of about one size."""
     worth = math.ceil(machine.micro_batch_flops / max(1.0, shape.flops_per_sequence))
-    wanted = max(math.ceil(shape.num_sequences / MICRO_BATCHES), worth)
+    # One branch fills a chunk where that leaves some micro-batches: then all batches are of one size.
+    filling = min(machine.chunk_bytes // shape.stream_bytes, math.ceil(shape.num_sequences / 4))
+    wanted = max(math.ceil(shape.num_sequences / MICRO_BATCHES), worth, filling)
     most = max(1, min(wanted, fitting, shape.num_sequences))
     return math.ceil(shape.num_sequences / math.ceil(shape.num_sequences / most))
