@@ -78,7 +78,11 @@ WORKLOADS = {
 
 
 def random_model(config: dict[str, int | bool], device: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A Llama of this shape with the initialisation of transformers."""
+    """A Llama of this shape with scaled residual initialisation and embeddings of unit variance.
+
+    As in trained models no single block then dominates the stream. With transformers' own initialisation the first
+    feed-forward block does, early blocks are removed first, and there is nothing for snapshots to save.
+    """
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -87,7 +91,12 @@ def random_model(config: dict[str, int | bool], device: str, dtype: torch.dtype)
             model = LlamaForCausalLM(LlamaConfig(**config))
     finally:
         torch.set_default_dtype(before)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    model.get_input_embeddings().weight.div_(0.02)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.mul_((2 * int(config["num_hidden_layers"])) ** -0.5)
+    return model
 
 
 def plain_seconds(
