@@ -93,6 +93,8 @@ def random_model(config: dict[str, int | bool], device: str, dtype: torch.dtype)
         torch.set_default_dtype(before)
     model.eval().requires_grad_(False)
     model.get_input_embeddings().weight.div_(0.02)
+    if config["tie_word_embeddings"]:  # the head is the embedding: logits of the usual size
+        model.get_submodule("model.norm").weight.mul_(0.02)
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             parameter.mul_((2 * int(config["num_hidden_layers"])) ** -0.5)
