@@ -69,6 +69,12 @@ Dtype = Annotated[
     _setting("dtype", "auto|float32|bfloat16", autocompletion=complete_choice("auto", "float32", "bfloat16")),
 ]
 BatchSize = Annotated[int | None, _setting("batch_size", "N")]
+Metric = Annotated[
+    str | None, _setting("metric", "perplexity|kl|js", autocompletion=complete_choice("perplexity", "kl", "js"))
+]
+Scorer = Annotated[str | None, _setting("scorer", "sweep|plain", autocompletion=complete_choice("sweep", "plain"))]
+MemoryBudget = Annotated[str | None, _setting("memory_budget", "SIZE")]
+Compile = Annotated[str | None, _setting("compile", "auto|on|off", autocompletion=complete_choice("auto", "on", "off"))]
 TrustRemoteCode = Annotated[bool | None, typer.Option("--trust-remote-code", help=SETTINGS["trust_remote_code"])]
 Name = Annotated[str | None, _setting("name", "TEXT")]
 

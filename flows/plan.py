@@ -126,7 +126,7 @@ class Plan:
             sequence_length=recipe.sequence_length,
             seed=recipe.seed if calibrating else None,
             block_kinds=recipe.block_kinds if searching else None,
-            metric="perplexity" if searching else None,
+            metric=recipe.metric if searching else None,
             strategy="blockpruner" if searching else None,
             device=self.device,
             dtype=self.dtype,
@@ -200,7 +200,11 @@ class Plan:
     def _search(self, artifacts: Artifacts) -> Job:
         recipe = self.recipe
         config = search.SearchConfig(
-            block_kinds=recipe.block_kinds, num_blocks=recipe.num_blocks, ratio=recipe.ratio, dtype=self.dtype
+            block_kinds=recipe.block_kinds,
+            num_blocks=recipe.num_blocks,
+            ratio=recipe.ratio,
+            dtype=self.dtype,
+            metric=recipe.metric,
         )
         inputs = search.SearchInputs(self.checkpoint, artifacts["calibration"].ref, recipe.trust_remote_code)
         return Job(search.STAGE, config, inputs)

@@ -17,6 +17,8 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from blockpruner.blocks import BlockKinds
 from blockpruner.errors import ConfigurationError, nearest
+from blockpruner.memory_size import parse_memory_size
+from blockpruner.scoring.settings import CompileChoice, MetricName, ScorerName, ScorerSettings
 from flows.settings_text import SETTINGS
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
@@ -46,6 +48,16 @@ def _known_device(value: object) -> object:
     if isinstance(value, str) and not _DEVICE.fullmatch(value):
         hint = nearest(value, ("auto", "cpu", "cuda"))
         raise PydanticCustomError("device", f"unknown device {value!r}; valid are auto, cpu, cuda and cuda:N{hint}")
+    return value
+
+
+def _amount_of_memory(value: object) -> object:
+    """As it was written, once it is known to be one."""
+    if isinstance(value, str):
+        try:
+            parse_memory_size(value)
+        except ConfigurationError as error:
+            raise PydanticCustomError("memory", "{reason}", {"reason": str(error)}) from error
     return value
 
 
@@ -85,6 +97,12 @@ class Recipe(BaseModel):
     device: Annotated[str, BeforeValidator(_known_device)] = Field(default="auto", description=SETTINGS["device"])
     dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description=SETTINGS["dtype"])
     batch_size: int | None = Field(default=None, ge=1, description=SETTINGS["batch_size"])
+    metric: MetricName = Field(default="perplexity", description=SETTINGS["metric"])
+    scorer: ScorerName = Field(default="sweep", description=SETTINGS["scorer"])
+    memory_budget: Annotated[NonBlank | None, BeforeValidator(_amount_of_memory)] = Field(
+        default=None, description=SETTINGS["memory_budget"]
+    )
+    compile: CompileChoice = Field(default="auto", description=SETTINGS["compile"])
     trust_remote_code: bool = Field(default=False, description=SETTINGS["trust_remote_code"])
     name: NonBlank | None = Field(default=None, description=SETTINGS["name"])
 
@@ -95,6 +113,12 @@ class Recipe(BaseModel):
                 "target", "both num_blocks and ratio are given; give one of them (--num-blocks K or --ratio R)"
             )
         return self
+
+    @property
+    def scoring(self) -> ScorerSettings:
+        """How a search is to compute its scores."""
+        budget = parse_memory_size(self.memory_budget) if self.memory_budget else None
+        return ScorerSettings(scorer=self.scorer, memory_budget=budget, compile=self.compile)
 
     def require_target(self) -> None:
         """Make sure that the recipe says how far to prune.

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from blockpruner.progress import Progress, ProgressCallback
+from blockpruner.progress import Progress, ProgressCallback, Throughput
 from flows.eta import RemainingTime
 from flows.wording import spell_out
 
@@ -61,7 +61,15 @@ class Reporter:
 def describe(progress: Progress, remaining_s: float | None) -> str:
     """What is counted, where it stands, and how long it will take."""
     parts = [progress.unit, progress.note, f"about {spell_out(remaining_s)} left" if remaining_s is not None else ""]
+    if progress.throughput is not None:
+        parts.append(_speed(progress.throughput))
     return ", ".join(part for part in parts if part)
+
+
+def _speed(throughput: Throughput) -> str:
+    """'12.5M tokens at 312 TFLOP/s, MFU 0.61'."""
+    mfu = f", MFU {throughput.mfu:.2f}" if throughput.mfu is not None else ""
+    return f"{throughput.tokens / 1e6:.1f}M tokens at {throughput.flops_per_s / 1e12:.3g} TFLOP/s{mfu}"
 
 
 class _BarProgress:

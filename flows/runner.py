@@ -120,7 +120,7 @@ class Runner:
                     show(progress)
                     listener(progress)
 
-                runtime = Runtime(plan.device, plan.recipe.batch_size, progress=both)
+                runtime = Runtime(plan.device, plan.recipe.batch_size, plan.recipe.scoring, both)
                 return self._artifacts.get_or_run(job.stage, job.config, job.inputs, runtime)
 
         started = time.monotonic()

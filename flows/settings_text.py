@@ -29,6 +29,13 @@ SETTINGS: dict[str, str] = {
     "device": "auto, cpu, cuda or cuda:N; auto takes the GPU where there is one.",
     "dtype": "auto, float32 or bfloat16; auto is float32 on a CPU and bfloat16 on a GPU.",
     "batch_size": "Sequences in one forward pass; none: chosen for the device. Changes no result.",
+    "metric": (
+        "What a block's removal is judged by: perplexity (the paper), or kl or js, the divergence of the model's "
+        "predictions from the dense model's."
+    ),
+    "scorer": "sweep (all candidates in one walk) or plain (a forward pass for each). Changes no result.",
+    "memory_budget": "How much of the device's memory a search may use, weights included: 8GiB, 80GB.",
+    "compile": "auto, on or off: compile parts of the model for the search (GPU); auto where it saves time.",
     "trust_remote_code": "Run the Python code that comes with the model. Only for models whose code you have read.",
     "name": "A name for the run, by which `show` and others find it.",
 }

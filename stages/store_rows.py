@@ -39,6 +39,7 @@ class _Candidate(BaseModel):
     perplexity: float
     rank: int
     chosen: bool
+    tied: bool = False
 
 
 class _Step(BaseModel):
@@ -49,6 +50,7 @@ class _Step(BaseModel):
     num_parameters_removed: int
     ratio: float
     seconds: float
+    work_saved: float = 0.0
     candidates: tuple[_Candidate, ...]
 
 
@@ -229,6 +231,7 @@ def _step_row(run_id: str, step: _Step) -> StepRow:
         num_parameters_removed=step.num_parameters_removed,
         ratio=step.ratio,
         seconds=step.seconds,
+        work_saved=step.work_saved,
     )
 
 
@@ -242,6 +245,7 @@ def _score_row(run_id: str, step: int, candidate: _Candidate) -> ScoreRow:
         perplexity=candidate.perplexity,
         rank=candidate.rank,
         chosen=candidate.chosen,
+        tied=candidate.tied,
     )
 
 

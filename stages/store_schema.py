@@ -63,6 +63,7 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "num_parameters_removed": "BIGINT NOT NULL",
         "ratio": "DOUBLE NOT NULL",
         "seconds": "DOUBLE NOT NULL",
+        "work_saved": "DOUBLE NOT NULL",
     },
     "block_scores": {
         "run_id": "VARCHAR NOT NULL",
@@ -73,6 +74,7 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "perplexity": "DOUBLE NOT NULL",
         "rank": "INTEGER NOT NULL",
         "chosen": "BOOLEAN NOT NULL",
+        "tied": "BOOLEAN NOT NULL",
     },
     "perplexities": {
         "run_id": "VARCHAR NOT NULL",
@@ -189,6 +191,7 @@ class StepRow(NamedTuple):
     num_parameters_removed: int
     ratio: float
     seconds: float
+    work_saved: float = 0.0
 
 
 class ScoreRow(NamedTuple):
@@ -202,6 +205,7 @@ class ScoreRow(NamedTuple):
     perplexity: float
     rank: int
     chosen: bool
+    tied: bool
 
 
 class PerplexityRow(NamedTuple):

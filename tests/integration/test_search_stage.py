@@ -22,6 +22,8 @@ from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ArtifactError, ConfigurationError, UnsupportedArchitectureError
 from blockpruner.journal import SearchJournal
 from blockpruner.progress import Progress
+from blockpruner.scoring.plan import SweepPlan
+from blockpruner.scoring.settings import ScorerSettings
 from blockpruner.trace import SearchTrace, read_trace
 from stages.contract import ArtifactRef, Runtime
 from stages.search import STAGE, SearchConfig, SearchInputs, SearchManifest
@@ -294,3 +296,34 @@ def test_bfloat16_is_searched_in_bfloat16(tmp_path: Path, inputs: SearchInputs) 
     _, narrow = run(tmp_path, inputs, "bfloat16", num_blocks=1, dtype="bfloat16")
     difference = abs(narrow.summary.dense_perplexity / wide.summary.dense_perplexity - 1)
     assert 1e-5 < difference < 0.1
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "kl", "js"])
+def test_both_scorers_give_the_same_search(tmp_path: Path, inputs: SearchInputs, metric: str) -> None:
+    traces = []
+    for scorer in ("sweep", "plain"):
+        (folder := tmp_path / scorer).mkdir()
+        runtime = Runtime(state_dir=folder / "state", scoring=ScorerSettings(scorer=scorer))
+        STAGE.run(SearchConfig(num_blocks=4, metric=metric), inputs, folder, runtime)
+        traces.append(read_trace(folder))
+    fast, plain = traces
+    assert fast.removed() == plain.removed()
+    for mine, theirs in zip(fast.steps, plain.steps, strict=True):
+        assert [c.score for c in mine.candidates] == pytest.approx([c.score for c in theirs.candidates], rel=1e-4)
+        assert [c.rank for c in mine.candidates] == [c.rank for c in theirs.candidates]
+    if metric != "perplexity":
+        assert all(c.score != c.perplexity for step in fast.steps for c in step.candidates)
+
+
+def test_a_search_goes_on_with_the_plan_that_it_was_begun_with(tmp_path: Path, inputs: SearchInputs) -> None:
+    """Another amount of free memory must not change the last bits of a search that goes on."""
+    runtime = Runtime(state_dir=tmp_path / "state")
+    (tmp_path / "first").mkdir()
+    STAGE.run(SearchConfig(num_blocks=1), inputs, tmp_path / "first", runtime)
+    journal = SearchJournal(tmp_path / "state", STAGE.resume_fingerprint(SearchConfig(num_blocks=1), inputs))
+    device, _, kept = str(journal.plan()).partition(" ")
+    changed = SweepPlan.model_validate_json(kept).model_copy(update={"micro_batch": 1, "branches_per_chunk": 1})
+    journal.keep_plan(f"{device} {changed.model_dump_json()}")
+    (tmp_path / "second").mkdir()
+    STAGE.run(SearchConfig(num_blocks=2), inputs, tmp_path / "second", runtime)
+    assert journal.plan() == f"{device} {changed.model_dump_json()}"
