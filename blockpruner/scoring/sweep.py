@@ -20,7 +20,7 @@ from torch import Tensor
 
 from blockpruner.blocks import Block, BlockKind
 from blockpruner.errors import ConfigurationError
-from blockpruner.scoring.decoder import Decoder
+from blockpruner.scoring.decoder import Decoder, Unit
 from blockpruner.scoring.front import Chunk, Front, Walk
 from blockpruner.scoring.host_memory import HostCopies
 from blockpruner.scoring.interface import TableCallback
@@ -54,7 +54,7 @@ class SweepScorer:
         self._decoder = decoder
         self._token_ids_BT = token_ids_BT
         self.metric = metric
-        self._costs = costs
+        self.costs = costs
         self._make_losses = make_losses
         self._meter = meter
         self._dense_BTD: Tensor | None = None
@@ -70,6 +70,11 @@ class SweepScorer:
     def meter(self) -> Meter:
         """What was computed so far, and how fast."""
         return self._meter
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """The parts of the model that a sweep goes through, in order."""
+        return self._decoder.units
 
     @property
     def plan(self) -> SweepPlan:
@@ -106,7 +111,7 @@ class SweepScorer:
         self._plan = plan
         self._losses = self._make_losses(plan)
         host = HostCopies(self._decoder.device) if plan.snapshots_on_host else None
-        self._snapshots = SnapshotStore(self._decoder.units, host)
+        self.snapshots = SnapshotStore(self._decoder.units, host)
 
     def _next_batch(self, table: ScoreTable) -> slice:
         """The next sequences that a table lacks values of, as many as go together."""
@@ -123,7 +128,7 @@ class SweepScorer:
         try:
             return compute()
         except torch.OutOfMemoryError as error:
-            plan = self._plan.smaller(self._snapshots.device_bytes)
+            plan = self._plan.smaller(self.snapshots.device_bytes)
             if plan is None:
                 raise ConfigurationError(
                     "the device has too little memory for one sequence and one branch; give a larger "
@@ -138,8 +143,8 @@ class SweepScorer:
 
     def _step(self, removed: tuple[Block, ...], candidates: tuple[Block, ...]) -> _Step:
         """What all micro-batches of one step share."""
-        units, costs = self._decoder.units, self._costs.walk(self._decoder.units, removed, candidates)
-        held = self._snapshots.positions(0, removed, candidates)
+        units, costs = self._decoder.units, self.costs.walk(self._decoder.units, removed, candidates)
+        held = self.snapshots.positions(0, removed, candidates)
         branches, sizes = 0, {}
         for unit in units:
             reachable = unit.index in held or unit.index > max(held, default=0)
@@ -161,14 +166,14 @@ class SweepScorer:
     def _fill_columns(self, step: _Step, batch: slice, table: ScoreTable) -> bool:
         """Compute and enter a micro-batch's values; True, for `_attempt`."""
         token_ids_bT = self._token_ids_BT[batch].to(self._decoder.device)
-        held = self._snapshots.positions(batch.start, step.removed, table.candidates)
-        front = self._snapshots.front_at(batch.start, max(held)) if held else step.walk.start(token_ids_bT)
-        self._snapshots.drop_except(batch.start, held & step.wanted)
+        held = self.snapshots.positions(batch.start, step.removed, table.candidates)
+        front = self.snapshots.front_at(batch.start, max(held)) if held else step.walk.start(token_ids_bT)
+        self.snapshots.drop_except(batch.start, held & step.wanted)
         begun = front.position
 
         def keep(passed: Front) -> None:
             if passed.position in step.wanted - held:
-                self._snapshots.keep(batch.start, passed, step.removed)
+                self.snapshots.keep(batch.start, passed, step.removed)
 
         front = step.walk.run(front, keep)
         assert front.skipped == table.candidates  # branches fork in stream order, the order of the table's rows
