@@ -1,4 +1,4 @@
-"""A search is killed (SIGKILL, nothing is cleaned up) within its steps, again and again, and ends as if it had not been."""
+"""A search is killed (SIGKILL, nothing is cleaned up) within its steps, again and again, and ends as if undisturbed."""
 
 from __future__ import annotations
 
