@@ -21,6 +21,7 @@ from blockpruner.scoring.build import build_scorer
 from blockpruner.scoring.metrics import metric_of
 from blockpruner.scoring.settings import ScorerSettings
 from blockpruner.scoring.table import ScoreTable
+from blockpruner.scoring.work import Meter
 from tests.benchmarks.search_speed import WORKLOADS, Workload, random_model
 
 _BASE = WORKLOADS["small"]
@@ -36,30 +37,31 @@ _SERIES = {
 
 
 def one_step(workload: Workload, device: str) -> tuple[float, float, float]:
-    """Seconds, operations and bytes of the first step of a search, after a warm-up step."""
+    """Seconds, operations and bytes of the first step of a search, after a warm-up."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model = random_model(workload.config, device, dtype)
     generator = torch.Generator().manual_seed(1)
     shape = (workload.num_sequences, workload.sequence_length)
     token_ids_BT = torch.randint(workload.config["vocab_size"], shape, generator=generator)
     architecture = architecture_of("llama")
-    settings = ScorerSettings(compile="off")
-    scorer = build_scorer(architecture, model, token_ids_BT, device, metric_of("perplexity"), settings)
     candidates = all_blocks(int(workload.config["num_hidden_layers"]))
 
-    def step() -> float:
+    def step() -> tuple[float, Meter]:
+        """A step of a new search, which has no snapshots to begin at."""
+        settings = ScorerSettings(compile="off")
+        scorer = build_scorer(architecture, model, token_ids_BT, device, metric_of("perplexity"), settings)
         started = time.monotonic()
         scorer.fill((), ScoreTable.empty(candidates, workload.num_sequences), lambda _: None)
-        return time.monotonic() - started
+        return time.monotonic() - started, scorer.meter
 
     step()
-    flops, before = scorer.meter.flops + scorer.meter.flops_saved, 0
+    before = 0
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = sum(parameter.nbytes for parameter in model.parameters())
-    seconds = step()
+    seconds, meter = step()
     peak = torch.cuda.max_memory_allocated() - before if device != "cpu" else 0
-    return seconds, flops, peak
+    return seconds, meter.flops, peak
 
 
 def main() -> None:
