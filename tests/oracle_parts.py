@@ -176,7 +176,7 @@ def mixture(read: Reader, name: str, x_TD: Tensor, act: str, num_chosen: int, *,
     probabilities_TE = softmax(x_TD @ read(f"{name}.gate.weight").T)
     rows = []
     for x_D, probabilities_E in zip(x_TD, probabilities_TE, strict=True):
-        chosen = sorted(range(len(down)), key=lambda expert: -float(probabilities_E[expert]))[:num_chosen]  # noqa: B023
+        chosen = sorted(range(len(down)), key=lambda expert: -float(probabilities_E[expert]))[:num_chosen]
         total = sum(probabilities_E[expert] for expert in chosen) if normalised else 1
         rows.append(
             sum(

@@ -77,9 +77,9 @@ TINY_FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "qwen2-mixed-windows": _grouped("qwen2", **_MIXED_WINDOWS),
     "qwen3": _grouped("qwen3", head_dim=16, tie_word_embeddings=True),
     "qwen3-mixed-windows": _grouped("qwen3", head_dim=8, **_MIXED_WINDOWS),
-    "cohere": _grouped("cohere", logit_scale=0.5, tie_word_embeddings=True),
-    "cohere-norms-bias": _grouped("cohere", logit_scale=0.5, use_qk_norm=True, attention_bias=True),
-    "cohere2": _grouped("cohere2", logit_scale=0.5, **_TYPED_WINDOWS),
+    "cohere": _grouped("cohere", logit_scale=1.25, tie_word_embeddings=True),
+    "cohere-norms-bias": _grouped("cohere", logit_scale=1.25, use_qk_norm=True, attention_bias=True),
+    "cohere2": _grouped("cohere2", logit_scale=1.25, **_TYPED_WINDOWS),
     "falcon": _builder("falcon", new_decoder_architecture=True, num_kv_heads=2, ffn_hidden_size=48),
     "falcon-one-norm": _builder(
         "falcon", new_decoder_architecture=True, num_ln_in_parallel_attn=1, num_kv_heads=2, ffn_hidden_size=48
@@ -122,7 +122,7 @@ TINY_FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
         norm_topk_prob=True,
         **_EXPERTS,
         **_MIXED_WINDOWS,
-    ),  # fmt: skip
+    ),
     "qwen3_moe": _grouped("qwen3_moe", head_dim=16, norm_topk_prob=True, mlp_only_layers=[2], **_EXPERTS),
 }
 """Builders by the `model_type` of the family, and after a hyphen the variant."""
