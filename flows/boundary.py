@@ -32,6 +32,10 @@ class Terminated(KeyboardInterrupt):
 class OneLineErrors(TyperGroup):
     """A group of commands whose errors are one line on standard error."""
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._interruptions = _Interruptions()
+
     def main(
         self,
         args: Sequence[str] | None = None,
@@ -43,7 +47,7 @@ class OneLineErrors(TyperGroup):
     ) -> Any:
         """Run a command and exit with its status."""
         try:
-            with _termination_as_interruption():
+            with self._interruptions.watched():
                 status = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         except BlockPrunerError as error:
             status = _say(str(error))
@@ -60,39 +64,42 @@ class OneLineErrors(TyperGroup):
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, Exception) as error:
-            interruption = _interruption_behind(error)
+            interruption = error if isinstance(error, KeyboardInterrupt) else self._interruptions.received
             if interruption is None:
                 raise
             raise typer.Exit(_say_interrupted(interruption)) from None
 
 
-@contextmanager
-def _termination_as_interruption() -> Iterator[None]:
-    """While the body runs, SIGTERM raises `Terminated` in the main thread."""
-    if threading.current_thread() is not threading.main_thread():  # only there may a handler be set
-        yield
-        return
+class _Interruptions:
+    """Turns SIGINT and SIGTERM into interruptions of the main thread, and remembers them.
 
-    def terminate(*_: object) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interruption_behind(error: BaseException) -> KeyboardInterrupt | None:
-    """The interruption that an error comes from, if it does: what the user did counts.
-
-    An import that is interrupted may fail with any error; and a terminal interrupts Prefect's temporary server as well,
-    so that the last report to it fails.
+    What follows from an interruption need not show it: an import that is interrupted may fail with any error, native
+    code may put an error of its own in the interruption's place, and a terminal interrupts Prefect's temporary server
+    as well, so that the last report to it fails. What the user did counts.
     """
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, KeyboardInterrupt):
-        cause = cause.__cause__ or cause.__context__
-    return cause
+
+    def __init__(self) -> None:
+        self.received: KeyboardInterrupt | None = None
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Watch while the body runs."""
+        if threading.current_thread() is not threading.main_thread():  # only there may a handler be set
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:  # `nohup` and background jobs of a script ignore some
+                signal.signal(number, self._interrupt)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _interrupt(self, number: int, _: object) -> None:
+        self.received = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+        raise self.received
 
 
 def _say_interrupted(interruption: KeyboardInterrupt) -> int:

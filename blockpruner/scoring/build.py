@@ -24,13 +24,15 @@ from blockpruner.scoring.settings import CompileChoice, ScorerSettings
 from blockpruner.scoring.sweep import SweepScorer
 from blockpruner.scoring.work import Costs, Meter, matrix_peak
 
-_COMPILE_FLOPS = 4e15
+_COMPILE_FLOPS = 1e15
 """Work of one sweep from which compiling pays: its seconds of start-up against what every sweep then saves."""
 _HOST_SHARE = 0.5
 """Of the host's free memory, for snapshots beside a GPU."""
 _CPU_SHARE = 0.25
 """Of the machine's free memory, for a sweep on the CPU."""
 _GPU_SHARE = 0.95
+_PEAK_BYTES = 4 * 2**30
+"""A budget from which there is room to measure the device's matrix peak."""
 
 
 def is_streamed(weight_bytes: int, device: str, memory_budget: int | None) -> bool:
@@ -69,7 +71,8 @@ def build_scorer(
     compute = torch.device(device)
     if compute.type == "cuda" and compute.index is None:
         compute = torch.device("cuda", torch.cuda.current_device())
-    meter = Meter(peak=matrix_peak(compute, model.dtype))
+    is_tight = settings.memory_budget is not None and settings.memory_budget < _PEAK_BYTES
+    meter = Meter(peak=None if is_tight else matrix_peak(compute, model.dtype))
     if settings.scorer == "plain":
         nn.Module.to(model, compute)
         return PlainScorer(architecture, model, token_ids_BT, batch_size, metric, meter)

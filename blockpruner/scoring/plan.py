@@ -83,14 +83,17 @@ class SweepPlan(BaseModel):
     """Memory of all snapshots, at most."""
     snapshots_on_host: bool = False
 
-    def smaller(self) -> SweepPlan | None:
-        """The next plan to try when the device had too little memory; None when there is none."""
+    def smaller(self, snapshots_held: int) -> SweepPlan | None:
+        """The next plan to try when the device had too little memory; None when there is none.
+
+        Args:
+            snapshots_held: bytes of the device's memory that snapshots took when it ran out.
+        """
         if self.branches_per_chunk == 1 and self.micro_batch == 1 and self.logit_elements == 1:
             return None
-        if self.snapshot_bytes > 0 and not self.snapshots_on_host:
+        if snapshots_held > 0:
             # Changes no batch, and so no bit of any score.
-            fewer = self.snapshot_bytes // 2 if self.snapshot_bytes > _FEW_BYTES else 0
-            return self.model_copy(update={"snapshot_bytes": fewer})
+            return self.model_copy(update={"snapshot_bytes": snapshots_held // 2 if snapshots_held > _FEW_BYTES else 0})
         chunk = self.branches_per_chunk // 2
         return self.model_copy(
             update={
@@ -124,10 +127,13 @@ def plan_sweep(shape: SweepShape, machine: Machine, micro_batch: int | None = No
 
 
 def _micro_batch(shape: SweepShape, machine: Machine, fitting: int) -> int:
-    """Sequences of a micro-batch: enough to be worth the start, few enough to fit, and all of about one size."""
+    """Sequences of a micro-batch: enough to be worth the start, few enough to fit, and if possible all of one size."""
     worth = math.ceil(machine.micro_batch_flops / max(1.0, shape.flops_per_sequence))
     # One branch fills a chunk where that leaves some micro-batches: then all batches are of one size.
     filling = min(machine.chunk_bytes // shape.stream_bytes, math.ceil(shape.num_sequences / 4))
     wanted = max(math.ceil(shape.num_sequences / MICRO_BATCHES), worth, filling)
     most = max(1, min(wanted, fitting, shape.num_sequences))
-    return math.ceil(shape.num_sequences / math.ceil(shape.num_sequences / most))
+    return next(
+        (size for size in range(most, most // 2, -1) if shape.num_sequences % size == 0),
+        math.ceil(shape.num_sequences / math.ceil(shape.num_sequences / most)),
+    )

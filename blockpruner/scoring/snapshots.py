@@ -78,10 +78,11 @@ class SnapshotStore:
         self._host = host
         self._of_batch: dict[int, dict[int, Snapshot]] = {}
 
-    def clear(self) -> None:
-        """Forget everything."""
-        for start in list(self._of_batch):
-            self.drop_except(start, ())
+    @property
+    def device_bytes(self) -> int:
+        """Memory of the device that the snapshots hold; that of a tensor in two of them counts twice."""
+        kept = (hidden for held in self._of_batch.values() for snapshot in held.values() for hidden in snapshot.hidden)
+        return sum(hidden.nbytes for hidden in kept if isinstance(hidden, Tensor))
 
     def positions(self, start: int, removed: Collection[Block], candidates: Collection[Block]) -> frozenset[int]:
         """Where the micro-batch that begins at sequence `start` has snapshots that are valid for a sweep."""

@@ -123,7 +123,7 @@ class SweepScorer:
         try:
             return compute()
         except torch.OutOfMemoryError as error:
-            plan = self._plan.smaller()
+            plan = self._plan.smaller(self._snapshots.device_bytes)
             if plan is None:
                 raise ConfigurationError(
                     "the device has too little memory for one sequence and one branch; give a larger "

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+import flows  # noqa: F401  (sets what the application sets before torch takes memory)
 from blockpruner.architectures import Architecture, architecture_of, block_sizes, num_parameters
 from blockpruner.blocks import Block
 from blockpruner.calibration import cut_into_sequences

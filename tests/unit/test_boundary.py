@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -42,9 +43,16 @@ def broken_import() -> None:
 
 def lost_server() -> None:
     try:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
     finally:
         raise OSError("no server")
+
+
+def native_code() -> None:
+    """As pydantic's core reports an interruption: an error of its own, with no trace of where it comes from."""
+    with contextlib.suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+    raise ValueError("the schema could not be built")
 
 
 @pytest.mark.parametrize(
@@ -54,6 +62,7 @@ def lost_server() -> None:
         (sent(signal.SIGINT), 130, f"\nInterrupted. {GO_ON}\n"),
         (broken_import, 143, f"Terminated. {GO_ON}\n"),
         (lost_server, 130, f"\nInterrupted. {GO_ON}\n"),
+        (native_code, 143, f"Terminated. {GO_ON}\n"),
     ],
 )
 def test_an_interruption_says_how_to_go_on(command: Callable[[], None], status: int, said: str) -> None:
