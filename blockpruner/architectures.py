@@ -6,6 +6,7 @@ names, and runs no model.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -51,6 +52,8 @@ class Architecture:
     """Whether both blocks of a layer read the same input, and not one the other's output."""
     layer_returns_tuple: bool = False
     """Whether a decoder layer returns a tuple and not a bare tensor."""
+    exportable: bool = False
+    """Whether `blockpruner.export` can write this family without the removed blocks."""
     variant: Callable[[Architecture, PreTrainedConfig], Architecture] | None = None
     """Gives the row for one model of a family whose layers depend on the configuration, or refuses the model."""
 
@@ -98,13 +101,122 @@ class Architecture:
         )
 
 
+def _gpt2(row: Architecture, config: PreTrainedConfig) -> Architecture:
+    """Cross-attention is a third residual block."""
+    if config.add_cross_attention:
+        raise UnsupportedArchitectureError("this GPT-2 has cross-attention, which is neither of a layer's two blocks")
+    return row
+
+
+def _gpt_neox(row: Architecture, config: PreTrainedConfig) -> Architecture:
+    """Parallel in all published models; each block has its own norm either way."""
+    return dataclasses.replace(row, is_parallel=bool(config.use_parallel_residual))
+
+
+def _opt(row: Architecture, config: PreTrainedConfig) -> Architecture:
+    """A norm of the stream itself is never the identity."""
+    if not config.do_layer_norm_before:
+        raise UnsupportedArchitectureError(
+            "this OPT normalises the stream after each block (do_layer_norm_before is false, as in opt-350m), "
+            "so a block can never be the identity; OPT models with do_layer_norm_before can be pruned"
+        )
+    return row
+
+
+def _falcon(row: Architecture, config: PreTrainedConfig) -> Architecture:
+    """Sequential, or parallel with a norm that serves both blocks, or parallel with a norm each."""
+    is_new, is_parallel = bool(config.new_decoder_architecture), bool(config.parallel_attn)
+    has_two_norms = is_parallel and (config.num_ln_in_parallel_attn or (2 if is_new else 1)) == 2
+    if config.alibi:
+        raise UnsupportedArchitectureError(
+            "this Falcon uses ALiBi (alibi is true), whose biases depend on the batch; Falcon models with rotary "
+            "positions can be pruned"
+        )
+    if (is_new and not is_parallel) or (has_two_norms and not is_new):
+        raise UnsupportedArchitectureError(
+            "transformers cannot run this Falcon: new_decoder_architecture needs parallel_attn, and two norms "
+            "(num_ln_in_parallel_attn) need new_decoder_architecture"
+        )
+    if not is_parallel:
+        return row
+    return dataclasses.replace(
+        row,
+        is_parallel=True,
+        mha=dataclasses.replace(row.mha, passed=("ln_attn",) if has_two_norms else ()),
+        mlp=dataclasses.replace(row.mlp, passed=("ln_mlp",) if has_two_norms else ()),
+        shared=() if has_two_norms else ("input_layernorm",),
+    )
+
+
+def _attention(compute: str, *passed: str) -> BlockLayout:
+    """An attention that returns its weights as well, as all do."""
+    return BlockLayout(compute, passed, returns_pair=True)
+
+
+_SANDWICH_MHA = _attention("self_attn", "input_layernorm", "post_attention_layernorm")
+_SANDWICH_MLP = BlockLayout("mlp", ("pre_feedforward_layernorm", "post_feedforward_layernorm"))
+_COHERE = Architecture(
+    "cohere",
+    "Cohere",
+    mha=_attention("self_attn"),
+    mlp=BlockLayout("mlp", ()),
+    shared=("input_layernorm",),
+    is_parallel=True,
+)
+
 _TABLE = {
     architecture.model_type: architecture
     for architecture in (
-        Architecture("llama", "Llama"),
-        Architecture("mistral", "Mistral"),
-        Architecture("qwen2", "Qwen2"),
-        Architecture("qwen3", "Qwen3"),
+        _COHERE,
+        dataclasses.replace(_COHERE, model_type="cohere2", class_prefix="Cohere2"),
+        Architecture(
+            "falcon",
+            "Falcon",
+            layers="transformer.h",
+            mha=_attention("self_attention", "input_layernorm"),
+            layer_returns_tuple=True,
+            variant=_falcon,
+        ),
+        Architecture("gemma", "Gemma"),
+        Architecture("gemma2", "Gemma2", mha=_SANDWICH_MHA, mlp=_SANDWICH_MLP),
+        Architecture("gemma3_text", "Gemma3", mha=_SANDWICH_MHA, mlp=_SANDWICH_MLP),
+        Architecture(
+            "gpt2",
+            "GPT2",
+            layers="transformer.h",
+            mha=_attention("attn", "ln_1"),
+            mlp=BlockLayout("mlp", ("ln_2",)),
+            variant=_gpt2,
+        ),
+        Architecture(
+            "gpt_neox",
+            "GPTNeoX",
+            layers="gpt_neox.layers",
+            mha=_attention("attention", "input_layernorm"),
+            variant=_gpt_neox,
+        ),
+        Architecture("llama", "Llama", exportable=True),
+        Architecture("mistral", "Mistral", exportable=True),
+        Architecture("mixtral", "Mixtral"),
+        Architecture(
+            "olmo2",
+            "Olmo2",
+            mha=_attention("self_attn", "post_attention_layernorm"),
+            mlp=BlockLayout("mlp", ("post_feedforward_layernorm",)),
+        ),
+        Architecture(
+            "opt",
+            "OPT",
+            layers="model.decoder.layers",
+            mha=_attention("self_attn", "self_attn_layer_norm"),
+            mlp=BlockLayout("fc2", ("fc1", "final_layer_norm")),
+            variant=_opt,
+        ),
+        Architecture("phi3", "Phi3"),
+        Architecture("qwen2", "Qwen2", exportable=True),
+        Architecture("qwen2_moe", "Qwen2Moe"),
+        Architecture("qwen3", "Qwen3", exportable=True),
+        Architecture("qwen3_moe", "Qwen3Moe"),
     )
 }
 
@@ -115,6 +227,9 @@ _REFUSED = {
 """Families that are known and cannot be pruned, with the reason."""
 
 KNOWN_MODEL_TYPES: tuple[str, ...] = tuple(sorted(_TABLE))
+
+EXPORTABLE_MODEL_TYPES: tuple[str, ...] = tuple(name for name in KNOWN_MODEL_TYPES if _TABLE[name].exportable)
+"""The families that an export can be written for."""
 
 
 def architecture_of(model_type: str) -> Architecture:

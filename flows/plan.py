@@ -15,6 +15,7 @@ from blockpruner.architectures import block_sizes, num_parameters
 from blockpruner.blocks import all_blocks
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ConfigurationError
+from blockpruner.export.write import require_exportable
 from blockpruner.loading import DtypeName, check_tensors, meta_model, resolve_device, resolve_dtype
 from blockpruner.search import SearchTarget
 from flows.recipe import Recipe
@@ -30,6 +31,7 @@ Goal = Literal["calibrate", "baseline", "search", "export", "evaluate", "measure
 evaluates the model as it is and prunes nothing."""
 
 _SEARCHING: frozenset[Goal] = frozenset({"search", "export", "evaluate"})
+_EXPORTING: frozenset[Goal] = frozenset({"export", "evaluate"})
 
 TextRefs = tuple[tuple[str, ArtifactRef], ...]
 """Prepared texts by the name under which their results are listed."""
@@ -95,7 +97,7 @@ class Plan:
         device = resolve_device(recipe.device)
         dtype = resolve_dtype(recipe.dtype, device)
         checkpoint = Checkpoint.open(recipe.model)
-        shape = _checked_shape(recipe, checkpoint) if goal in _SEARCHING else None
+        shape = _checked_shape(recipe, goal, checkpoint) if goal in _SEARCHING else None
         plan = cls(recipe, goal, checkpoint, device, dtype, shape)
         plan.check()
         return plan
@@ -168,7 +170,7 @@ class Plan:
             yield PlannedStage("baseline", "baseline", self._baseline)
         if goal in _SEARCHING:
             yield PlannedStage("search", "search", self._search)
-        if goal in ("export", "evaluate"):
+        if goal in _EXPORTING:
             yield PlannedStage("export", "export", self._export)
         if goal == "evaluate":
             yield PlannedStage("evaluate:pruned", "evaluate pruned", self._evaluate_pruned)
@@ -243,15 +245,18 @@ class Plan:
         return Path(self.recipe.task_dir).expanduser().resolve() if self.recipe.task_dir else None
 
 
-def _checked_shape(recipe: Recipe, checkpoint: Checkpoint) -> ModelShape:
-    """The model's size, and whether it has as many blocks to remove as the recipe wants.
+def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelShape:
+    """The model's size, and whether it has as many blocks to remove as the recipe wants and can be exported if it must.
 
     Raises:
+        ExportError: if the goal includes an export, and the model's family cannot be exported.
         UnsupportedArchitectureError: if the model's family is not in the table.
         CheckpointError: if the weights are not those of the model that config.json describes.
         ConfigurationError: if the target cannot be reached.
     """
     architecture, shapes = meta_model(checkpoint)
+    if goal in _EXPORTING:
+        require_exportable(architecture)
     check_tensors(checkpoint, shapes)
     num_layers, total = len(architecture.decoder_layers(shapes)), num_parameters(shapes)
     sizes = block_sizes(architecture, shapes)

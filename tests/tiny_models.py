@@ -35,10 +35,8 @@ def _builder(model_type: str, **family_config: Any) -> Callable[..., PreTrainedM
         values: dict[str, Any] = {
             "vocab_size": VOCAB_SIZE,
             "hidden_size": 32,
-            "intermediate_size": 48,
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
-            "num_key_value_heads": 2,
             "max_position_embeddings": 256,
             "tie_word_embeddings": False,
             "pad_token_id": 0,
@@ -53,29 +51,86 @@ def _builder(model_type: str, **family_config: Any) -> Callable[..., PreTrainedM
     return build
 
 
-_MIXED_WINDOWS = {
-    "use_sliding_window": True,
-    "sliding_window": 6,
-    "layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention"],
-}
+def _grouped(model_type: str, **family_config: Any) -> Callable[..., PreTrainedModel]:
+    """`_builder` for families with grouped queries, which all have `intermediate_size` too."""
+    return _builder(model_type, **({"intermediate_size": 48, "num_key_value_heads": 2} | family_config))
+
+
+_MIXED_TYPES = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+_MIXED_WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "layer_types": _MIXED_TYPES}
+_TYPED_WINDOWS = {"sliding_window": 6, "layer_types": _MIXED_TYPES}
+_EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+
+
+def _rope(**parameters: Any) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": 500.0, **parameters}
+
 
 TINY_FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
-    "llama": _builder("llama"),
-    "llama-bias-tied": _builder(
-        "llama",
-        attention_bias=True,
-        mlp_bias=True,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+    "llama": _grouped("llama"),
+    "llama-bias-tied": _grouped(
+        "llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=True, rope_parameters=_rope()
     ),
-    "mistral": _builder("mistral", sliding_window=None),
-    "mistral-window": _builder("mistral", sliding_window=6),
-    "qwen2": _builder("qwen2"),
-    "qwen2-mixed-windows": _builder("qwen2", **_MIXED_WINDOWS),
-    "qwen3": _builder("qwen3", head_dim=16, tie_word_embeddings=True),
-    "qwen3-mixed-windows": _builder("qwen3", head_dim=8, **_MIXED_WINDOWS),
+    "mistral": _grouped("mistral", sliding_window=None),
+    "mistral-window": _grouped("mistral", sliding_window=6),
+    "qwen2": _grouped("qwen2"),
+    "qwen2-mixed-windows": _grouped("qwen2", **_MIXED_WINDOWS),
+    "qwen3": _grouped("qwen3", head_dim=16, tie_word_embeddings=True),
+    "qwen3-mixed-windows": _grouped("qwen3", head_dim=8, **_MIXED_WINDOWS),
+    "cohere": _grouped("cohere", logit_scale=1.25, tie_word_embeddings=True),
+    "cohere-norms-bias": _grouped("cohere", logit_scale=1.25, use_qk_norm=True, attention_bias=True),
+    "cohere2": _grouped("cohere2", logit_scale=1.25, **_TYPED_WINDOWS),
+    "falcon": _builder("falcon", new_decoder_architecture=True, num_kv_heads=2, ffn_hidden_size=48),
+    "falcon-one-norm": _builder(
+        "falcon", new_decoder_architecture=True, num_ln_in_parallel_attn=1, num_kv_heads=2, ffn_hidden_size=48
+    ),
+    "falcon-multi-query": _builder("falcon", ffn_hidden_size=48, tie_word_embeddings=True),
+    "falcon-sequential": _builder("falcon", parallel_attn=False, multi_query=False, bias=True, ffn_hidden_size=48),
+    "gemma": _grouped("gemma", head_dim=16, num_key_value_heads=1, tie_word_embeddings=True),
+    "gemma2": _grouped(
+        "gemma2",
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        attn_logit_softcapping=1.5,
+        final_logit_softcapping=2.0,
+        **_TYPED_WINDOWS,
+    ),
+    "gemma3_text": _grouped(
+        "gemma3_text",
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        rope_parameters={"full_attention": _rope(), "sliding_attention": _rope(rope_theta=50.0)},
+        **_TYPED_WINDOWS,
+    ),
+    "gpt2": _builder("gpt2", n_inner=48, tie_word_embeddings=True),
+    "gpt2-scaled": _builder("gpt2", n_inner=48, scale_attn_by_inverse_layer_idx=True, scale_attn_weights=False),
+    "gpt_neox": _builder("gpt_neox", intermediate_size=48, rope_parameters=_rope(partial_rotary_factor=0.5)),
+    "gpt_neox-sequential": _builder(
+        "gpt_neox", intermediate_size=48, use_parallel_residual=False, attention_bias=False
+    ),
+    "mixtral": _grouped("mixtral", num_local_experts=4),
+    "mixtral-window": _grouped("mixtral", num_local_experts=4, sliding_window=6),
+    "olmo2": _grouped("olmo2"),
+    "opt": _builder("opt", ffn_dim=48, tie_word_embeddings=True),
+    "phi3": _grouped("phi3"),
+    "phi3-partial-window": _grouped("phi3", sliding_window=6, rope_parameters=_rope(partial_rotary_factor=0.5)),
+    "qwen2_moe": _grouped("qwen2_moe", shared_expert_intermediate_size=40, **_EXPERTS),
+    "qwen2_moe-mixed": _grouped(
+        "qwen2_moe",
+        shared_expert_intermediate_size=40,
+        mlp_only_layers=[1],
+        norm_topk_prob=True,
+        **_EXPERTS,
+        **_MIXED_WINDOWS,
+    ),
+    "qwen3_moe": _grouped("qwen3_moe", head_dim=16, norm_topk_prob=True, mlp_only_layers=[2], **_EXPERTS),
 }
-"""Builders by the name of the family or of its variant; `tiny_model(name).config.model_type` is the family."""
+"""Builders by the `model_type` of the family, and after a hyphen the variant."""
+
+EXPORTED_FAMILIES: tuple[str, ...] = tuple(
+    name for name in TINY_FAMILIES if name.partition("-")[0] in ("llama", "mistral", "qwen2", "qwen3")
+)
+"""Those of `TINY_FAMILIES` that can be exported."""
 
 
 def tiny_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
@@ -89,12 +144,16 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> Pre
 def _randomise(model: PreTrainedModel, seed: int) -> None:
     """Draw every parameter anew, in the order of the names, so that equal shapes and seeds give equal models."""
     generator = torch.Generator().manual_seed(seed)
+    adds_one = model.config.model_type.startswith("gemma")  # whose norms multiply by 1 + weight
     with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
-            if parameter.dim() > 1:  # about the scale that keeps a layer's output as large as its input
+        for name, parameter in sorted(model.named_parameters()):
+            is_norm = name.endswith("norm.weight")
+            if parameter.dim() > 1 and not is_norm:  # about the scale that keeps a layer's output as large as its input
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
             else:  # norm weights and biases: neither ones nor zeros
                 parameter.uniform_(0.4, 1.6, generator=generator)
+            if is_norm and adds_one:
+                parameter.sub_(1.0)
 
 
 @functools.cache

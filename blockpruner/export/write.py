@@ -17,7 +17,7 @@ from typing import Any, Literal
 from transformers import AutoConfig
 
 from blockpruner import __version__
-from blockpruner.architectures import Architecture, architecture_of
+from blockpruner.architectures import EXPORTABLE_MODEL_TYPES, Architecture, architecture_of
 from blockpruner.blocks import Block, survivors
 from blockpruner.checkpoint import Checkpoint, file_digest
 from blockpruner.errors import ExportError
@@ -57,6 +57,20 @@ class WrittenExport:
     """Of all files in the folder."""
 
 
+def require_exportable(architecture: Architecture) -> None:
+    """Refuse a family that cannot be written yet.
+
+    Raises:
+        ExportError: naming the family and those that can be written.
+    """
+    if not architecture.exportable:
+        raise ExportError(
+            f"models of type {architecture.model_type!r} cannot be exported yet, only "
+            f"{', '.join(EXPORTABLE_MODEL_TYPES)}; `blockpruner search` works for this model, and so does "
+            "`blockpruner evaluate` of the model as it is"
+        )
+
+
 def choose_format(packed: PackedModel, wanted: Literal["auto", "stock", "transformers"]) -> ExportFormat:
     """The format to write: for 'auto' stock where the surviving blocks alternate, else custom code.
 
@@ -84,11 +98,12 @@ def write_export(
     """Write the checkpoint without the removed blocks into `out_dir`.
 
     Raises:
-        ExportError: if the surviving blocks do not fit the wanted format.
+        ExportError: if the family cannot be exported, or the surviving blocks do not fit the wanted format.
         UnsupportedArchitectureError: if the checkpoint has tensors that belong to no known part.
     """
     config = AutoConfig.from_pretrained(checkpoint.path)
     architecture = architecture_of(checkpoint.model_type).for_config(config)
+    require_exportable(architecture)
     packed = pack(config.num_hidden_layers, removed)
     chosen = choose_format(packed, wanted)
     out_dir.mkdir(parents=True, exist_ok=True)

@@ -131,7 +131,7 @@ CASES: dict[str, tuple[Callable[[Lab], Outcome], str]] = {
     "model without tokenizer": (lambda lab: lab.search("--model", lab.model_without("tokenizer.json")), "tokenizer"),
     "truncated weights": (truncated, "truncated"),
     "weights of another model": (weights_of_another_model, "lacks"),
-    "unknown architecture": (unknown_architecture, "known are llama, mistral, qwen2, qwen3; did you mean 'llama'"),
+    "unknown architecture": (unknown_architecture, "qwen3, qwen3_moe; did you mean 'llama'"),
     "model that is a file": (lambda lab: lab.search("--model", lab.path / "cal.txt"), "is a file"),
     "model folder that is not there": (lambda lab: lab.search("--model", "./nowhere"), "no model folder"),
     "hub id while offline": (lambda lab: lab.search("--model", "org/model"), "HF_HUB_OFFLINE"),
@@ -352,3 +352,22 @@ def test_a_defect_of_ours_keeps_its_traceback(lab: Lab, monkeypatch: pytest.Monk
         lab.search()
     row = lab.call("sql", "SELECT status, error FROM runs", "--json").json
     assert row == [{"status": "failed", "error": "ZeroDivisionError: ours"}]
+
+
+def test_a_family_without_export_is_refused_before_anything_and_can_be_searched(
+    lab: Lab, tiny_folder: TinyFolder
+) -> None:
+    given = [*lab.good, "--model", tiny_folder("falcon-one-norm")]
+    for command in ("run", "evaluate"):
+        outcome = lab.call(command, *given, "--num-blocks", 1)
+        assert outcome.status == 2
+        (line,) = outcome.stderr.splitlines()
+        assert line.startswith("Error: models of type 'falcon' cannot be exported yet, only llama, mistral, qwen2, ")
+        assert "`blockpruner search` works" in line
+        assert lab.records()[0]["stages"] == []
+    steps = lab.call("search", *given, "--num-blocks", 3, "--json").json["pruning_order"]
+    assert len(steps) == 3
+    refused = lab.call("export", "latest")
+    assert refused.status == 2
+    assert "cannot be exported yet" in refused.stderr.splitlines()[-1]
+    assert lab.call("evaluate", *given, "--eval-text", lab.path / "cal.txt").status == 0

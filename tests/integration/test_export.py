@@ -33,7 +33,7 @@ from blockpruner.export.write import MANIFEST_FILE, WrittenExport, write_export
 from blockpruner.loading import load_model
 from blockpruner.masking import masked
 from tests.oracles import oracle_logits
-from tests.tiny_models import TINY_FAMILIES, VOCAB_SIZE, save_tiny_model, tiny_token_ids
+from tests.tiny_models import EXPORTED_FAMILIES, VOCAB_SIZE, save_tiny_model, tiny_token_ids
 
 TinyFolder = Callable[[str], Path]
 
@@ -52,9 +52,9 @@ REMOVED: Mapping[str, tuple[Block, ...]] = {
     "all but an attention": tuple(block for block in all_blocks(4) if block != mha(1)),
 }
 STOCK = frozenset({"alternating", "first layer", "last layer"})
-CASES = [(family, case) for family in TINY_FAMILIES for case in REMOVED]
+CASES = [(family, case) for family in EXPORTED_FAMILIES for case in REMOVED]
 every_case = pytest.mark.parametrize(("family", "case"), CASES)
-every_family = pytest.mark.parametrize("family", TINY_FAMILIES)
+every_family = pytest.mark.parametrize("family", EXPORTED_FAMILIES)
 REQUEST = verification_request(VOCAB_SIZE, 256)
 
 
@@ -82,7 +82,7 @@ class Source:
 
 @pytest.fixture(scope="module")
 def sources(tiny_folder: TinyFolder) -> dict[str, Source]:
-    return {family: Source.of(tiny_folder(family)) for family in TINY_FAMILIES}
+    return {family: Source.of(tiny_folder(family)) for family in EXPORTED_FAMILIES}
 
 
 @pytest.fixture(scope="module")
@@ -409,6 +409,15 @@ def test_parts_that_nobody_knows_are_not_left_behind_in_silence(tmp_path: Path) 
     )
     with pytest.raises(UnsupportedArchitectureError, match=r"model\.layers\.1\.adapter\.weight"):
         write_export(checkpoint, (mha(0),), tmp_path / "model")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "falcon", "cohere"])
+def test_a_family_that_cannot_be_written_yet_is_refused(tiny_folder: TinyFolder, tmp_path: Path, family: str) -> None:
+    checkpoint = Checkpoint.open(str(tiny_folder(family)))
+    with pytest.raises(ExportError, match=f"'{family}' cannot be exported yet, only llama, ") as caught:
+        write_export(checkpoint, (mlp(1), mha(2)), tmp_path / "model")
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "model").exists()
 
 
 def test_layers_beyond_the_configured_ones_are_left_out(tmp_path: Path) -> None:

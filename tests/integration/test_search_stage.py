@@ -265,9 +265,9 @@ def test_an_unknown_architecture_is_refused_before_a_model_is_loaded(
 ) -> None:
     folder = Path(shutil.copytree(inputs.model.path, tmp_path / "model"))
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt_neox"}))
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gptj"}))
     monkeypatch.setattr(stages.search, "load_model", no_model)
-    with pytest.raises(UnsupportedArchitectureError, match="'gpt_neox'"):
+    with pytest.raises(UnsupportedArchitectureError, match="'gptj'"):
         run(tmp_path, SearchInputs(Checkpoint.open(str(folder)), inputs.calibration), num_blocks=1)
 
 

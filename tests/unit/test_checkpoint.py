@@ -423,7 +423,7 @@ def test_a_header_that_lies_about_a_dtype_is_refused(folder: Path) -> None:
     message(caught.value)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "lama", "my-own-model"])
+@pytest.mark.parametrize("model_type", ["t5", "lama", "my-own-model"])
 def test_an_unknown_architecture_is_named_and_the_known_ones_listed(folder: Path, model_type: str) -> None:
     edit_config(folder, model_type=model_type)
     with pytest.raises(UnsupportedArchitectureError) as caught:

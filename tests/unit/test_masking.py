@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from blockpruner.architectures import architecture_of
+from blockpruner.architectures import architecture_of, block_modules
 from blockpruner.blocks import Block, all_blocks, mha, mlp
 from blockpruner.masking import masked
 from tests.oracles import oracle_logits
+from tests.scorers import row_of
 from tests.tiny_models import TINY_FAMILIES, tiny_model, tiny_token_ids
 
 every_family = pytest.mark.parametrize("family", TINY_FAMILIES)
@@ -46,7 +47,7 @@ def attributes(model: PreTrainedModel) -> dict[str, set[str]]:
 @every_family
 def test_masked_logits_are_those_of_a_forward_without_the_blocks(family: str) -> None:
     model = tiny_model(family)
-    architecture = architecture_of(model.config.model_type)
+    architecture = row_of(model)
     tensors, config = model.state_dict(), model.config.to_dict()
     dense = logits(model)
     for blocks in subsets(seed=len(family)):
@@ -60,7 +61,7 @@ def test_masked_logits_are_those_of_a_forward_without_the_blocks(family: str) ->
 @every_family
 def test_masking_restores_the_model_exactly(family: str) -> None:
     model = tiny_model(family)
-    architecture = architecture_of(model.config.model_type)
+    architecture = row_of(model)
     before, own = logits(model), attributes(model)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for blocks in subsets(seed=1):
@@ -124,12 +125,29 @@ def test_a_mask_of_nothing_changes_nothing() -> None:
         assert attributes(model) == own
 
 
-def test_a_masked_block_costs_nothing() -> None:
+@every_family
+def test_a_masked_block_costs_nothing(family: str) -> None:
     """Its weights are not read: they may as well be broken, the norm's too."""
-    model = tiny_model()
+    model = tiny_model(family)
+    row = row_of(model)
     expected = oracle_logits(model.state_dict(), model.config.to_dict(), TOKENS, {(1, "mha"), (2, "mlp")})
-    for name, parameter in model.named_parameters():
-        if any(part in name for part in ("1.self_attn", "1.input_layernorm", "2.mlp", "2.post_attention_layernorm")):
-            parameter.fill_(torch.nan)
-    with masked(LLAMA, model, [mha(1), mlp(2)]):
+    for block in (mha(1), mlp(2)):
+        for module in block_modules(row, model, block):
+            for parameter in module.parameters():
+                parameter.fill_(torch.nan)
+    with masked(row, model, [mha(1), mlp(2)]):
+        assert (logits(model) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["cohere", "cohere2", "falcon-one-norm", "falcon-multi-query"])
+def test_a_norm_that_serves_both_blocks_stays_until_both_are_gone(family: str) -> None:
+    model = tiny_model(family)
+    row = row_of(model)
+    expected = oracle_logits(model.state_dict(), model.config.to_dict(), TOKENS, {(1, "mha"), (1, "mlp")})
+    for parameter in row.decoder_layers(model)[1].get_submodule(row.shared[0]).parameters():
+        parameter.fill_(torch.nan)
+    for block in (mha(1), mlp(1)):
+        with masked(row, model, [block]):
+            assert logits(model).isnan().all()
+    with masked(row, model, [mha(1), mlp(1)]):
         assert (logits(model) - expected).abs().max() <= 1e-5

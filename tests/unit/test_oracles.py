@@ -13,9 +13,18 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.oracles import ORACLES, oracle_logits, oracle_perplexity, oracle_sequence_nll
+from tests.scorers import row_of
 from tests.tiny_models import TINY_FAMILIES, VOCAB_SIZE, tiny_model, tiny_rows, tiny_token_ids, tiny_tokenizer
 
 every_family = pytest.mark.parametrize("family", TINY_FAMILIES)
+
+
+MHA_PROJECTIONS = ("self_attn.o_proj", "self_attn.out_proj", "attn.c_proj", "attention.dense", "self_attention.dense")
+MLP_PROJECTIONS = (
+    *("mlp.down_proj", "mlp.experts.down_proj", "mlp.shared_expert.down_proj"),
+    *("mlp.dense_4h_to_h", "mlp.c_proj", "fc2"),
+)
+"""What writes to the residual stream, by the names of all families."""
 
 
 class RecordingTensors(Mapping[str, Tensor]):
@@ -48,6 +57,7 @@ def test_logits_equal_those_of_transformers(family: str) -> None:
 @every_family
 def test_float64_is_more_of_the_same(family: str) -> None:
     model, token_ids = tiny_model(family).double(), tiny_token_ids(2, 16)
+    model.set_experts_implementation("eager")  # torch's grouped products know no float64
     expected = model(input_ids=token_ids, use_cache=False).logits
     actual = oracle_logits(model.state_dict(), model.config.to_dict(), token_ids, dtype=torch.float64)
     assert actual.dtype == torch.float64
@@ -64,19 +74,23 @@ def test_every_tensor_is_read_and_a_removed_block_is_not(family: str) -> None:
     oracle_logits(whole, config, token_ids)
     assert whole.names_read == names
     oracle_logits(cut, config, token_ids, removed={(1, "mha"), (2, "mlp")})
-    mha, mlp = ("self_attn.", "input_layernorm."), ("mlp.", "post_attention_layernorm.")
-    gone = tuple([f"model.layers.1.{part}" for part in mha] + [f"model.layers.2.{part}" for part in mlp])
+    row = row_of(model)
+    gone = tuple(
+        f"{row.layers}.{index}.{module}." for index, layout in ((1, row.mha), (2, row.mlp)) for module in layout.modules
+    )
     assert cut.names_read == {name for name in names if not name.startswith(gone)}
 
 
 @every_family
 def test_removing_a_block_equals_an_output_projection_of_zeros(family: str) -> None:
     token_ids = tiny_token_ids(2, 20)
-    for index, kind, projection in ((0, "mha", "self_attn.o_proj"), (3, "mlp", "mlp.down_proj")):
+    for index, kind, projections in ((0, "mha", MHA_PROJECTIONS), (3, "mlp", MLP_PROJECTIONS)):
         model = tiny_model(family)
         tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        for parameter in model.get_submodule(f"model.layers.{index}.{projection}").parameters():
-            parameter.zero_()
+        starts = tuple(f"{row_of(model).layers}.{index}.{projection}" for projection in projections)
+        for name, parameter in model.named_parameters():
+            if name.startswith(starts):
+                parameter.zero_()
         expected = model(input_ids=token_ids, use_cache=False).logits
         actual = oracle_logits(tensors, model.config.to_dict(), token_ids, removed={(index, kind)})
         assert (actual - expected).abs().max() <= 1e-5
@@ -87,7 +101,7 @@ def test_every_block_matters(family: str) -> None:
     model, token_ids = tiny_model(family), tiny_token_ids(1, 16)
     tensors, config = model.state_dict(), model.config.to_dict()
     whole = oracle_logits(tensors, config, token_ids)
-    for index in range(config["num_hidden_layers"]):
+    for index in range(model.config.num_hidden_layers):
         for kind in ("mha", "mlp"):
             assert (oracle_logits(tensors, config, token_ids, removed={(index, kind)}) - whole).abs().max() > 0.01
 

@@ -14,6 +14,7 @@ from blockpruner.scoring.plain import PlainScorer
 from blockpruner.scoring.table import ScoreTable
 from blockpruner.search import GreedySearch, SearchTarget
 from tests.oracles import oracle_logits, oracle_perplexity, oracle_sequence_nll
+from tests.scorers import row_of
 from tests.tiny_models import TINY_FAMILIES, tiny_model, tiny_token_ids
 
 TOKENS = tiny_token_ids(3, 16, seed=9)
@@ -26,7 +27,7 @@ def ignore(_: ScoreTable) -> None:
 
 def scorer_of(family: str, batch_size: int | None = None) -> PlainScorer:
     model = tiny_model(family)
-    return PlainScorer(architecture_of(model.config.model_type), model, TOKENS, batch_size)
+    return PlainScorer(row_of(model), model, TOKENS, batch_size)
 
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
@@ -35,7 +36,7 @@ def test_scores_are_those_of_the_hand_written_forward(family: str) -> None:
     removed = (mlp(1), mha(2))
     candidates = [block for block in all_blocks(4) if block not in removed]
     table = ScoreTable.empty(candidates, 3)
-    PlainScorer(architecture_of(model.config.model_type), model, TOKENS).fill(removed, table, ignore)
+    PlainScorer(row_of(model), model, TOKENS).fill(removed, table, ignore)
     assert table.is_complete
     assert table.nll_CB.dtype == torch.float64
     for row, candidate in enumerate(candidates):
@@ -93,14 +94,17 @@ def test_the_model_is_left_as_it_was() -> None:
 
 @pytest.mark.parametrize(
     ("family", "kinds", "num_blocks"),
-    [("llama", "both", 5), ("qwen3-mixed-windows", "both", 4), ("mistral-window", "mha", 3), ("qwen2", "mlp", 3)],
+    [
+        *(("llama", "both", 5), ("qwen3-mixed-windows", "both", 4), ("mistral-window", "mha", 3), ("qwen2", "mlp", 3)),
+        *(("gemma2", "both", 4), ("falcon-one-norm", "both", 5), ("qwen2_moe-mixed", "both", 3), ("opt", "both", 4)),
+    ],
 )
 def test_a_search_equals_a_brute_force_greedy_over_hand_written_forwards(
     tmp_path: Path, family: str, kinds: BlockKinds, num_blocks: int
 ) -> None:
     model = tiny_model(family)
     tensors, config = model.state_dict(), model.config.to_dict()
-    architecture = architecture_of(config["model_type"])
+    architecture = row_of(model)
 
     def oracle(blocks: list[Block]) -> float:
         gone = {(block.layer_index, block.block_kind.value) for block in blocks}

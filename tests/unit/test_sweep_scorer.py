@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from itertools import combinations
 
 import pytest
 import torch
 
 from blockpruner.blocks import all_blocks, mha, mlp
+from blockpruner.scoring.decoder import Decoder
 from blockpruner.scoring.settings import MetricName
 from blockpruner.scoring.table import ScoreTable
 from tests.scorers import filled, plain_scorer, row_of, sweep_scorer
@@ -33,6 +35,23 @@ def test_sweep_equals_a_forward_per_candidate(family: str, micro_batch: int, bra
         assert table.is_complete
         torch.testing.assert_close(table.nll_CB, expected.nll_CB, rtol=0, atol=1e-5)
     torch.testing.assert_close(sweep.dense_nll(), plain.dense_nll(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", sorted(TINY_FAMILIES))
+@torch.inference_mode()
+def test_no_layer_changes_its_input(family: str) -> None:
+    """The sweep hands the same hidden state to several branches, and keeps it."""
+    model = tiny_model(family)
+    decoder = Decoder(row_of(model), model, SEQUENCE_LENGTH)
+    hidden_NTD = decoder.embed(TOKENS)
+    for unit in decoder.units:
+        before_NTD, follows_NTD = hidden_NTD.clone(), hidden_NTD
+        for count in range(len(unit.blocks) + 1):
+            for without in combinations(unit.blocks, count):
+                output_NTD = decoder.run(unit, hidden_NTD, frozenset(without))
+                follows_NTD = follows_NTD if without else output_NTD
+                assert torch.equal(hidden_NTD, before_NTD), (unit, without)
+        hidden_NTD = follows_NTD
 
 
 @pytest.mark.parametrize("metric", ["perplexity", "kl", "js"])
