@@ -9,10 +9,18 @@ from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from blockpruner.architectures import Architecture, architecture_of
+from blockpruner.baichuan import check, is_foldable, llama_settings
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import CheckpointError, ConfigurationError
 
@@ -118,9 +126,10 @@ def meta_model(checkpoint: Checkpoint) -> tuple[Architecture, PreTrainedModel]:
         UnsupportedArchitectureError: if the family is not in the table, or this model of it can lose no block.
         CheckpointError: if config.json does not describe a model.
     """
-    architecture = architecture_of(checkpoint.model_type)
+    folded = llama_settings(checkpoint.config) if is_foldable(checkpoint) else None
+    architecture = architecture_of("llama" if folded else checkpoint.model_type)
     try:
-        config = AutoConfig.from_pretrained(checkpoint.path)
+        config = LlamaConfig(**folded) if folded else AutoConfig.from_pretrained(checkpoint.path)
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers checks a configuration with many types of errors
@@ -141,6 +150,9 @@ def check_tensors(checkpoint: Checkpoint, shapes: PreTrainedModel) -> None:
     Raises:
         CheckpointError: if tensors are missing or have another shape.
     """
+    if is_foldable(checkpoint):
+        check(checkpoint)
+        return
     if "quantization_config" in checkpoint.config:
         return
     expected: dict[str, torch.Tensor] = shapes.state_dict(keep_vars=True)  # without non-persistent buffers

@@ -5,13 +5,15 @@ Opens the model's folder and checks what can be checked before anything is compu
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 from blockpruner.architectures import block_sizes, num_parameters
+from blockpruner.baichuan import is_foldable
 from blockpruner.blocks import all_blocks
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ConfigurationError
@@ -19,7 +21,7 @@ from blockpruner.export.write import require_exportable
 from blockpruner.loading import DtypeName, check_tensors, meta_model, resolve_device, resolve_dtype
 from blockpruner.search import SearchTarget
 from flows.recipe import Recipe
-from stages import baseline, calibrate, evaluate, export, search
+from stages import baseline, calibrate, evaluate, export, fold, search
 from stages.artifacts import Artifact
 from stages.contract import ArtifactRef, Stage, StageConfig, StageInputs
 from stages.lm_tasks import TaskSpec, resolve_tasks
@@ -32,6 +34,9 @@ evaluates the model as it is and prunes nothing."""
 
 _SEARCHING: frozenset[Goal] = frozenset({"search", "export", "evaluate"})
 _EXPORTING: frozenset[Goal] = frozenset({"export", "evaluate"})
+
+_FOLDED = "fold"
+"""Role of the artifact that holds a model folded into a Llama."""
 
 TextRefs = tuple[tuple[str, ArtifactRef], ...]
 """Prepared texts by the name under which their results are listed."""
@@ -159,6 +164,8 @@ class Plan:
         hours of searching; and a second run, which finds the evaluation in the cache, opens nothing.
         """
         goal = self.goal
+        if is_foldable(self.checkpoint):
+            yield PlannedStage(_FOLDED, "fold into a Llama", self._fold)
         if goal != "measure":
             yield PlannedStage("calibration", "calibrate", self._calibration)
         if goal not in ("search", "export"):
@@ -175,14 +182,26 @@ class Plan:
         if goal == "evaluate":
             yield PlannedStage("evaluate:pruned", "evaluate pruned", self._evaluate_pruned)
 
-    def _calibration(self, _: Artifacts) -> Job:
+    def _fold(self, _: Artifacts) -> Job:
+        return Job(fold.STAGE, fold.FoldConfig(), fold.FoldInputs(self.checkpoint))
+
+    def _model(self, artifacts: Artifacts) -> Checkpoint:
+        """The model that the stages work on: the user's, or what it was folded into."""
+        if _FOLDED not in artifacts:
+            return self.checkpoint
+        return _folded_model(artifacts[_FOLDED].path / fold.MODEL_FOLDER, self.checkpoint.name)
+
+    def _calibration(self, artifacts: Artifacts) -> Job:
         recipe = self.recipe
-        return self._tokens(recipe.calibration, "calibration", recipe.calibration_column, recipe.num_samples)
+        purpose: Purpose = "calibration"
+        return self._tokens(artifacts, recipe.calibration, purpose, recipe.calibration_column, recipe.num_samples)
 
-    def _text(self, typed: str, _: Artifacts) -> Job:
-        return self._tokens(typed, "evaluation", self._column(typed), None)
+    def _text(self, typed: str, artifacts: Artifacts) -> Job:
+        return self._tokens(artifacts, typed, "evaluation", self._column(typed), None)
 
-    def _tokens(self, typed: str, purpose: Purpose, column: str | None, num_samples: int | None) -> Job:
+    def _tokens(
+        self, artifacts: Artifacts, typed: str, purpose: Purpose, column: str | None, num_samples: int | None
+    ) -> Job:
         text = resolve_text(typed, purpose, column)
         config = calibrate.CalibrateConfig(
             source=text.source,
@@ -190,12 +209,13 @@ class Plan:
             sequence_length=self.recipe.sequence_length,
             seed=self.recipe.seed,
         )
-        inputs = calibrate.CalibrateInputs(self.checkpoint, text, self.recipe.trust_remote_code)
+        inputs = calibrate.CalibrateInputs(self._model(artifacts), text, self.recipe.trust_remote_code)
         return Job(calibrate.STAGE, config, inputs)
 
     def _baseline(self, artifacts: Artifacts) -> Job:
+        texts = self._text_refs(artifacts)
         inputs = baseline.BaselineInputs(
-            self.checkpoint, artifacts["calibration"].ref, self._text_refs(artifacts), self.recipe.trust_remote_code
+            self._model(artifacts), artifacts["calibration"].ref, texts, self.recipe.trust_remote_code
         )
         return Job(baseline.STAGE, baseline.BaselineConfig(dtype=self.dtype), inputs)
 
@@ -208,17 +228,17 @@ class Plan:
             dtype=self.dtype,
             metric=recipe.metric,
         )
-        inputs = search.SearchInputs(self.checkpoint, artifacts["calibration"].ref, recipe.trust_remote_code)
+        inputs = search.SearchInputs(self._model(artifacts), artifacts["calibration"].ref, recipe.trust_remote_code)
         return Job(search.STAGE, config, inputs)
 
     def _export(self, artifacts: Artifacts) -> Job:
         config = export.ExportConfig(num_blocks=self.recipe.export_blocks, format=self.recipe.export_format)
-        return Job(export.STAGE, config, export.ExportInputs(self.checkpoint, artifacts["search"].ref))
+        return Job(export.STAGE, config, export.ExportInputs(self._model(artifacts), artifacts["search"].ref))
 
     def _evaluate_dense(self, artifacts: Artifacts) -> Job:
         """The dense model on the tasks; on the texts as well where no baseline measures them."""
         texts = () if self.goal == "evaluate" else self._text_refs(artifacts)
-        return self._evaluate(self.checkpoint, texts, self.recipe.trust_remote_code)
+        return self._evaluate(self._model(artifacts), texts, self.recipe.trust_remote_code)
 
     def _evaluate_pruned(self, artifacts: Artifacts) -> Job:
         """The exported model on everything."""
@@ -243,6 +263,12 @@ class Plan:
     @property
     def _task_dir(self) -> Path | None:
         return Path(self.recipe.task_dir).expanduser().resolve() if self.recipe.task_dir else None
+
+
+@cache  # its fingerprint reads every weight, and is kept by the object
+def _folded_model(folder: Path, name: str) -> Checkpoint:
+    """A folded model under the name of the one that it was."""
+    return dataclasses.replace(Checkpoint.open(str(folder)), name=name)
 
 
 def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelShape:

@@ -1,12 +1,14 @@
-"""Copy the surviving tensors of a checkpoint into new safetensors shards, one shard in memory at a time.
+"""Write tensors as safetensors shards, one shard in memory at a time.
 
-Knows names and files; what a tensor is for is decided by the `names` it is given.
+Knows names and files; what a tensor is for, and how it is made from a source's, is decided by who lists it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,38 +21,47 @@ SHARD_BYTES = 4 * 2**30
 """Size of a shard at most, unless one tensor is larger."""
 
 
-def write_weights(
-    checkpoint: Checkpoint, names: Mapping[str, str], out_dir: Path, *, shard_bytes: int = SHARD_BYTES
-) -> int:
-    """Write the tensors named by `names` (source name to new name) as `model*.safetensors` into `out_dir`.
+@dataclass(frozen=True)
+class TensorSource:
+    """One tensor to write."""
 
-    Returns:
-        The number of bytes of all tensors.
-    """
-    shards = _assign(checkpoint, names, shard_bytes)
+    name: str
+    num_bytes: int
+    read: Callable[[], torch.Tensor]
+    """Gives the tensor, when its shard's turn has come."""
+
+
+def copied(checkpoint: Checkpoint, names: Mapping[str, str]) -> list[TensorSource]:
+    """The tensors named by `names` (source name to new name), as they are in a checkpoint, in its files' order."""
+    entries = checkpoint.tensors
+    order = sorted(names, key=lambda name: (str(entries[name].file), name))
+    return [TensorSource(names[name], entries[name].num_bytes, partial(_read, checkpoint, name)) for name in order]
+
+
+def write_tensors(sources: Iterable[TensorSource], out_dir: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write tensors as `model*.safetensors` into `out_dir`, with an index where there are several files."""
+    shards = _assign(sources, shard_bytes)
     weight_map: dict[str, str] = {}
-    for number, sources in enumerate(shards, start=1):
+    for number, shard in enumerate(shards, start=1):
         file_name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {names[source]: _read(checkpoint, source) for source in sources}
+        tensors = {source.name: source.read() for source in shard}
         save_file(tensors, out_dir / file_name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file_name)
-    total = sum(checkpoint.tensors[source].num_bytes for source in names)
     if len(shards) > 1:
+        total = sum(source.num_bytes for shard in shards for source in shard)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (out_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return total
 
 
-def _assign(checkpoint: Checkpoint, names: Mapping[str, str], shard_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
+def _assign(sources: Iterable[TensorSource], shard_bytes: int) -> Sequence[Sequence[TensorSource]]:
+    shards: list[list[TensorSource]] = [[]]
     filled = 0
-    for source in sorted(names, key=lambda name: (str(checkpoint.tensors[name].file), name)):
-        size = checkpoint.tensors[source].num_bytes
-        if shards[-1] and filled + size > shard_bytes:
+    for source in sources:
+        if shards[-1] and filled + source.num_bytes > shard_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(source)
-        filled += size
+        filled += source.num_bytes
     return shards
 
 

@@ -21,7 +21,7 @@ from blockpruner.architectures import EXPORTABLE_MODEL_TYPES, Architecture, arch
 from blockpruner.blocks import Block, survivors
 from blockpruner.checkpoint import Checkpoint, file_digest
 from blockpruner.errors import ExportError
-from blockpruner.export.weights import SHARD_BYTES, write_weights
+from blockpruner.export.weights import SHARD_BYTES, copied, write_tensors
 from blockpruner.surgery import PackedModel, custom_names, pack, rename, stock_names
 
 ExportFormat = Literal["stock", "transformers"]
@@ -109,7 +109,7 @@ def write_export(
     out_dir.mkdir(parents=True, exist_ok=True)
     prefixes = (stock_names if chosen == "stock" else custom_names)(architecture, packed)
     kept = survivors(config.num_hidden_layers, removed)
-    write_weights(checkpoint, _tensor_names(architecture, checkpoint, kept, prefixes), out_dir, shard_bytes=shard_bytes)
+    write_tensors(copied(checkpoint, _tensor_names(architecture, checkpoint, kept, prefixes)), out_dir, shard_bytes)
     settings = _packed_config(checkpoint, config, packed)
     if chosen == "transformers":
         settings |= _write_code(architecture, packed, out_dir)
