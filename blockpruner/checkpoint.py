@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from blockpruner.errors import CheckpointError
 
 _VOLATILE_CONFIG_KEYS = frozenset({"_name_or_path", "_commit_hash", "transformers_version"})
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*"]
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -28,6 +28,14 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
+COMPANION_FILES = (
+    *TOKENIZER_FILES,
+    "chat_template.jinja",
+    "generation_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+)
+"""Files beside the weights that a model is not complete without."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +89,20 @@ class Checkpoint:
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
-    @cached_property
+    @property
     def tokenizer_fingerprint(self) -> str:
-        """sha256 over the tokenizer's files."""
-        files = [self.path / name for name in _TOKENIZER_FILES if (self.path / name).is_file()]
-        if not files:
+        """sha256 over the tokenizer's files.
+
+        Raises:
+            CheckpointError: if there is none.
+        """
+        if not any((self.path / name).is_file() for name in TOKENIZER_FILES):
             raise CheckpointError(f"{self.name} has no tokenizer; put tokenizer.json beside its config.json")
-        identity = {file.name: file_digest(file) for file in files}
+        return self.files_fingerprint(TOKENIZER_FILES)
+
+    def files_fingerprint(self, names: Iterable[str]) -> str:
+        """sha256 over those of the named files that there are."""
+        identity = {name: file_digest(self.path / name) for name in names if (self.path / name).is_file()}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 

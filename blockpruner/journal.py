@@ -68,6 +68,9 @@ class SearchJournal:
                 self._discard_from(len(steps) + 1)
                 break
             steps.append(step)
+        if any(self._number_of(path) > len(steps) for path in self._folder.glob("step-*.json")):
+            # What follows a gap rests on a step that is no longer known, and must not come back.
+            self._discard_from(len(steps) + 1)
         return steps
 
     def dense_nll(self) -> torch.Tensor | None:
@@ -184,11 +187,16 @@ class SearchJournal:
         different = [name for name in self._parts if theirs.get(name, self._parts[name]) != self._parts[name]]
         return f"another {' and '.join(different)}" if different else "another model, calibration set or metric"
 
+    @staticmethod
+    def _number_of(path: Path) -> int:
+        digits = path.stem.removeprefix("step-")
+        return int(digits) if digits.isdecimal() else 0
+
     def _discard_from(self, step: int) -> None:
         logger.warning("step %d of the search's checkpoints is damaged: going on from step %d", step, step - 1)
-        while (path := self._step_path(step)).exists():
-            path.unlink()
-            step += 1
+        for path in self._folder.glob("step-*.json"):
+            if self._number_of(path) >= step:
+                path.unlink()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

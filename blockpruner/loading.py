@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,6 +104,13 @@ def load_model(
     model.requires_grad_(False)
     torch.nn.Module.to(model, device)  # the method as transformers annotates it takes no device
     return model
+
+
+def release_memory() -> None:
+    """Give the GPU memory of models that are gone back to the system, for other processes to use."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

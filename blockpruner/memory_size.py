@@ -17,7 +17,7 @@ _UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
-_WRITTEN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", re.IGNORECASE)
+_WRITTEN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?i?B)\s*", re.IGNORECASE)
 
 
 def parse_memory_size(text: str) -> int:

@@ -101,6 +101,10 @@ class Plan:
             recipe.require_target()
         device = resolve_device(recipe.device)
         dtype = resolve_dtype(recipe.dtype, device)
+        if recipe.compile == "on" and device == "cpu":
+            raise ConfigurationError(
+                "compile is 'on', and the device is the CPU; compiling pays on a GPU only: leave it out"
+            )
         checkpoint = Checkpoint.open(recipe.model)
         shape = _checked_shape(recipe, goal, checkpoint) if goal in _SEARCHING else None
         plan = cls(recipe, goal, checkpoint, device, dtype, shape)

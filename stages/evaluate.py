@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import model_validator
 from transformers import PreTrainedModel
 
-from blockpruner.checkpoint import Checkpoint
+from blockpruner.checkpoint import TOKENIZER_FILES, Checkpoint
 from blockpruner.errors import ConfigurationError
 from blockpruner.loading import DtypeName, load_model, load_tokenizer
 from blockpruner.progress import Progress
@@ -63,8 +63,12 @@ class EvaluateInputs:
     """Whether the model may bring its own code: True for folders that we exported."""
 
     def fingerprints(self) -> Mapping[str, str]:
-        """Model and texts, by content."""
-        return {"model": self.model.fingerprint, **text_fingerprints(self.texts)}
+        """Model, tokenizer and texts, by content."""
+        return {
+            "model": self.model.fingerprint,
+            "tokenizer": self.model.files_fingerprint(TOKENIZER_FILES),
+            **text_fingerprints(self.texts),
+        }
 
 
 class TaskMetric(StageManifest):

@@ -9,12 +9,12 @@ from typing import Literal
 
 from blockpruner.architectures import block_sizes, num_parameters
 from blockpruner.blocks import Block
-from blockpruner.checkpoint import Checkpoint
+from blockpruner.checkpoint import COMPANION_FILES, Checkpoint
 from blockpruner.errors import ConfigurationError, ExportError
 from blockpruner.export.card import CardNumbers, write_card
 from blockpruner.export.verify import Verification, masked_logits, verification_request, verify
 from blockpruner.export.write import ExportFormat, WrittenExport, write_export
-from blockpruner.loading import DtypeName, load_model, meta_model
+from blockpruner.loading import DtypeName, load_model, meta_model, release_memory
 from blockpruner.progress import Progress
 from blockpruner.trace import SearchTrace, read_trace
 from stages.contract import ArtifactRef, Runtime, Stage, StageConfig, StageManifest
@@ -41,8 +41,12 @@ class ExportInputs:
     search: ArtifactRef
 
     def fingerprints(self) -> Mapping[str, str]:
-        """Model and pruning order, by content."""
-        return {"model": self.model.fingerprint, "search": self.search.fingerprint}
+        """Model with all that goes with it, and pruning order, by content; the card tells the model's name."""
+        return {
+            "model": self.model.fingerprint,
+            "companions": self.model.files_fingerprint((*COMPANION_FILES, "README.md")),
+            "search": self.search.fingerprint,
+        }
 
 
 class ExportManifest(StageManifest):
@@ -101,7 +105,8 @@ def _verify(checkpoint: Checkpoint, written: WrittenExport, device: str) -> Veri
     text_config = model.config.get_text_config()
     request = verification_request(text_config.vocab_size, text_config.max_position_embeddings)
     expected = masked_logits(architecture, model, written.dropped, request)
-    del model  # the fresh process needs the memory
+    del model
+    release_memory()  # the fresh process needs it
     return verify(written.path, request, expected, device=device, dtype=dtype)
 
 

@@ -12,21 +12,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from blockpruner.architectures import architecture_of, block_sizes, num_parameters
 from blockpruner.blocks import Block, BlockKind, BlockKinds, all_blocks
 from blockpruner.calibration import load_token_ids
 from blockpruner.checkpoint import Checkpoint
+from blockpruner.errors import ConfigurationError
 from blockpruner.journal import SearchJournal
-from blockpruner.loading import DtypeName, load_model, meta_model
+from blockpruner.loading import DtypeName, load_model, meta_model, torch_dtype
 from blockpruner.perplexity import perplexity
-from blockpruner.scoring.build import build_scorer, is_streamed
+from blockpruner.scoring.build import build_scorer, device_memory, is_streamed, made_for
 from blockpruner.scoring.interface import Scorer, TableCallback
 from blockpruner.scoring.metrics import metric_of
-from blockpruner.scoring.plan import SweepPlan
+from blockpruner.scoring.plan import SweepCut
 from blockpruner.scoring.settings import MetricName
-from blockpruner.scoring.sweep import SweepScorer
 from blockpruner.scoring.table import ScoreTable
 from blockpruner.scoring.work import Meter
 from blockpruner.search import GreedySearch, SearchTarget
@@ -94,35 +96,51 @@ class SearchManifest(StageManifest):
 class _Workbench:
     """The scorer and its model, loaded when the first score is needed: a search that checkpoints answer loads none."""
 
-    def __init__(self, config: SearchConfig, inputs: SearchInputs, journal: SearchJournal, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        config: SearchConfig,
+        inputs: SearchInputs,
+        journal: SearchJournal,
+        runtime: Runtime,
+        num_parameters: int,
+    ) -> None:
         self._config, self._inputs, self._journal, self._runtime = config, inputs, journal, runtime
+        self._num_parameters = num_parameters
         self._token_ids_BT = load_token_ids(inputs.calibration.path)
         self._idle = Meter()
 
     @cached_property
     def _scorer(self) -> Scorer:
-        config, inputs, runtime = self._config, self._inputs, self._runtime
-        weight_bytes = sum(entry.num_bytes for entry in inputs.model.tensors.values())
-        streamed = is_streamed(weight_bytes, runtime.device, runtime.scoring.memory_budget)
+        try:
+            return self._built()
+        except torch.OutOfMemoryError as error:
+            raise ConfigurationError(
+                "the device has too little memory for the model and the scorer; give a larger --memory-budget, or "
+                "--scorer sweep, which fetches weights layer by layer where they do not fit"
+            ) from error
+
+    def _built(self) -> Scorer:
+        config, inputs, runtime, settings = self._config, self._inputs, self._runtime, self._runtime.scoring
+        weight_bytes = self._num_parameters * torch_dtype(config.dtype).itemsize
+        streamed = settings.scorer == "sweep" and is_streamed(weight_bytes, runtime.device, settings.memory_budget)
         model = load_model(
             inputs.model,
             device="cpu" if streamed else runtime.device,
             dtype=config.dtype,
             trust_remote_code=inputs.trust_remote_code,
         )
-        scorer = build_scorer(
+        purpose = made_for(runtime.device, settings, runtime.batch_size)
+        return build_scorer(
             architecture_of(inputs.model.model_type).for_config(model.config),
             model,
             self._token_ids_BT,
             runtime.device,
             metric_of(config.metric),
-            runtime.scoring,
+            settings,
             runtime.batch_size,
-            self._plan_so_far(),
+            self._cut_so_far(purpose),
+            lambda plan: self._journal.keep_plan(f"{purpose}\n{plan.cut.model_dump_json()}"),
         )
-        if isinstance(scorer, SweepScorer):
-            self._journal.keep_plan(f"{runtime.device} {scorer.plan.model_dump_json()}")
-        return scorer
 
     @property
     def num_sequences(self) -> int:
@@ -142,13 +160,13 @@ class _Workbench:
         """Each sequence's NLL of the unpruned model: float64 [B]."""
         return self._scorer.dense_nll()
 
-    def _plan_so_far(self) -> SweepPlan | None:
-        """The plan that the search was begun with, unless this run asks for another, or is on another device."""
-        runtime = self._runtime
-        if runtime.batch_size or runtime.scoring.memory_budget or (kept := self._journal.plan()) is None:
+    def _cut_so_far(self, purpose: str) -> SweepCut | None:
+        """The cut that the search was begun with, if it was made for the same purpose."""
+        made_for, _, cut = (self._journal.plan() or "").partition("\n")
+        try:
+            return SweepCut.model_validate_json(cut) if made_for == purpose else None
+        except ValidationError:  # of another version of this program
             return None
-        device, _, plan = kept.partition(" ")
-        return SweepPlan.model_validate_json(plan) if device == runtime.device else None
 
 
 def run(config: SearchConfig, inputs: SearchInputs, out_dir: Path, runtime: Runtime) -> SearchManifest:
@@ -168,14 +186,8 @@ def run(config: SearchConfig, inputs: SearchInputs, out_dir: Path, runtime: Runt
     settings = {name: str(value) for name, value in config.model_dump(exclude=set(STAGE.not_resume_fields)).items()}
     parts = {**inputs.fingerprints(), **settings}
     journal = SearchJournal(runtime.state_dir, STAGE.resume_fingerprint(config, inputs), parts=parts)
-    workbench = _Workbench(config, inputs, journal, runtime)
-    dense_nll_B = journal.dense_nll()
-    if dense_nll_B is None:
-        journal.keep_dense_nll(dense_nll_B := workbench.dense_nll())
-    greedy = GreedySearch(
-        workbench, candidates, total, journal, runtime.progress, metric_of(config.metric), _NOISE_NATS[config.dtype]
-    )
-    steps = greedy.run(target)
+    with device_memory(runtime.device, runtime.scoring.memory_budget):
+        dense_nll_B, steps = _search(config, inputs, journal, runtime, (candidates, total), target)
     summary = SearchSummary(dense_perplexity=perplexity(dense_nll_B), num_layers=num_layers, num_parameters=total)
     write_trace(out_dir, summary, steps)
     return SearchManifest(
@@ -186,6 +198,25 @@ def run(config: SearchConfig, inputs: SearchInputs, out_dir: Path, runtime: Runt
         num_steps=len(steps),
         pruning_order=tuple(_without_candidates(step) for step in steps),
     )
+
+
+def _search(
+    config: SearchConfig,
+    inputs: SearchInputs,
+    journal: SearchJournal,
+    runtime: Runtime,
+    sizes: tuple[Mapping[Block, int], int],
+    target: SearchTarget,
+) -> tuple[Tensor, tuple[SearchStep, ...]]:
+    """Each sequence's dense NLL, and the steps; when this returns, nothing holds the model any more."""
+    candidates, num_parameters = sizes
+    workbench = _Workbench(config, inputs, journal, runtime, num_parameters)
+    dense_nll_B = journal.dense_nll()
+    if dense_nll_B is None:
+        journal.keep_dense_nll(dense_nll_B := workbench.dense_nll())
+    metric, noise_nats = metric_of(config.metric), _NOISE_NATS[config.dtype]
+    greedy = GreedySearch(workbench, candidates, num_parameters, journal, runtime.progress, metric, noise_nats)
+    return dense_nll_B, greedy.run(target)
 
 
 def _without_candidates(step: SearchStep) -> PruningStep:

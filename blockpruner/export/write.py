@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from blockpruner import __version__
 from blockpruner.architectures import EXPORTABLE_MODEL_TYPES, Architecture, architecture_of
 from blockpruner.blocks import Block, survivors
-from blockpruner.checkpoint import Checkpoint, file_digest
+from blockpruner.checkpoint import COMPANION_FILES, Checkpoint, file_digest
 from blockpruner.errors import ExportError
 from blockpruner.export.weights import SHARD_BYTES, copied, write_tensors
 from blockpruner.surgery import PackedModel, custom_names, pack, rename, stock_names
@@ -28,20 +28,6 @@ ExportFormat = Literal["stock", "transformers"]
 
 MANIFEST_FILE = "pruning_manifest.json"
 _TEMPLATES = Path(__file__).parent / "templates"
-_COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-)
 
 
 @dataclass(frozen=True)
@@ -114,7 +100,7 @@ def write_export(
     if chosen == "transformers":
         settings |= _write_code(architecture, packed, out_dir)
     (out_dir / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    for name in _COPIED:
+    for name in COMPANION_FILES:
         if (checkpoint.path / name).is_file():
             shutil.copyfile(checkpoint.path / name, out_dir / name)
     written = _describe(checkpoint, packed, chosen, removed, out_dir, config.num_hidden_layers)

@@ -5,20 +5,23 @@ The only place in the library that asks a device how much memory it has.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockpruner.architectures import Architecture
+from blockpruner.loading import release_memory
 from blockpruner.scoring import plan as plans
-from blockpruner.scoring.compiled import compiled_layer, compiled_losses
-from blockpruner.scoring.decoder import Decoder, run_layer
+from blockpruner.scoring.decoder import Decoder, RunLayer, run_layer
 from blockpruner.scoring.host_memory import available_bytes
 from blockpruner.scoring.interface import Scorer
-from blockpruner.scoring.loss import TokenLosses, token_nll
-from blockpruner.scoring.metrics import Metric
+from blockpruner.scoring.loss import NLL, TokenLosses, token_nll
+from blockpruner.scoring.metrics import Divergence, Metric
 from blockpruner.scoring.plain import PlainScorer
-from blockpruner.scoring.plan import Machine, SweepPlan, SweepShape, plan_sweep
+from blockpruner.scoring.plan import Machine, SweepCut, SweepPlan, SweepShape, plan_sweep
 from blockpruner.scoring.residency import Resident, Streamed
 from blockpruner.scoring.settings import CompileChoice, ScorerSettings
 from blockpruner.scoring.sweep import SweepScorer
@@ -31,6 +34,8 @@ _HOST_SHARE = 0.5
 _CPU_SHARE = 0.25
 """Of the machine's free memory, for a sweep on the CPU."""
 _GPU_SHARE = 0.95
+_WEIGHTS_SHARE = 0.7
+"""Of the memory that may be used; more weights than that leave too little for a sweep."""
 _PEAK_BYTES = 4 * 2**30
 """A budget from which there is room to measure the device's matrix peak."""
 
@@ -38,12 +43,34 @@ _PEAK_BYTES = 4 * 2**30
 def is_streamed(weight_bytes: int, device: str, memory_budget: int | None) -> bool:
     """Whether a model's weights lie on the host and are fetched layer by layer.
 
-    They do when they are too many for the GPU, or for the share of it that may be used.
+    They do when they are too many for what is free of the GPU, or for the share of it that may be used.
     """
     if not device.startswith("cuda"):
         return False
-    limit = memory_budget or int(_GPU_SHARE * torch.cuda.mem_get_info(device)[0])
-    return weight_bytes > 0.7 * limit
+    free = int(_GPU_SHARE * torch.cuda.mem_get_info(device)[0])
+    return weight_bytes > _WEIGHTS_SHARE * min(free, memory_budget or free)
+
+
+def made_for(device: str, settings: ScorerSettings, batch_size: int | None) -> str:
+    """What a cut is made for: on another device, or asked for otherwise, a search needs another."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    return f"{name}, budget {settings.memory_budget}, batch size {batch_size}"
+
+
+@contextmanager
+def device_memory(device: str, memory_budget: int | None) -> Iterator[None]:
+    """Let the body use so much of a GPU's memory (None: all), and give back what it leaves behind."""
+    if not device.startswith("cuda"):
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    index = _indexed(torch.device(device))
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (memory_budget or total) / total), index)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
+        release_memory()
 
 
 def build_scorer(
@@ -54,7 +81,8 @@ def build_scorer(
     metric: Metric,
     settings: ScorerSettings,
     batch_size: int | None = None,
-    plan: SweepPlan | None = None,
+    cut: SweepCut | None = None,
+    on_plan: Callable[[SweepPlan], None] = lambda _: None,
 ) -> Scorer:
     """A scorer for a model that lies on `device`, or on the CPU if it is to be streamed.
 
@@ -66,32 +94,39 @@ def build_scorer(
         metric: what a block's removal is judged by.
         settings: how to compute.
         batch_size: sequences of a micro-batch; None: what fits.
-        plan: the plan of an interrupted search, to go on with; None: a new one.
+        cut: the cut of an interrupted search, to go on with; None: a new one.
+        on_plan: told of the plan, and of each smaller one that has to be made.
+
+    Raises:
+        ConfigurationError: if there is too little memory for one sequence.
     """
-    compute = torch.device(device)
-    if compute.type == "cuda" and compute.index is None:
-        compute = torch.device("cuda", torch.cuda.current_device())
-    is_tight = settings.memory_budget is not None and settings.memory_budget < _PEAK_BYTES
-    meter = Meter(peak=None if is_tight else matrix_peak(compute, model.dtype))
+    compute = _indexed(torch.device(device))
     if settings.scorer == "plain":
         nn.Module.to(model, compute)
-        return PlainScorer(architecture, model, token_ids_BT, batch_size, metric, meter)
-    if compute.type == "cuda" and settings.memory_budget:
-        total = torch.cuda.get_device_properties(compute).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, settings.memory_budget / total), compute)
+        return PlainScorer(architecture, model, token_ids_BT, batch_size, metric, Meter())
+    is_tight = settings.memory_budget is not None and settings.memory_budget < _PEAK_BYTES
+    meter = Meter(peak=None if is_tight else matrix_peak(compute, model.dtype))
     is_remote = compute.type == "cuda" and model.device.type == "cpu"
     residency = _streamed(architecture, model, compute) if is_remote else Resident()
     shape, costs = _shape(architecture, model, token_ids_BT)
     compiles = _compiles(settings.compile, compute, shape)
     length = int(token_ids_BT.shape[1])
-    decoder = Decoder(architecture, model, length, residency, compiled_layer() if compiles else run_layer)
-    plan = plan or plan_sweep(shape, _machine(compute, settings.memory_budget), batch_size)
-    nll, divergence = compiled_losses(metric.divergence) if compiles else (token_nll, metric.divergence)
+    run, nll, divergence = _compiled(metric) if compiles else (run_layer, token_nll, metric.divergence)
+    decoder = Decoder(architecture, model, length, residency, run)
+    plan = plan_sweep(shape, _machine(compute, settings.memory_budget), batch_size, cut)
+    on_plan(plan)
 
-    def make_losses(plan: SweepPlan) -> TokenLosses:
-        return TokenLosses(decoder.logits, divergence, plan.logit_elements, shape.vocab_size, nll)
+    def make_losses(cut: SweepCut) -> TokenLosses:
+        return TokenLosses(decoder.logits, divergence, cut.logit_elements, shape.vocab_size, nll)
 
-    return SweepScorer(decoder, token_ids_BT, metric, plan, costs, make_losses, meter)
+    return SweepScorer(decoder, token_ids_BT, metric, plan, costs, make_losses, meter, on_plan)
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """A GPU with its number."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _streamed(architecture: Architecture, model: PreTrainedModel, device: torch.device) -> Streamed:
@@ -111,22 +146,23 @@ def _shape(architecture: Architecture, model: PreTrainedModel, token_ids_BT: Ten
     hidden_bytes = config.hidden_size * model.dtype.itemsize
     # Half of a forward pass for each candidate and the trunk, and a head for each.
     flops = (len(costs.blocks) + 1) * (sum(costs.blocks.values()) / 2 + costs.head) * sequence_length
-    layer = architecture.decoder_layers(model)[0]
+    projected = _projected(architecture.decoder_layers(model)[0], getattr(config, "num_experts_per_tok", 1))
     shape = SweepShape(
         num_sequences=num_sequences,
         sequence_length=sequence_length,
         num_candidates=len(costs.blocks),
         hidden_bytes=hidden_bytes,
-        working_bytes=4 * hidden_bytes + 2 * _projected(layer) * model.dtype.itemsize,
+        working_bytes=4 * hidden_bytes + 2 * projected * model.dtype.itemsize,
         vocab_size=config.vocab_size,
         flops_per_sequence=flops,
     )
     return shape, costs
 
 
-def _projected(layer: nn.Module) -> int:
-    """Elements that all of a layer's matrices give for one token."""
-    return sum(parameter.shape[-2] for parameter in layer.parameters() if parameter.dim() > 1)
+def _projected(layer: nn.Module, experts_per_token: int) -> int:
+    """Elements that all of a layer's matrices give for one token, at most; some families keep them transposed."""
+    matrices = [parameter for parameter in layer.parameters() if parameter.dim() > 1]
+    return sum(max(each.shape[-2:]) * (experts_per_token if each.dim() == 3 else 1) for each in matrices)
 
 
 def _machine(device: torch.device, memory_budget: int | None) -> Machine:
@@ -140,6 +176,12 @@ def _machine(device: torch.device, memory_budget: int | None) -> Machine:
         usable = min(usable, memory_budget - allocated)
     host = int(_HOST_SHARE * available_bytes())
     return Machine(usable, host, plans.CUDA_CHUNK_BYTES, plans.CUDA_LOGIT_ELEMENTS, plans.CUDA_MICRO_BATCH_FLOPS)
+
+
+def _compiled(metric: Metric) -> tuple[RunLayer, NLL, Divergence | None]:
+    from blockpruner.scoring.compiled import compiled_layer, compiled_losses  # importing the compiler takes a second
+
+    return compiled_layer(), *compiled_losses(metric.divergence)
 
 
 def _compiles(choice: CompileChoice, device: torch.device, shape: SweepShape) -> bool:

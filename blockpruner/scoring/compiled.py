@@ -6,22 +6,46 @@ size, and if another comes, for all.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from blockpruner.scoring.decoder import RunLayer, run_layer
-from blockpruner.scoring.loss import token_nll
+from blockpruner.scoring.loss import NLL, token_nll
 from blockpruner.scoring.metrics import Divergence
+
+logger = logging.getLogger(__name__)
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compiled_layer() -> RunLayer:
     """`run_layer`, compiled for the layers that it meets."""
-    return cast(RunLayer, torch.compile(run_layer))
+    return cast(RunLayer, _with_fallback(run_layer))
 
 
-def compiled_losses(divergence: Divergence | None) -> tuple[Callable[[Tensor, Tensor], Tensor], Divergence | None]:
+def compiled_losses(divergence: Divergence | None) -> tuple[NLL, Divergence | None]:
     """`token_nll` and a metric's divergence, compiled: the logits are read, and nothing of their size is written."""
-    return torch.compile(token_nll), torch.compile(divergence) if divergence else None
+    return _with_fallback(token_nll), _with_fallback(divergence) if divergence else None
+
+
+def _with_fallback(function: Function) -> Function:
+    """The compiled function; the function itself from when it cannot be compiled on this machine."""
+    compiled = cast(Function, torch.compile(function))
+    works = True
+
+    def call(*arguments: Any) -> Any:
+        nonlocal works
+        if works:
+            try:
+                return compiled(*arguments)
+            except TorchDynamoException as error:
+                works = False
+                reason = str(error).strip().splitlines()[0]
+                logger.warning("going on without torch.compile, which does not work on this machine: %s", reason)
+        return function(*arguments)
+
+    return cast(Function, call)

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from blockpruner.scoring.metrics import Divergence
 
+NLL = Callable[[Tensor, Tensor], Tensor]
+"""(logits [M, V], targets [M]) -> float32 [M], nats."""
+
 Head = Callable[[Tensor], Tensor]
 """Final norm, language-model head, scaling and capping: [M, D] -> logits [M, V]."""
 
@@ -33,7 +36,7 @@ class TokenLosses:
     logit_elements: int
     """Logits that exist at one time."""
     vocab_size: int
-    nll: Callable[[Tensor, Tensor], Tensor] = token_nll
+    nll: NLL = token_nll
 
     def of(self, hidden_KMD: Tensor, targets_M: Tensor, dense_MD: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """NLL, and divergence from the dense model where that is given, of every branch's tokens: float32 [K, M] each.

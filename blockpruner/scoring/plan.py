@@ -1,7 +1,7 @@
 """How a sweep is cut to fit the memory that it may use. Numbers in, numbers out; asks no device.
 
-A plan decides which tensors are batched together, and so the last bits of the scores: a search keeps its plan from
-beginning to end, also when it is interrupted.
+A cut decides which tensors are batched together, and so the last bits of the scores: a search goes on with the cut that
+it was begun with, unless it is asked for another or the device has too little memory for it.
 
 Sizes are estimates; where one is too low the device says so, and the plan shrinks.
 """
@@ -9,9 +9,11 @@ Sizes are estimates; where one is too low the device says so, and the plan shrin
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, PositiveInt
+
+from blockpruner.errors import ConfigurationError
 
 MICRO_BATCHES = 8
 """A large step has at least so many, where there are so many sequences: each is a checkpoint and a report."""
@@ -68,10 +70,10 @@ _LOGIT_BYTES = 12
 """Of one logit while its loss is computed: itself, in float32, and one temporary."""
 
 
-class SweepPlan(BaseModel):
-    """A cut that fits."""
+class SweepCut(BaseModel):
+    """What is batched together. It decides the last bits of the scores, and nothing else of them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     micro_batch: PositiveInt
     """Sequences that go through the network together."""
@@ -79,51 +81,80 @@ class SweepPlan(BaseModel):
     """Branches of them that run as one batch."""
     logit_elements: PositiveInt
     """Logits that exist at one time."""
-    snapshot_bytes: NonNegativeInt
+
+    def smaller(self, vocab_size: int) -> SweepCut | None:
+        """The next cut to try when the device had too little memory; None when there is none."""
+        least = min(self.logit_elements, vocab_size)
+        if self.branches_per_chunk == 1 and self.micro_batch == 1 and self.logit_elements == least:
+            return None
+        return SweepCut(
+            micro_batch=self.micro_batch if self.branches_per_chunk > 1 else max(1, self.micro_batch // 2),
+            branches_per_chunk=max(1, self.branches_per_chunk // 2),
+            logit_elements=max(least, self.logit_elements // 2),
+        )
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """A cut, and the memory for snapshots, which changes no bit."""
+
+    cut: SweepCut
+    snapshot_bytes: int
     """Memory of all snapshots, at most."""
     snapshots_on_host: bool = False
 
-    def smaller(self, snapshots_held: int) -> SweepPlan | None:
+    def smaller(self, snapshots_held: int, vocab_size: int) -> SweepPlan | None:
         """The next plan to try when the device had too little memory; None when there is none.
 
         Args:
             snapshots_held: bytes of the device's memory that snapshots took when it ran out.
+            vocab_size: logits of one token; there is no sense in fewer at a time.
         """
-        if self.branches_per_chunk == 1 and self.micro_batch == 1 and self.logit_elements == 1:
-            return None
         if snapshots_held > 0:
-            # Changes no batch, and so no bit of any score.
-            return self.model_copy(update={"snapshot_bytes": snapshots_held // 2 if snapshots_held > _FEW_BYTES else 0})
-        chunk = self.branches_per_chunk // 2
-        return self.model_copy(
-            update={
-                "micro_batch": self.micro_batch if chunk else max(1, self.micro_batch // 2),
-                "branches_per_chunk": max(1, chunk),
-                "logit_elements": max(1, self.logit_elements // 2),
-            }
+            return replace(self, snapshot_bytes=snapshots_held // 2 if snapshots_held > _FEW_BYTES else 0)
+        cut = self.cut.smaller(vocab_size)
+        return replace(self, cut=cut) if cut else None
+
+
+def plan_sweep(
+    shape: SweepShape, machine: Machine, micro_batch: int | None = None, cut: SweepCut | None = None
+) -> SweepPlan:
+    """Choose micro-batch, chunks and snapshots.
+
+    Args:
+        shape: what is to be computed.
+        machine: what may be used.
+        micro_batch: sequences of a micro-batch, taken as they are.
+        cut: the cut of an interrupted search, taken as it is.
+
+    Raises:
+        ConfigurationError: if there is too little memory for one sequence.
+    """
+    usable, front_bytes = machine.usable_bytes, (shape.num_candidates + 1) * shape.stream_bytes
+    needed = 2 * shape.stream_bytes + shape.sequence_length * shape.working_bytes + shape.vocab_size * _LOGIT_BYTES
+    if usable < needed:
+        raise ConfigurationError(
+            f"{max(0, usable):,} bytes of the device's memory are left for the search, and one sequence of "
+            f"{shape.sequence_length} tokens needs {needed:,}; give a larger --memory-budget or a smaller "
+            "--sequence-length"
         )
-
-
-def plan_sweep(shape: SweepShape, machine: Machine, micro_batch: int | None = None) -> SweepPlan:
-    """Choose micro-batch, chunks and snapshots; `micro_batch`, if given, is taken as it is."""
-    usable = machine.usable_bytes
-    front_bytes = (shape.num_candidates + 1) * shape.stream_bytes
-    if micro_batch is None:
-        micro_batch = _micro_batch(shape, machine, fitting=max(1, int(0.35 * usable) // front_bytes))
-    token_bytes = max(shape.hidden_bytes, 1)
-    chunk_tokens = min(machine.chunk_bytes // token_bytes, int(0.2 * usable) // shape.working_bytes)
-    logit_elements = max(1, min(machine.logit_elements, int(0.05 * usable) // _LOGIT_BYTES))
+    if cut is None:
+        if micro_batch is None:
+            branch_bytes = shape.sequence_length * shape.working_bytes
+            fitting = max(1, min(int(0.35 * usable) // front_bytes, int(0.2 * usable) // branch_bytes))
+            micro_batch = _micro_batch(shape, machine, fitting)
+        chunk_tokens = min(machine.chunk_bytes // shape.hidden_bytes, int(0.2 * usable) // shape.working_bytes)
+        cut = SweepCut(
+            micro_batch=micro_batch,
+            branches_per_chunk=max(1, chunk_tokens // (micro_batch * shape.sequence_length)),
+            logit_elements=max(shape.vocab_size, min(machine.logit_elements, int(0.05 * usable) // _LOGIT_BYTES)),
+        )
     # The front and the chunk that takes its next step; what a unit works with; logits; and room for fragments.
-    working = chunk_tokens * (shape.working_bytes + 2 * token_bytes) + logit_elements * _LOGIT_BYTES
-    left = max(0, int(0.92 * usable) - micro_batch * front_bytes - working)
+    chunk_tokens = cut.branches_per_chunk * cut.micro_batch * shape.sequence_length
+    working = chunk_tokens * (shape.working_bytes + 2 * shape.hidden_bytes) + cut.logit_elements * _LOGIT_BYTES
+    left = max(0, int(0.92 * usable) - cut.micro_batch * front_bytes - working)
     on_host = machine.host_bytes > 2 * left
-    return SweepPlan(
-        micro_batch=micro_batch,
-        branches_per_chunk=max(1, chunk_tokens // (micro_batch * shape.sequence_length)),
-        logit_elements=logit_elements,
-        snapshot_bytes=machine.host_bytes if on_host else left,
-        snapshots_on_host=on_host,
-    )
+    return SweepPlan(cut, machine.host_bytes if on_host else left, on_host)
 
 
 def _micro_batch(shape: SweepShape, machine: Machine, fitting: int) -> int:

@@ -1,8 +1,8 @@
 """Where the decoder layers' weights are while a sweep needs them: all on the device, or fetched layer by layer.
 
-A model that is larger than the GPU's memory lies in pinned host memory. A sweep runs the layers in order, so while one
-layer computes, the next one's weights are copied on a stream of their own. The embedding, the final norm and the head
-stay on the device.
+A model that is larger than the GPU's memory lies in page-locked host memory. A micro-batch runs the layers in order,
+so while one layer computes, the next one's weights are copied on a stream of their own. The embedding, the final norm
+and the head stay on the device.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from blockpruner.scoring.host_memory import PinnedBuffer
 
 NUM_SLOTS = 2
 """Layers whose weights are on the device at one time: one computes, the next one arrives."""
@@ -55,7 +57,8 @@ class Streamed:
         """Pin the layers' weights, and move everything they need to the device when they run."""
         self._device = device
         self._tensors = [list(layer.parameters()) + list(layer.buffers()) for layer in layers]
-        self._hosts = [_pin(tensors) for tensors in self._tensors]
+        self._buffers = [_pin(tensors) for tensors in self._tensors]
+        self._hosts = [buffer.bytes for buffer in self._buffers]
         self._slots = [_Slot(max(host.numel() for host in self._hosts), device) for _ in range(NUM_SLOTS)]
         self._stream = torch.cuda.Stream(device)
         self._order: tuple[int, ...] = ()
@@ -64,8 +67,8 @@ class Streamed:
     def expect(self, layer_indices: tuple[int, ...]) -> None:
         """Begin to fetch the first layer of the order."""
         self._order = layer_indices
-        if layer_indices:
-            self._fetch(layer_indices[0])
+        if layer_indices and self._fetch(layer_indices[0]) is self._current:
+            self._fetch_after(layer_indices[0])
 
     def ensure(self, layer_index: int) -> None:
         """Wait, on the device, for this layer's weights, and begin to fetch the next one's."""
@@ -108,13 +111,13 @@ def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // 256) * 256
 
 
-def _pin(tensors: list[Tensor]) -> Tensor:
-    """One pinned buffer with the bytes of all tensors, whose storage is given up."""
-    host = torch.empty(sum(_aligned(tensor.nbytes) for tensor in tensors), dtype=torch.uint8, pin_memory=True)
-    for tensor, view in zip(tensors, _views(tensors, host), strict=True):
+def _pin(tensors: list[Tensor]) -> PinnedBuffer:
+    """One page-locked buffer with the bytes of all tensors, whose storage is given up."""
+    buffer = PinnedBuffer(sum(_aligned(tensor.nbytes) for tensor in tensors))
+    for tensor, view in zip(tensors, _views(tensors, buffer.bytes), strict=True):
         view.copy_(tensor.data)
         tensor.data = view
-    return host
+    return buffer
 
 
 def _views(tensors: list[Tensor], buffer: Tensor) -> list[Tensor]:

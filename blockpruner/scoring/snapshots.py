@@ -7,6 +7,7 @@ known while the sweep runs; blocks that ranked low in the step before are the be
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,9 @@ from torch import Tensor
 from blockpruner.blocks import Block
 from blockpruner.scoring.decoder import Unit
 from blockpruner.scoring.front import Chunk, Front
-from blockpruner.scoring.host_memory import HostCopies, HostCopy
+from blockpruner.scoring.host_memory import HostCopies, HostCopy, PinnedMemoryError
+
+logger = logging.getLogger(__name__)
 
 
 def choose_positions(
@@ -76,7 +79,14 @@ class SnapshotStore:
             frozenset(block for unit in units[:end] for block in unit.blocks) for end in range(len(units))
         ]
         self._host = host
+        self._is_full = False
         self._of_batch: dict[int, dict[int, Snapshot]] = {}
+
+    def close(self) -> None:
+        """Forget everything, once no copy is under way any more."""
+        self._of_batch.clear()
+        if self._host is not None:
+            self._host.finish()
 
     @property
     def device_bytes(self) -> int:
@@ -99,11 +109,19 @@ class SnapshotStore:
         return Front(position, tuple(chunks))
 
     def keep(self, start: int, front: Front, removed: Collection[Block]) -> None:
-        """Keep a front that a sweep without `removed` has come to."""
+        """Keep a front that a sweep without `removed` has come to, if there is room on the host for its copy."""
+        if self._is_full:
+            return
+        try:
+            hidden = tuple(self._host.store(chunk.hidden) if self._host else chunk.hidden for chunk in front.chunks)
+        except PinnedMemoryError as error:
+            logger.warning("no more snapshots are kept: %s", error)
+            self._is_full = True
+            return
         self._of_batch.setdefault(start, {})[front.position] = Snapshot(
             position=front.position,
             skipped=tuple(chunk.skipped for chunk in front.chunks),
-            hidden=tuple(self._host.store(chunk.hidden) if self._host else chunk.hidden for chunk in front.chunks),
+            hidden=hidden,
             removed=self._blocks_before[front.position].intersection(removed),
         )
 

@@ -13,7 +13,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,15 +25,14 @@ from blockpruner.scoring.host_memory import HostCopies
 from blockpruner.scoring.interface import TableCallback
 from blockpruner.scoring.loss import TokenLosses
 from blockpruner.scoring.metrics import Metric
-from blockpruner.scoring.plan import SweepPlan
+from blockpruner.scoring.plan import SweepCut, SweepPlan
 from blockpruner.scoring.snapshots import SnapshotStore, choose_positions
 from blockpruner.scoring.table import ScoreTable
 from blockpruner.scoring.work import Costs, Meter
 
 logger = logging.getLogger(__name__)
 
-MakeLosses = Callable[[SweepPlan], TokenLosses]
-Result = TypeVar("Result")
+MakeLosses = Callable[[SweepCut], TokenLosses]
 
 
 class SweepScorer:
@@ -49,8 +47,13 @@ class SweepScorer:
         costs: Costs,
         make_losses: MakeLosses,
         meter: Meter,
+        on_plan: Callable[[SweepPlan], None] = lambda _: None,
     ) -> None:
-        """Score on token ids [B, T], cut as `plan` says. `scoring.build` puts the parts together."""
+        """Score on token ids [B, T], cut as `plan` says. `scoring.build` puts the parts together.
+
+        `on_plan` is told when the plan had to shrink.
+        """
+        self._on_plan = on_plan
         self._decoder = decoder
         self._token_ids_BT = token_ids_BT
         self.metric = metric
@@ -59,7 +62,7 @@ class SweepScorer:
         self._meter = meter
         self._dense_BTD: Tensor | None = None
         self._rank_before: dict[Block, int] = {}
-        self._use(plan)
+        self.use(plan)
 
     @property
     def num_sequences(self) -> int:
@@ -85,11 +88,11 @@ class SweepScorer:
     def dense_nll(self) -> Tensor:
         """Each sequence's mean token NLL in nats of the unpruned model: float64 [B] on the CPU."""
         table = ScoreTable.empty((_DENSE,), self.num_sequences)
-        hidden: list[Tensor] = []
+        if self.metric.divergence is not None:
+            shape = (*self._token_ids_BT.shape, self._decoder.hidden_size)
+            self._dense_BTD = torch.empty(shape, dtype=self._decoder.dtype)
         while not table.is_complete:
-            batch = self._next_batch(table)
-            hidden += self._attempt(partial(self._dense_columns, batch, table)) or []
-        self._dense_BTD = torch.cat(hidden) if self.metric.divergence else None
+            self._attempt(partial(self._dense_columns, self._next_batch(table), table))
         return table.nll_CB[0]
 
     @torch.inference_mode()
@@ -105,41 +108,46 @@ class SweepScorer:
                 on_update(table)
             else:
                 step = self._step(removed, table.candidates)
-        self._rank_before = _ranks(table)
+        self._rank_before = _ranks(table, self.metric)
 
-    def _use(self, plan: SweepPlan) -> None:
+    def use(self, plan: SweepPlan) -> None:
+        """Go on with another plan, and without the snapshots there are."""
         self._plan = plan
-        self._losses = self._make_losses(plan)
-        host = HostCopies(self._decoder.device) if plan.snapshots_on_host else None
+        self._losses = self._make_losses(plan.cut)
+        host = HostCopies(self._decoder.device, plan.snapshot_bytes) if plan.snapshots_on_host else None
         self.snapshots = SnapshotStore(self._decoder.units, host)
 
     def _next_batch(self, table: ScoreTable) -> slice:
         """The next sequences that a table lacks values of, as many as go together."""
         first = int((~table.done_CB.all(dim=0)).nonzero()[0])
-        start = first - first % self._plan.micro_batch
-        return slice(start, min(start + self._plan.micro_batch, self.num_sequences))
+        start = first - first % self._plan.cut.micro_batch
+        return slice(start, min(start + self._plan.cut.micro_batch, self.num_sequences))
 
-    def _attempt(self, compute: Callable[[], Result]) -> Result | None:
-        """The result, or None and a smaller plan when the device has too little memory.
+    def _attempt(self, compute: Callable[[], None]) -> bool:
+        """Whether it was computed; if not, the device had too little memory, and there is a smaller plan.
 
         Raises:
             ConfigurationError: if no plan is small enough.
         """
         try:
-            return compute()
+            compute()
         except torch.OutOfMemoryError as error:
-            plan = self._plan.smaller(self.snapshots.device_bytes)
+            plan = self._plan.smaller(self.snapshots.device_bytes, self._losses.vocab_size)
             if plan is None:
                 raise ConfigurationError(
                     "the device has too little memory for one sequence and one branch; give a larger "
                     f"--memory-budget or a smaller --sequence-length ({_first_sentence(error)})"
                 ) from error
+        else:
+            return True
         # Here, where the exception no longer holds the frames and their tensors.
         logger.warning("the device is out of memory: going on with smaller batches (%s)", plan)
-        self._use(plan)
+        self.snapshots.close()
+        self.use(plan)
+        self._on_plan(plan)
         if self._decoder.device.type == "cuda":
             torch.cuda.empty_cache()
-        return None
+        return False
 
     def _step(self, removed: tuple[Block, ...], candidates: tuple[Block, ...]) -> _Step:
         """What all micro-batches of one step share."""
@@ -155,7 +163,9 @@ class SweepScorer:
             sum(1.0 / self._rank_before.get(block, 1) for block in unit.blocks if block in candidates) for unit in units
         ]
         wanted = choose_positions(weights, costs, sizes, self._plan.snapshot_bytes)
-        return _Step(Walk(self._decoder, removed, candidates, self._plan.branches_per_chunk), removed, costs, wanted)
+        return _Step(
+            Walk(self._decoder, removed, candidates, self._plan.cut.branches_per_chunk), removed, costs, wanted
+        )
 
     @property
     def _stream_bytes(self) -> int:
@@ -163,8 +173,8 @@ class SweepScorer:
         hidden = self._decoder.hidden_size * self._decoder.dtype.itemsize
         return self._token_ids_BT.numel() * hidden
 
-    def _fill_columns(self, step: _Step, batch: slice, table: ScoreTable) -> bool:
-        """Compute and enter a micro-batch's values; True, for `_attempt`."""
+    def _fill_columns(self, step: _Step, batch: slice, table: ScoreTable) -> None:
+        """Compute and enter a micro-batch's values."""
         token_ids_bT = self._token_ids_BT[batch].to(self._decoder.device)
         held = self.snapshots.positions(batch.start, step.removed, table.candidates)
         front = self.snapshots.front_at(batch.start, max(held)) if held else step.walk.start(token_ids_bT)
@@ -181,17 +191,17 @@ class SweepScorer:
         table.fill(slice(None), batch, *_stacked(losses))
         tokens, saved = token_ids_bT.numel(), step.costs[begun]
         self._meter.add((step.costs[-1] - saved) * tokens, saved * tokens, tokens * len(table.candidates))
-        return True
 
-    def _dense_columns(self, batch: slice, table: ScoreTable) -> list[Tensor]:
-        """Enter the dense model's NLL; the last layer's output [b, T, D], on the CPU."""
+    def _dense_columns(self, batch: slice, table: ScoreTable) -> None:
+        """Enter the dense model's NLL, and keep the last layer's output where a divergence needs it."""
         token_ids_bT = self._token_ids_BT[batch].to(self._decoder.device)
-        walk = Walk(self._decoder, (), (), self._plan.branches_per_chunk)
+        walk = Walk(self._decoder, (), (), self._plan.cut.branches_per_chunk)
         hidden_bTD = walk.run(walk.start(token_ids_bT), lambda _: None).chunks[-1].hidden
         trunk = Chunk((_DENSE,), hidden_bTD)
         nll_Kb, _ = self._chunk_losses(trunk, batch, token_ids_bT, divergent=False)
         table.fill(slice(None), batch, nll_Kb)
-        return [hidden_bTD.cpu()]
+        if self._dense_BTD is not None:
+            self._dense_BTD[batch] = hidden_bTD.cpu()
 
     def _chunk_losses(
         self, chunk: Chunk, batch: slice, token_ids_bT: Tensor, *, divergent: bool = True
@@ -238,9 +248,10 @@ def _stacked(losses: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor
     return torch.cat([nll for nll, _ in losses]), torch.cat(divergences) if divergences else None
 
 
-def _ranks(table: ScoreTable) -> dict[Block, int]:
+def _ranks(table: ScoreTable, metric: Metric) -> dict[Block, int]:
     """Where each candidate stood among the others, from 1: low ones are likely to be the next to go."""
-    order = sorted(zip(table.nll_CB.mean(dim=1).tolist(), table.candidates, strict=True))
+    rows = zip(table.nll_CB, table.divergence_CB, table.candidates, strict=True)
+    order = sorted((metric.mean_nats(nll_B, divergence_B), block) for nll_B, divergence_B, block in rows)
     return {block: rank for rank, (_, block) in enumerate(order, start=1)}
 
 

@@ -35,7 +35,7 @@ from blockpruner.journal import SearchJournal
 from blockpruner.loading import load_model, load_tokenizer
 from blockpruner.masking import masked
 from blockpruner.memory_size import parse_memory_size
-from blockpruner.scoring.build import build_scorer, is_streamed
+from blockpruner.scoring.build import build_scorer, device_memory, is_streamed
 from blockpruner.scoring.metrics import metric_of
 from blockpruner.scoring.plain import PlainScorer
 from blockpruner.scoring.settings import ScorerSettings
@@ -166,7 +166,7 @@ def sweep_search(
     started = time.monotonic()
     scorer = build_scorer(architecture, model, token_ids_BT, device, metric_of(metric), settings)
     assert isinstance(scorer, SweepScorer)
-    print(f"  plan {scorer.plan.model_dump_json()}", file=sys.stderr, flush=True)
+    print(f"  plan {scorer.plan}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         journal = SearchJournal(Path(folder), "0" * 64)
         search = GreedySearch(
@@ -204,9 +204,10 @@ def measure(name: str, workload: Workload | None, arguments: argparse.Namespace)
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     settings = ScorerSettings(memory_budget=budget, compile=arguments.compile)
-    steps, seconds, scorer = sweep_search(
-        architecture, model, token_ids_BT, device, num_blocks, settings, arguments.metric
-    )
+    with device_memory(device, budget):
+        steps, seconds, scorer = sweep_search(
+            architecture, model, token_ids_BT, device, num_blocks, settings, arguments.metric
+        )
     meter = scorer.meter
     row: dict[str, object] = {
         "workload": name,

@@ -22,7 +22,7 @@ from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ArtifactError, ConfigurationError, UnsupportedArchitectureError
 from blockpruner.journal import SearchJournal
 from blockpruner.progress import Progress
-from blockpruner.scoring.plan import SweepPlan
+from blockpruner.scoring.plan import SweepCut
 from blockpruner.scoring.settings import ScorerSettings
 from blockpruner.trace import SearchTrace, read_trace
 from stages.contract import ArtifactRef, Runtime
@@ -284,7 +284,7 @@ def test_what_changes_the_result_changes_the_fingerprint(tmp_path: Path, inputs:
         assert identify(config, same) == mine
         assert identify(config, other_model) != mine
         assert identify(config, other_text) != mine
-        for change in ({"block_kinds": "mha"}, {"dtype": "bfloat16"}):
+        for change in ({"block_kinds": "mha"}, {"dtype": "bfloat16"}, {"metric": "kl"}):
             assert identify(config.model_copy(update=change), inputs) != mine
     for target in (SearchConfig(num_blocks=3), SearchConfig(ratio=0.2)):
         assert STAGE.fingerprint(target, inputs) != STAGE.fingerprint(config, inputs)
@@ -315,15 +315,22 @@ def test_both_scorers_give_the_same_search(tmp_path: Path, inputs: SearchInputs,
         assert all(c.score != c.perplexity for step in fast.steps for c in step.candidates)
 
 
-def test_a_search_goes_on_with_the_plan_that_it_was_begun_with(tmp_path: Path, inputs: SearchInputs) -> None:
-    """Another amount of free memory must not change the last bits of a search that goes on."""
-    runtime = Runtime(state_dir=tmp_path / "state")
-    (tmp_path / "first").mkdir()
-    STAGE.run(SearchConfig(num_blocks=1), inputs, tmp_path / "first", runtime)
+def test_a_search_goes_on_with_the_cut_that_it_was_begun_with(tmp_path: Path, inputs: SearchInputs) -> None:
+    """Another amount of free memory must not change the last bits of a search that goes on; another order may."""
+
+    def search(num_blocks: int, **settings: Any) -> str:
+        folder = tmp_path / f"{num_blocks}-{len(settings)}"
+        folder.mkdir()
+        STAGE.run(
+            SearchConfig(num_blocks=num_blocks), inputs, folder, Runtime(state_dir=tmp_path / "state", **settings)
+        )
+        return str(journal.plan())
+
     journal = SearchJournal(tmp_path / "state", STAGE.resume_fingerprint(SearchConfig(num_blocks=1), inputs))
-    device, _, kept = str(journal.plan()).partition(" ")
-    changed = SweepPlan.model_validate_json(kept).model_copy(update={"micro_batch": 1, "branches_per_chunk": 1})
-    journal.keep_plan(f"{device} {changed.model_dump_json()}")
-    (tmp_path / "second").mkdir()
-    STAGE.run(SearchConfig(num_blocks=2), inputs, tmp_path / "second", runtime)
-    assert journal.plan() == f"{device} {changed.model_dump_json()}"
+    purpose, _, kept = search(1).partition("\n")
+    changed = SweepCut.model_validate_json(kept).model_copy(update={"micro_batch": 1, "branches_per_chunk": 1})
+    journal.keep_plan(f"{purpose}\n{changed.model_dump_json()}")
+    assert search(2) == f"{purpose}\n{changed.model_dump_json()}"
+    assert SweepCut.model_validate_json(search(3, batch_size=2).partition("\n")[2]).micro_batch == 2
+    journal.keep_plan(f"{purpose}\nof another version")
+    assert search(4).partition("\n")[2] == kept

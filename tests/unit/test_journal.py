@@ -136,10 +136,46 @@ def test_a_step_under_another_number_is_not_taken(tmp_path: Path) -> None:
     assert as_json(journal_of(tmp_path).steps()) == as_json(STEPS[:1])
 
 
-def test_steps_after_a_gap_are_not_taken(tmp_path: Path) -> None:
+def test_steps_after_a_gap_are_not_taken_also_when_it_is_filled(tmp_path: Path) -> None:
     written(tmp_path)
     (tmp_path / "step-0002.json").unlink()
     assert as_json(journal_of(tmp_path).steps()) == as_json(STEPS[:1])
+    other = a_step(2, mha(1))
+    journal_of(tmp_path).append(other)  # what follows rests on the step that is gone
+    assert as_json(journal_of(tmp_path).steps()) == as_json((STEPS[0], other))
+
+
+def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal, table = journal_of(tmp_path), ScoreTable.empty(CANDIDATES, NUM_SEQUENCES)
+    table.fill(slice(0, 3), slice(0, 1), torch.ones(3, 1))
+    journal.save_partial((), table)
+    table.fill(slice(0, 3), slice(1, 2), torch.ones(3, 1))
+    journal.save_partial((), table)
+    path = tmp_path / "partial.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    with caplog.at_level(logging.WARNING):
+        found = journal_of(tmp_path).load_partial((), CANDIDATES, NUM_SEQUENCES)
+    assert found.done_CB.tolist() == [[True, False]] * 3
+    assert "damaged" in caplog.text
+
+
+def test_a_foreign_journal_is_refused_by_what_is_different(tmp_path: Path) -> None:
+    parts = {"model": "m1", "calibration": "c1", "metric": "perplexity"}
+    SearchJournal(tmp_path, IDENTITY, parts=parts).append(STEPS[0])
+    with pytest.raises(ArtifactError, match=r"another search \(another metric\)"):
+        SearchJournal(tmp_path, FOREIGN, parts={**parts, "metric": "kl"}).steps()
+    with pytest.raises(ArtifactError, match="another model and calibration"):
+        SearchJournal(tmp_path, FOREIGN, parts={**parts, "model": "m2", "calibration": "c2"}).steps()
+
+
+def test_the_plan_comes_back_and_only_to_its_search(tmp_path: Path) -> None:
+    assert journal_of(tmp_path).plan() is None
+    journal_of(tmp_path).keep_plan("a plan")
+    assert journal_of(tmp_path).plan() == "a plan"
+    assert journal_of(tmp_path, FOREIGN).plan() is None
+    path = tmp_path / "plan.json"
+    path.write_bytes(path.read_bytes().replace(b"a plan", b"a plaN"))
+    assert journal_of(tmp_path).plan() is None
 
 
 def test_the_journal_of_another_search_is_refused(tmp_path: Path) -> None:

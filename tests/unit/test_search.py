@@ -19,9 +19,10 @@ from blockpruner.errors import ConfigurationError
 from blockpruner.journal import SearchJournal
 from blockpruner.progress import Progress
 from blockpruner.scoring.interface import TableCallback
+from blockpruner.scoring.metrics import metric_of
 from blockpruner.scoring.table import ScoreTable
 from blockpruner.scoring.work import Meter
-from blockpruner.search import GreedySearch, SearchTarget
+from blockpruner.search import GreedySearch, SearchTarget, rank
 from blockpruner.trace import SearchStep
 
 IDENTITY = "5" * 64
@@ -178,6 +179,19 @@ def test_scores_that_are_not_finite_rank_last_and_are_kept(tmp_path: Path) -> No
         assert math.isnan(scores[0])
         assert scores[1:3] == [math.inf, math.inf]
         assert scores[3] == pytest.approx(math.e)
+
+
+def test_candidates_within_the_noise_of_the_chosen_one_are_marked_as_tied() -> None:
+    """In nats a token, whatever the metric; the chosen one itself and those that are broken are not."""
+    nats = [2.0, 2.0009, 2.0011, math.nan, 1.9999]
+    table = ScoreTable.empty(all_blocks(3)[:5], 1)
+    table.fill(slice(0, 5), slice(0, 1), torch.tensor(nats)[:, None], torch.tensor(nats)[:, None])
+    for metric in ("perplexity", "kl"):
+        ranked = rank(table, metric_of(metric), noise_nats=1e-3)
+        assert [candidate.tied for candidate in ranked] == [True, False, False, False, False]
+        assert [candidate.chosen for candidate in ranked] == [False, False, False, False, True]
+        assert not any(candidate.tied for candidate in rank(table, metric_of(metric)))
+    assert [c.score for c in rank(table, metric_of("kl"))][:3] == pytest.approx(nats[:3])
 
 
 def test_a_negative_infinity_never_wins(tmp_path: Path) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from itertools import combinations
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 
 from blockpruner.blocks import all_blocks, mha, mlp
+from blockpruner.errors import ConfigurationError
+from blockpruner.scoring.compiled import compiled_losses
 from blockpruner.scoring.decoder import Decoder
+from blockpruner.scoring.loss import token_nll
 from blockpruner.scoring.settings import MetricName
 from blockpruner.scoring.table import ScoreTable
 from tests.scorers import filled, plain_scorer, row_of, sweep_scorer
@@ -87,19 +92,60 @@ def test_a_resumed_sweep_is_bit_identical() -> None:
     assert "forward" not in vars(row_of(model).decoder_layers(model)[0])
 
 
-def test_too_little_memory_shrinks_the_plan_and_changes_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("metric", ["perplexity", "kl", "js"])
+@pytest.mark.parametrize(("micro_batch", "fitting"), [(5, 2), (4, 3), (3, 1), (7, 4)])
+def test_too_little_memory_shrinks_the_plan_and_changes_no_score(
+    monkeypatch: pytest.MonkeyPatch, metric: MetricName, micro_batch: int, fitting: int
+) -> None:
+    """Also in the pass of the dense model, whose predictions the divergences are measured from."""
+    token_ids_BT = tiny_token_ids(12, 8, seed=6)
     model = tiny_model()
-    expected = filled(plain_scorer(model, TOKENS), (), all_blocks(4))
-    scorer = sweep_scorer(model, TOKENS, micro_batch=4, branches_per_chunk=4, snapshot_bytes=10**6)
-    layer = row_of(model).decoder_layers(model)[2]
-    whole = type(layer).forward
+    expected = filled(plain_scorer(model, token_ids_BT, metric), (), all_blocks(4))
+    scorer = sweep_scorer(
+        model, token_ids_BT, metric, micro_batch=micro_batch, branches_per_chunk=4, snapshot_bytes=10**6
+    )
+    layer = type(row_of(model).decoder_layers(model)[2])
+    whole = layer.forward
+    calls = 0
 
     def small_device(self: torch.nn.Module, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> object:
-        if hidden_states.shape[0] > 3:
+        nonlocal calls
+        calls += 1
+        if calls > 12 and hidden_states.shape[0] > fitting:  # other programs take the memory a moment after the start
             raise torch.OutOfMemoryError("out of memory. Try less.")
         return whole(self, hidden_states, *args, **kwargs)
 
-    monkeypatch.setattr(type(layer), "forward", small_device)
+    monkeypatch.setattr(layer, "forward", small_device)
     table = filled(scorer, (), all_blocks(4))
     torch.testing.assert_close(table.nll_CB, expected.nll_CB, rtol=0, atol=1e-5)
-    assert scorer.plan.micro_batch < 4
+    torch.testing.assert_close(table.divergence_CB, expected.divergence_CB, rtol=0, atol=1e-5, equal_nan=True)
+    assert scorer.plan.cut.micro_batch < micro_batch
+
+
+def test_a_device_that_is_too_small_for_anything_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    scorer = sweep_scorer(model, TOKENS)
+
+    def no_device(*_: object, **__: object) -> object:
+        raise torch.OutOfMemoryError("out of memory. Try less.")
+
+    monkeypatch.setattr(type(row_of(model).decoder_layers(model)[2]), "forward", no_device)
+    with pytest.raises(ConfigurationError, match="--memory-budget") as caught:
+        filled(scorer, (), all_blocks(4))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_compiled_here_runs_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_compiler(*_: object) -> object:
+        raise BackendCompilerFailed(None, RuntimeError("no compiler"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda _: no_compiler)
+    nll, _ = compiled_losses(None)
+    logits_MV, targets_M = torch.randn(3, 7), torch.tensor([1, 2, 6])
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert torch.equal(nll(logits_MV, targets_M), token_nll(logits_MV, targets_M))
+    assert len(caplog.records) == 1
+    assert "torch.compile" in caplog.text

@@ -1,0 +1,143 @@
+"""How a sweep is cut: within memory, of equal batches, smaller when it must be. How memory is written, work counted."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blockpruner.blocks import all_blocks, mha, mlp
+from blockpruner.errors import ConfigurationError
+from blockpruner.memory_size import parse_memory_size
+from blockpruner.scoring.decoder import Decoder
+from blockpruner.scoring.plan import Machine, SweepCut, SweepPlan, SweepShape, plan_sweep
+from blockpruner.scoring.work import Costs, Meter
+from tests.scorers import row_of
+from tests.tiny_models import tiny_model
+
+GIB = 2**30
+LLAMA_2_7B = SweepShape(
+    num_sequences=18,
+    sequence_length=2048,
+    num_candidates=64,
+    hidden_bytes=8192,
+    working_bytes=137_000,
+    vocab_size=32000,
+    flops_per_sequence=1e15,
+)
+
+
+def gpu(usable: int, host: int = 0) -> Machine:
+    return Machine(usable, host, chunk_bytes=2**26, logit_elements=2**28, micro_batch_flops=1e15)
+
+
+def needed(shape: SweepShape, plan: SweepPlan) -> int:
+    """Bytes of the front, of a chunk at work, of logits and of snapshots on the device."""
+    cut = plan.cut
+    tokens = cut.micro_batch * shape.sequence_length
+    front = (shape.num_candidates + 1) * tokens * shape.hidden_bytes
+    chunk = cut.branches_per_chunk * tokens * shape.working_bytes
+    return front + chunk + 12 * cut.logit_elements + (0 if plan.snapshots_on_host else plan.snapshot_bytes)
+
+
+def test_a_7b_on_a_large_gpu() -> None:
+    plan = plan_sweep(LLAMA_2_7B, gpu(120 * GIB))
+    assert 18 % plan.cut.micro_batch == 0, "all batches of one size"
+    assert 18 // plan.cut.micro_batch * 2 >= 8, "several micro-batches: each is a checkpoint"
+    assert plan.snapshot_bytes > 90 * GIB
+    assert not plan.snapshots_on_host
+
+
+def test_snapshots_go_to_the_host_where_the_device_has_no_room() -> None:
+    plan = plan_sweep(LLAMA_2_7B, gpu(5 * GIB, host=60 * GIB))
+    assert (plan.snapshots_on_host, plan.snapshot_bytes) == (True, 60 * GIB)
+
+
+@given(st.integers(1, 40), st.integers(8, 4096), st.floats(1.5, 200), st.integers(1, 300))
+def test_every_plan_fits(num_sequences: int, length: int, gib: float, num_candidates: int) -> None:
+    shape = SweepShape(num_sequences, length, num_candidates, 8192, 137_000, 32000, 1e14)
+    usable = int(gib * GIB)
+    plan = plan_sweep(shape, gpu(usable))
+    assert 1 <= plan.cut.micro_batch <= num_sequences
+    if plan.cut.micro_batch > 1:  # one sequence whose front is too large is tried, and shrinks when the device says so
+        assert needed(shape, plan) <= usable
+
+
+def test_a_batch_size_and_a_cut_are_taken_as_they_are() -> None:
+    assert plan_sweep(LLAMA_2_7B, gpu(100 * GIB), micro_batch=5).cut.micro_batch == 5
+    cut = SweepCut(micro_batch=7, branches_per_chunk=3, logit_elements=99_999)
+    assert plan_sweep(LLAMA_2_7B, gpu(100 * GIB), cut=cut).cut == cut
+
+
+def test_too_little_memory_is_one_clear_line() -> None:
+    with pytest.raises(ConfigurationError, match="--memory-budget") as caught:
+        plan_sweep(LLAMA_2_7B, gpu(-5 * GIB))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plan_shrinks_to_the_smallest_and_gives_up_snapshots_first() -> None:
+    plan: SweepPlan | None = plan_sweep(LLAMA_2_7B, gpu(100 * GIB))
+    assert plan is not None
+    fewer = plan.smaller(8 * GIB, 32000)
+    assert fewer == SweepPlan(plan.cut, 4 * GIB)
+    assert plan.smaller(1000, 32000) == SweepPlan(plan.cut, 0)
+    plans = []
+    while plan is not None:
+        plans.append(plan.cut)
+        plan = plan.smaller(0, 32000)
+    assert plans[-1] == SweepCut(micro_batch=1, branches_per_chunk=1, logit_elements=32000)
+    assert len(plans) < 20
+    for before, after in pairwise(plans):
+        assert before != after
+        assert after.micro_batch <= before.micro_batch
+        assert after.logit_elements <= before.logit_elements
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("8GiB", 8 * GIB), ("80 GB", 80 * 10**9), ("1.5gib", 3 * 2**29), ("512MB", 512 * 10**6), (" 7 KiB ", 7 * 1024)],
+)
+def test_amounts_of_memory(text: str, num_bytes: int) -> None:
+    assert parse_memory_size(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["8", "", "GiB", "-1GB", "0GiB", "1e3MB", "8 Gibibytes", "8GiB more", "\u0661GB"])
+def test_no_amounts_of_memory(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="8GiB") as caught:
+        parse_memory_size(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_work_of_a_sweep_is_that_of_its_trunk_and_branches() -> None:
+    """Counted by hand: before unit u the trunk and u branches, and a head for every branch."""
+    model = tiny_model()
+    architecture = row_of(model)
+    costs = Costs.of(architecture, model)
+    attention, feed_forward = 2 * (32 * 32 + 2 * 16 * 32 + 32 * 32 + 32), 2 * (3 * 48 * 32 + 32)
+    assert costs.blocks == {mha(i): attention for i in range(4)} | {mlp(i): feed_forward for i in range(4)}
+    assert costs.head == 2 * 128 * 32
+    assert costs.forward((mha(1), mlp(3))) == 3 * (attention + feed_forward) + costs.head
+    units = Decoder(architecture, model, 8).units
+    sizes = [attention, feed_forward] * 4
+    walk = costs.walk(units, (), all_blocks(4))
+    assert walk == [sum((1 + i) * sizes[i] for i in range(unit)) for unit in range(8)] + [
+        sum((1 + i) * size for i, size in enumerate(sizes)) + 8 * costs.head
+    ]
+    without = costs.walk(units, (mlp(0),), [block for block in all_blocks(4) if block != mlp(0)])
+    assert without[2] == without[1] == attention
+
+
+def test_a_meter_tells_speed_and_what_was_saved() -> None:
+    meter = Meter(peak=1e12)
+    earlier = Meter()
+    meter.flops, meter.flops_saved, meter.seconds = 3e12, 1e12, 6.0
+    assert meter.share_saved_since(earlier) == 0.25
+    assert meter.flops_per_s == 5e11
+    assert meter.mfu == 0.5
+    assert Meter().mfu is None
+    assert not math.isnan(Meter().flops_per_s)
+    assert torch.get_default_dtype() == torch.float32
