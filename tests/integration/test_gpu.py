@@ -1,0 +1,97 @@
+"""On a GPU every way to compute gives the plain scorer's scores. Runs with `pytest --gpu tests/integration/test_gpu.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from blockpruner.blocks import Block, all_blocks, mha, mlp
+from blockpruner.checkpoint import Checkpoint
+from blockpruner.loading import DtypeName, load_model
+from blockpruner.scoring.build import build_scorer, device_memory
+from blockpruner.scoring.metrics import metric_of
+from blockpruner.scoring.plan import SweepCut, SweepPlan
+from blockpruner.scoring.settings import MetricName, ScorerSettings
+from blockpruner.scoring.sweep import SweepScorer
+from blockpruner.scoring.table import ScoreTable
+from tests.scorers import filled, row_of
+from tests.tiny_models import save_tiny_model, tiny_token_ids
+
+pytestmark = pytest.mark.gpu
+
+NOISE_NATS: dict[DtypeName, float] = {"float32": 1e-5, "bfloat16": 2e-3}
+CUT = SweepCut(micro_batch=5, branches_per_chunk=3, logit_elements=2**16)
+BLOCKS = all_blocks(8)
+SEARCH: tuple[tuple[Block, ...], ...] = ((), (mha(6),), (mha(6), mlp(3)))
+"""The removed blocks of three steps."""
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return tiny_token_ids(16, 128, seed=3)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
+    folder = Path(tmp_path_factory.mktemp("gpu"))
+    yield Checkpoint.open(str(save_tiny_model(folder / "model", num_hidden_layers=8, hidden_size=64)))
+
+
+def tables(
+    checkpoint: Checkpoint, tokens: Tensor, dtype: DtypeName, metric: MetricName, *, on: str = "cuda", **settings: Any
+) -> tuple[list[ScoreTable], Any]:
+    """Three steps of a search; with `on='cpu'` the weights are streamed."""
+    plan = settings.pop("plan", None)
+    model = load_model(checkpoint, device=on, dtype=dtype)
+    choices = ScorerSettings(**{"compile": "off", **settings})
+    scorer = build_scorer(row_of(model), model, tokens, "cuda", metric_of(metric), choices, cut=CUT)
+    if plan is not None:
+        assert isinstance(scorer, SweepScorer)
+        scorer.use(plan)
+    return [filled(scorer, gone, [block for block in BLOCKS if block not in gone]) for gone in SEARCH], scorer
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("metric", ["perplexity", "kl", "js"])
+@pytest.mark.parametrize("way", ["resident", "streamed", "host snapshots", "compiled"])
+def test_scores_are_those_of_the_plain_scorer(
+    checkpoint: Checkpoint, tokens: Tensor, dtype: DtypeName, metric: MetricName, way: str
+) -> None:
+    settings: dict[str, Any] = {
+        "resident": {},
+        "streamed": {"on": "cpu"},
+        "host snapshots": {"on": "cpu", "plan": SweepPlan(CUT, 2**28, snapshots_on_host=True)},
+        "compiled": {"compile": "on"},
+    }[way]
+    expected, _ = tables(checkpoint, tokens, dtype, metric, scorer="plain")
+    found, scorer = tables(checkpoint, tokens, dtype, metric, **settings)
+    for mine, theirs in zip(found, expected, strict=True):
+        means = [(table.nll_CB.mean(1), table.divergence_CB.mean(1)) for table in (mine, theirs)]
+        for a_C, b_C in zip(*means, strict=True):
+            torch.testing.assert_close(a_C, b_C, rtol=0, atol=NOISE_NATS[dtype], equal_nan=True)
+    assert scorer.meter.flops_saved > 0
+
+
+def test_a_budget_is_kept_and_given_back(checkpoint: Checkpoint, tokens: Tensor) -> None:
+    budget = 256 * 2**20
+    torch.cuda.reset_peak_memory_stats()
+    with device_memory("cuda", budget):
+        found, _ = tables(checkpoint, tokens, "float32", "perplexity", memory_budget=budget)
+        assert torch.cuda.max_memory_reserved() <= budget
+    expected, _ = tables(checkpoint, tokens, "float32", "perplexity", scorer="plain")
+    torch.testing.assert_close(found[0].nll_CB, expected[0].nll_CB, rtol=0, atol=1e-5)
+    torch.empty(2 * budget, dtype=torch.uint8, device="cuda")  # the cap is gone
+
+
+def test_running_out_of_memory_changes_no_score(checkpoint: Checkpoint, tokens: Tensor) -> None:
+    expected, _ = tables(checkpoint, tokens, "float32", "kl", scorer="plain")
+    greedy = SweepPlan(SweepCut(micro_batch=16, branches_per_chunk=100, logit_elements=2**34), 2**40)
+    with device_memory("cuda", 128 * 2**20):
+        found, scorer = tables(checkpoint, tokens, "float32", "kl", plan=greedy)
+    assert scorer.plan != greedy
+    torch.testing.assert_close(found[2].divergence_CB, expected[2].divergence_CB, rtol=0, atol=1e-5)
