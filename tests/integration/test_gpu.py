@@ -1,8 +1,7 @@
-"""On a GPU every way to compute gives the plain scorer's scores. Runs with `pytest --gpu tests/integration/test_gpu.py`."""
+"""On a GPU every way to compute gives the plain scorer's scores. Run it with `pytest --gpu` and this file's path."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,9 @@ def tokens() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     folder = Path(tmp_path_factory.mktemp("gpu"))
-    yield Checkpoint.open(str(save_tiny_model(folder / "model", num_hidden_layers=8, hidden_size=64)))
+    return Checkpoint.open(str(save_tiny_model(folder / "model", num_hidden_layers=8, hidden_size=64)))
 
 
 def tables(
