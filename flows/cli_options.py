@@ -51,8 +51,8 @@ ExportFormat = Annotated[
     str | None,
     _setting(
         "export_format",
-        "auto|stock|transformers",
-        autocompletion=complete_choice("auto", "stock", "transformers"),
+        "auto|stock|transformers|zeroed",
+        autocompletion=complete_choice("auto", "stock", "transformers", "zeroed"),
     ),
 ]
 EvalText = Annotated[list[str] | None, _setting("eval_text", "NAME|FILE", autocompletion=complete_text)]

@@ -17,7 +17,6 @@ from blockpruner.baichuan import is_foldable
 from blockpruner.blocks import all_blocks
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ConfigurationError
-from blockpruner.export.write import require_exportable
 from blockpruner.loading import DtypeName, check_tensors, meta_model, resolve_device, resolve_dtype
 from blockpruner.search import SearchTarget
 from flows.recipe import Recipe
@@ -285,8 +284,6 @@ def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelS
         ConfigurationError: if the target cannot be reached.
     """
     architecture, shapes = meta_model(checkpoint)
-    if goal in _EXPORTING:
-        require_exportable(architecture)
     check_tensors(checkpoint, shapes)
     num_layers, total = len(architecture.decoder_layers(shapes)), num_parameters(shapes)
     sizes = block_sizes(architecture, shapes)

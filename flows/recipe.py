@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from blockpruner.blocks import BlockKinds
 from blockpruner.errors import ConfigurationError, nearest
+from blockpruner.export.names import FormatChoice
 from blockpruner.memory_size import parse_memory_size
 from blockpruner.scoring.settings import CompileChoice, MetricName, ScorerName, ScorerSettings
 from flows.settings_text import SETTINGS
@@ -81,9 +82,7 @@ class Recipe(BaseModel):
     ratio: float | None = Field(default=None, gt=0, lt=1, description=SETTINGS["ratio"])
     block_kinds: BlockKinds = Field(default="both", description=SETTINGS["block_kinds"])
     export_blocks: int | None = Field(default=None, ge=1, description=SETTINGS["export_blocks"])
-    export_format: Literal["auto", "stock", "transformers"] = Field(
-        default="auto", description=SETTINGS["export_format"]
-    )
+    export_format: FormatChoice = Field(default="auto", description=SETTINGS["export_format"])
     eval_text: Annotated[tuple[NonBlank, ...], BeforeValidator(_as_list)] = Field(
         default=(), description=SETTINGS["eval_text"]
     )

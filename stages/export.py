@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from blockpruner.architectures import block_sizes, num_parameters
 from blockpruner.blocks import Block
 from blockpruner.checkpoint import COMPANION_FILES, Checkpoint
 from blockpruner.errors import ConfigurationError, ExportError
 from blockpruner.export.card import CardNumbers, write_card
+from blockpruner.export.names import ExportFormat, FormatChoice
 from blockpruner.export.verify import Verification, masked_logits, verification_request, verify
-from blockpruner.export.write import ExportFormat, WrittenExport, write_export
+from blockpruner.export.write import WrittenExport, write_export
 from blockpruner.loading import DtypeName, load_model, meta_model, release_memory
 from blockpruner.progress import Progress
 from blockpruner.trace import SearchTrace, read_trace
@@ -29,7 +29,7 @@ class ExportConfig(StageConfig):
 
     num_blocks: int | None = None
     """How many blocks of the pruning order to remove; None: all of it."""
-    format: Literal["auto", "stock", "transformers"] = "auto"
+    format: FormatChoice = "auto"
     """'auto' writes the family's own format where the surviving blocks alternate, else the one with custom code."""
 
 
