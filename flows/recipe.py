@@ -24,7 +24,16 @@ from flows.settings_text import SETTINGS
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
 _PATH_FIELDS = ("model", "calibration", "eval_text", "task_dir")
 _TARGET_FIELDS = ("num_blocks", "ratio")
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?")
+
+# Far beyond anything that can be computed, and within what every library and database column behind can hold: a slip of
+# the pen is refused here and not somewhere in the middle.
+_MOST_TOKENS = 2**24
+_MOST_ROWS = 10**12
+_MOST_BLOCKS = 10**6
+_MOST_EXAMPLES = 10**9
+_MOST_SHOTS = 10**4
+_MOST_SEQUENCES_AT_ONCE = 2**20
 
 
 def _as_list(value: object) -> object:
@@ -73,14 +82,14 @@ class Recipe(BaseModel):
     calibration: NonBlank = Field(default="alpaca", description=SETTINGS["calibration"])
     calibration_column: NonBlank | None = Field(default=None, description=SETTINGS["calibration_column"])
     num_samples: Annotated[int | None, BeforeValidator(_number_or_all)] = Field(
-        default=256, ge=1, description=SETTINGS["num_samples"]
+        default=256, ge=1, le=_MOST_ROWS, description=SETTINGS["num_samples"]
     )
-    sequence_length: int = Field(default=2048, ge=2, description=SETTINGS["sequence_length"])
+    sequence_length: int = Field(default=2048, ge=2, le=_MOST_TOKENS, description=SETTINGS["sequence_length"])
     seed: int = Field(default=42, ge=0, lt=2**32, description=SETTINGS["seed"])
-    num_blocks: int | None = Field(default=None, ge=1, description=SETTINGS["num_blocks"])
+    num_blocks: int | None = Field(default=None, ge=1, le=_MOST_BLOCKS, description=SETTINGS["num_blocks"])
     ratio: float | None = Field(default=None, gt=0, lt=1, description=SETTINGS["ratio"])
     block_kinds: BlockKinds = Field(default="both", description=SETTINGS["block_kinds"])
-    export_blocks: int | None = Field(default=None, ge=1, description=SETTINGS["export_blocks"])
+    export_blocks: int | None = Field(default=None, ge=1, le=_MOST_BLOCKS, description=SETTINGS["export_blocks"])
     export_format: Literal["auto", "stock", "transformers"] = Field(
         default="auto", description=SETTINGS["export_format"]
     )
@@ -92,11 +101,11 @@ class Recipe(BaseModel):
         default=(), description=SETTINGS["tasks"]
     )
     task_dir: NonBlank | None = Field(default=None, description=SETTINGS["task_dir"])
-    num_fewshot: int | None = Field(default=None, ge=0, description=SETTINGS["num_fewshot"])
-    limit: int | None = Field(default=None, ge=1, description=SETTINGS["limit"])
+    num_fewshot: int | None = Field(default=None, ge=0, le=_MOST_SHOTS, description=SETTINGS["num_fewshot"])
+    limit: int | None = Field(default=None, ge=1, le=_MOST_EXAMPLES, description=SETTINGS["limit"])
     device: Annotated[str, BeforeValidator(_known_device)] = Field(default="auto", description=SETTINGS["device"])
     dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description=SETTINGS["dtype"])
-    batch_size: int | None = Field(default=None, ge=1, description=SETTINGS["batch_size"])
+    batch_size: int | None = Field(default=None, ge=1, le=_MOST_SEQUENCES_AT_ONCE, description=SETTINGS["batch_size"])
     metric: MetricName = Field(default="perplexity", description=SETTINGS["metric"])
     scorer: ScorerName = Field(default="sweep", description=SETTINGS["scorer"])
     memory_budget: Annotated[NonBlank | None, BeforeValidator(_amount_of_memory)] = Field(

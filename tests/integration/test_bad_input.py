@@ -178,6 +178,20 @@ CASES: dict[str, tuple[Callable[[Lab], Outcome], str]] = {
     "device that is not there": (lambda lab: lab.search("--device", "cuda:7"), "not on this machine"),
     "unknown dtype": (lambda lab: lab.search("--dtype", "bfloat61"), "did you mean 'bfloat16'"),
     "sequence length of 0": (lambda lab: lab.search("--sequence-length", 0), "sequence_length is 0"),
+    **{
+        f"{option[0]} out of all bounds": (
+            lambda lab, option=option: lab.call("evaluate", *lab.good, "--num-blocks", 1, *option),
+            f"{option[0][2:].replace('-', '_')} is ",
+        )
+        for option in (
+            ("--sequence-length", 3_000_000_000),
+            ("--num-samples", 99999999999999999999999),
+            ("--num-blocks", 3_000_000_000),
+            ("--limit", 10**19),
+            ("--num-fewshot", 10**10),
+            ("--batch-size", 2**63),
+        )
+    },
     "rows of 0": (lambda lab: lab.search("--num-samples", 0), "num_samples is 0"),
     "unknown option": (lambda lab: lab.search("--modle", "x"), "No such option"),
     "unknown command": (lambda lab: lab.call("serach"), "serach"),
@@ -244,6 +258,11 @@ def test_one_line_and_status_2(name: str, lab: Lab) -> None:
     assert said in last
     assert "Traceback" not in outcome.stderr
     assert [line for line in outcome.stderr.splitlines() if line.startswith("Error")] == [last]
+
+
+def test_a_number_out_of_all_bounds_leaves_nothing_behind(lab: Lab) -> None:
+    assert lab.search("--sequence-length", 3_000_000_000).status == 2
+    assert not lab.workspace.exists()
 
 
 def test_a_run_that_was_refused_is_a_row_and_spoils_nothing(lab: Lab) -> None:
