@@ -260,6 +260,19 @@ def test_one_line_and_status_2(name: str, lab: Lab) -> None:
     assert [line for line in outcome.stderr.splitlines() if line.startswith("Error")] == [last]
 
 
+@pytest.mark.parametrize("command", ["search", "baseline", "evaluate"])
+def test_sequences_longer_than_a_table_of_positions_are_refused_before_anything(
+    command: str, lab: Lab, tiny_folder: TinyFolder
+) -> None:
+    given = [*lab.good, "--model", tiny_folder("opt"), "--sequence-length", 257]
+    given += {"search": ["--num-blocks", 1], "baseline": [], "evaluate": ["--eval-text", lab.path / "cal.txt"]}[command]
+    outcome = lab.call(command, *given)
+    assert outcome.status == 2
+    (line,) = outcome.stderr.splitlines()
+    assert line.endswith("this model knows 256 positions; give --sequence-length 256 or less")
+    assert lab.records()[0]["stages"] == []
+
+
 def test_a_number_out_of_all_bounds_leaves_nothing_behind(lab: Lab) -> None:
     assert lab.search("--sequence-length", 3_000_000_000).status == 2
     assert not lab.workspace.exists()
