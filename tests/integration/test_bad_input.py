@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.integration.command_line import Outcome, blockpruner, in_a_process
-from tests.tiny_models import tiny_rows
+from tests.tiny_models import save_tiny_model, tiny_rows
 
 TinyFolder = Callable[[str], Path]
 
@@ -271,6 +271,17 @@ def test_sequences_longer_than_a_table_of_positions_are_refused_before_anything(
     (line,) = outcome.stderr.splitlines()
     assert line.endswith("this model knows 256 positions; give --sequence-length 256 or less")
     assert lab.records()[0]["stages"] == []
+
+
+@pytest.mark.parametrize("command", ["search", "baseline"])
+def test_a_tokenizer_with_more_tokens_than_the_model_is_one_line(command: str, lab: Lab) -> None:
+    small = save_tiny_model(lab.path / "small", vocab_size=100)
+    target = ["--num-blocks", 1] if command == "search" else []
+    outcome = lab.call(command, *lab.good, *target, "--model", small)
+    assert outcome.status == 2
+    assert "the text 'calibration' holds token id" in outcome.stderr.splitlines()[-1]
+    assert "the model knows 100 tokens" in outcome.stderr.splitlines()[-1]
+    assert not list(lab.workspace.glob("state/search/*/*"))
 
 
 def test_a_number_out_of_all_bounds_leaves_nothing_behind(lab: Lab) -> None:
