@@ -19,6 +19,7 @@ from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ConfigurationError
 from blockpruner.export.write import require_exportable
 from blockpruner.loading import DtypeName, any_meta_model, check_tensors, meta_model, resolve_device, resolve_dtype
+from blockpruner.paths import user_path
 from blockpruner.positions import check_sequence_length
 from blockpruner.search import SearchTarget
 from flows.recipe import Recipe
@@ -269,7 +270,7 @@ class Plan:
 
     @property
     def _task_dir(self) -> Path | None:
-        return Path(self.recipe.task_dir).expanduser().resolve() if self.recipe.task_dir else None
+        return user_path(self.recipe.task_dir).resolve() if self.recipe.task_dir else None
 
 
 @cache  # its fingerprint reads every weight, and is kept by the object

@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from blockpruner.blocks import BlockKinds
 from blockpruner.errors import ConfigurationError, nearest
 from blockpruner.memory_size import parse_memory_size
+from blockpruner.paths import user_path
 from blockpruner.scoring.settings import CompileChoice, MetricName, ScorerName, ScorerSettings
 from flows.settings_text import SETTINGS
 
@@ -185,7 +186,7 @@ def _overridden(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict
 
 
 def _locate(source: str) -> Path:
-    if (path := Path(source).expanduser()).is_file():
+    if (path := user_path(source)).is_file():
         return path
     if source in recipe_names():
         return RECIPES_FOLDER / f"{source}.yaml"
@@ -225,7 +226,10 @@ def _beside(folder: Path, text: str) -> str:
 
 
 def _absolute(text: str) -> str:
-    path = Path(text).expanduser()
+    try:
+        path = user_path(text)
+    except ConfigurationError:  # said by whoever opens it
+        return text
     return str(path.resolve()) if _exists(path) else text
 
 

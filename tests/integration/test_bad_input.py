@@ -116,6 +116,14 @@ def export_onto(lab: Lab) -> Outcome:
     return lab.call("export", "latest", "--output", lab.model)
 
 
+def export_to(lab: Lab, output: object) -> Outcome:
+    """Refused before any work, so that no artifact is there afterwards."""
+    lab.search()
+    outcome = lab.call("export", "latest", "--output", output)
+    assert not list(lab.workspace.glob("artifacts/export/*"))
+    return outcome
+
+
 def sql(lab: Lab, query: str) -> Outcome:
     lab.search()
     return lab.call("sql", query)
@@ -172,6 +180,40 @@ CASES: dict[str, tuple[Callable[[Lab], Outcome], str]] = {
     "neither K nor ratio": (lambda lab: lab.call("run", "--model", lab.model), "--num-blocks K or --ratio R"),
     "export more than can go": (export_beyond, "at most 7"),
     "export onto something": (export_onto, "is there already"),
+    **{
+        f"export to {output}": (lambda lab, output=output: export_to(lab, output), said)
+        for output, said in (
+            (".", ". is there already"),
+            ("", "'' is given where a folder is meant"),
+            ("/dev/shm", "; give --output a new folder"),
+            (Path(__file__) / "below" / "a-file", "test_bad_input.py is a file"),
+        )
+    },
+    # paths
+    **{
+        f"{kind} in {place[-1]}": (
+            lambda lab, place=place, path=path: blockpruner(
+                *place[:1], "--workspace", lab.workspace, *lab.good, *place[1:], path
+            ),
+            said,
+        )
+        for place in (
+            ("baseline", "--model"),
+            ("baseline", "--calibration"),
+            ("baseline", "--eval-text"),
+            ("evaluate", "--tasks", "t", "--task-dir"),
+            ("export", "--num-blocks", 1, "--output"),
+            ("export", "--num-blocks", 1, "--workspace"),
+            ("run",),
+        )
+        for kind, path, said in (
+            ("home of nobody", "~nobody-here/x", "the home folder of a user who is not known here"),
+            ("name too long", "x" * 300, "longer than the file system allows (300 characters)"),
+            ("path too long", "x/" * 3000, "longer than the file system allows (6000 characters)"),
+        )
+    },
+    "null character in a recipe": (lambda lab: recipe_of(lab, b'model: "a\\0b"\nnum_blocks: 1\n'), "null character"),
+    "workspace without a name": (lambda lab: blockpruner("runs", "--workspace", ""), "'' is given"),
     # settings
     "unknown block kinds": (lambda lab: lab.search("--block-kinds", "mlpp"), "did you mean 'mlp'"),
     "unknown device": (lambda lab: lab.search("--device", "cudda"), "did you mean 'cuda'"),
