@@ -112,12 +112,12 @@ class ResultStore:
         deadline = time.monotonic() + (self._wait if wait is None else wait)
         try:
             return self._query_now(sql, deadline)
-        except _UnusableError:
+        except _UnusableError as unusable:
             if not self._records():
                 raise StoreError(
                     f"no results in {self.path.parent} yet; `blockpruner demo` or `blockpruner run` makes some"
                 ) from None
-            with self._said_plainly(), self._writing(deadline):
+            with self._said_plainly(f"{unusable}, and cannot be made"), self._writing(deadline):
                 return self._healed(lambda: self._query_now(sql, deadline))
 
     def rebuild(self, records: Iterable[RunRecord] | None = None) -> int:
@@ -128,7 +128,7 @@ class ResultStore:
         """
         chosen = self._records() if records is None else list(records)
         deadline = time.monotonic() + self._wait
-        with self._said_plainly(), self._writing(deadline):
+        with self._said_plainly("cannot be made"), self._writing(deadline):
             self._prove_free(deadline)
             self._build(chosen)
         return len(chosen)
@@ -225,18 +225,22 @@ class ResultStore:
             connection.execute(f"CREATE TABLE {INFO_TABLE} AS SELECT ? AS schema_digest", [SCHEMA_DIGEST])
             for record in records:
                 self._put(connection, record)
+            connection.execute("CHECKPOINT")  # closing would keep to itself that the disk is full
         # The old file's log of changes does not fit the new file, and DuckDB would refuse the two together.
         self.path.with_name(f"{self.path.name}.wal").unlink(missing_ok=True)
         temporary.replace(self.path)
         sync_folder(self.path.parent)
 
     @contextmanager
-    def _said_plainly(self) -> Iterator[None]:
-        """Turn the operating system's refusals into a user's error."""
+    def _said_plainly(self, what: str) -> Iterator[None]:
+        """Turn the operating system's refusals into a user's error: the database `what`."""
         try:
             yield
         except OSError as error:
-            raise StoreError(f"{self.path} cannot be written ({error.strerror})") from error
+            raise StoreError(
+                f"{self.path} {what} here from the run records ({error.strerror}); make the folder writable, "
+                "or copy it and give the copy with --workspace DIR"
+            ) from error
 
     def _records(self) -> list[RunRecord]:
         return RunStore(self._workspace.path, self._warn).list()
