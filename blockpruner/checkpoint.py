@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from blockpruner.errors import CheckpointError
+from blockpruner.paths import user_path
 
 _VOLATILE_CONFIG_KEYS = frozenset({"_name_or_path", "_commit_hash", "transformers_version"})
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*"]
@@ -113,7 +114,7 @@ def file_digest(path: Path) -> str:
 
 
 def _locate(id_or_dir: str) -> Path:
-    path = Path(id_or_dir).expanduser()
+    path = user_path(id_or_dir)
     if path.is_dir():
         return path.resolve()
     if path.exists():

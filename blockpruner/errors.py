@@ -7,6 +7,7 @@ defect of ours and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -40,6 +41,19 @@ class ExportError(BlockPrunerError):
 
 class StoreError(BlockPrunerError):
     """The results database cannot be opened, or a query failed."""
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether there is no space, or none that this user or process may take.
+
+    Also where a library written in another language put the operating system's words into an error of its own.
+    """
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    return "No space left on device" in str(error) or any(f"(os error {number})" in str(error) for number in _FULL)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -22,6 +22,7 @@ from safetensors.torch import save
 
 from blockpruner.blocks import Block
 from blockpruner.errors import ArtifactError
+from blockpruner.paths import naming
 from blockpruner.scoring.table import ScoreTable
 from blockpruner.trace import SearchStep
 
@@ -202,7 +203,7 @@ class SearchJournal:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new and nothing between."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    with naming(path), temporary.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -145,6 +145,19 @@ def meta_model(checkpoint: Checkpoint) -> tuple[Architecture, PreTrainedModel]:
     return architecture.for_config(config), cast(PreTrainedModel, model)
 
 
+def any_meta_model(checkpoint: Checkpoint) -> PreTrainedModel | None:
+    """The modules of a model of any family; None where only its own code, or a library that is not here, knows them."""
+    if is_foldable(checkpoint):
+        return meta_model(checkpoint)[1]
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        with torch.device("meta"):
+            return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    except Exception as error:  # noqa: BLE001  # of many types; `load_model` has the last word
+        logger.debug("%s is not known before it is loaded: %s", checkpoint.name, error)
+        return None
+
+
 def check_tensors(checkpoint: Checkpoint, shapes: PreTrainedModel) -> None:
     """Compare the headers of the weight files with the model that config.json describes; reads no weight.
 

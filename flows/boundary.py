@@ -1,24 +1,27 @@
 """The one place where the command line's errors end: a user's mistake is one line and status 2.
 
-A defect of ours keeps its traceback. An order to end (SIGTERM) is taken as Ctrl-C is, at any time: the run's record is
-closed, what was started is stopped (Prefect's temporary server would go on for ever), and one line says how to go on.
+So is what the machine refuses: a full disk, a file that may not be read. A defect of ours keeps its traceback. An order
+to end (SIGTERM) is taken as Ctrl-C is, at any time: the run's record is closed, what was started is stopped (Prefect's
+temporary server would go on for ever), and one line says how to go on.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from blockpruner.errors import BlockPrunerError
-from flows.wording import one_line
+from blockpruner.paths import naming
+from flows.wording import in_plain_words, one_line
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -49,12 +52,19 @@ class OneLineErrors(TyperGroup):
         try:
             with self._interruptions.watched():
                 status = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
-        except BlockPrunerError as error:
-            status = _say(str(error))
         except TyperException as error:
             status = _say_usage(error)
         except typer.Abort:
             status = INTERRUPTED
+        except Exception as error:
+            broken = _close_broken_output()
+            words = in_plain_words(broken or error)
+            if words is None:
+                raise
+            status = _say(words)
+        else:
+            if broken := _close_broken_output():
+                status = _say(in_plain_words(broken) or str(broken))
         if not standalone_mode:
             return status
         sys.exit(status if isinstance(status, int) else 0)
@@ -100,6 +110,21 @@ class _Interruptions:
     def _interrupt(self, number: int, _: object) -> None:
         self.received = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
         raise self.received
+
+
+def _close_broken_output() -> OSError | None:
+    """The error of a standard output that takes no more; it is turned away, for Python would try once more at its end.
+
+    A pipe whose reader has gone is no error.
+    """
+    try:
+        with naming(Path("standard output")):
+            sys.stdout.flush()
+    except OSError as error:
+        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return None if isinstance(error, BrokenPipeError) else error
+    return None
 
 
 def _say_interrupted(interruption: KeyboardInterrupt) -> int:

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from blockpruner.errors import ConfigurationError
+from blockpruner.paths import user_path
 from flows.completion import complete_choice, complete_recipe, complete_run, complete_text
 from flows.settings_text import SETTINGS
 
@@ -78,11 +80,24 @@ Compile = Annotated[str | None, _setting("compile", "auto|on|off", autocompletio
 TrustRemoteCode = Annotated[bool | None, typer.Option("--trust-remote-code", help=SETTINGS["trust_remote_code"])]
 Name = Annotated[str | None, _setting("name", "TEXT")]
 
+
+def folder(text: str | Path) -> Path:
+    """A folder as it was typed.
+
+    Raises:
+        ConfigurationError: if it is no path.
+    """
+    if not str(text).strip():  # which pathlib takes for the current folder
+        raise ConfigurationError(f"{str(text)!r} is given where a folder is meant; name one, or leave the option out")
+    return user_path(text)
+
+
 WorkspaceFolder = Annotated[
     Path,
     typer.Option(
         "--workspace",
         metavar="DIR",
+        parser=folder,
         envvar="BLOCKPRUNER_WORKSPACE",
         help="The folder where results and everything that was computed are kept.",
     ),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from blockpruner.errors import BlockPrunerError, ConfigurationError
+from blockpruner.errors import ConfigurationError
 from flows import cli_options as options
 
 if TYPE_CHECKING:
@@ -85,12 +85,14 @@ def _run_flow(recipe: Recipe, workspace: Path) -> RunSummary:
         from flows.plan import Plan
         from flows.runner import Runner
         from flows.summary import RunSummary
+        from flows.wording import in_plain_words
 
         runner = Runner(workspace, reporter)
         try:
             Plan.make(recipe, "evaluate")
-        except BlockPrunerError as error:
-            runner.refuse(recipe, error)
+        except Exception as error:
+            if (reason := in_plain_words(error)) is not None:
+                runner.refuse(recipe, reason)
             raise
         be_quiet()
         reporter.say("starting Prefect")

@@ -23,21 +23,22 @@ def runs(
     as_csv: options.Csv = False,
 ) -> None:
     """List the runs, newest first."""
-    from flows.render import csv_text, on_stdout, runs_table
+    from flows.cli_output import put, put_view
+    from flows.render import csv_text, runs_table
     from flows.summary import dump_json
 
     _one_format(as_json, as_csv)
     records = _open_runs(workspace).list()
     listed = [record.model_dump(mode="json", exclude={"stages", "config"}) for record in records]
     if as_json:
-        typer.echo(dump_json(listed))
+        put(dump_json(listed))
     elif as_csv:
         columns = list(listed[0]) if listed else ["run_id"]
-        typer.echo(csv_text(columns, [list(row.values()) for row in listed]), nl=False)
+        put(csv_text(columns, [list(row.values()) for row in listed]), newline=False)
     elif not records:
         typer.echo(f"no runs in {workspace} yet; `blockpruner demo` makes one", err=True)
     else:
-        on_stdout().print(runs_table(records))
+        put_view(runs_table(records))
 
 
 def show(
@@ -66,7 +67,8 @@ def sql(
 
     Reads only, and works while a search is running.
     """
-    from flows.render import csv_text, on_stdout, query_table
+    from flows.cli_output import put, put_view
+    from flows.render import csv_text, query_table
     from flows.summary import dump_json
     from stages.store import ResultStore
 
@@ -74,11 +76,11 @@ def sql(
     store = _open_runs(workspace)
     columns, rows = ResultStore(store.workspace.database, _warn).query(query)
     if as_json:
-        typer.echo(dump_json([dict(zip(columns, map(_json_value, row), strict=True)) for row in rows]))
+        put(dump_json([dict(zip(columns, map(_json_value, row), strict=True)) for row in rows]))
     elif as_csv:
-        typer.echo(csv_text(columns, rows), nl=False)
+        put(csv_text(columns, rows), newline=False)
     else:
-        on_stdout().print(query_table(columns, rows))
+        put_view(query_table(columns, rows))
 
 
 def _open_runs(workspace: Path) -> RunStore:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blockpruner.errors import ConfigurationError
 from flows import cli_options as options
+from flows.model_copy import copy_model, require_new_folder
 
 if TYPE_CHECKING:
     from flows.plan import Goal
@@ -19,7 +18,10 @@ if TYPE_CHECKING:
     from flows.summary import RunSummary
 
 Output = Annotated[
-    Path | None, typer.Option("--output", metavar="DIR", help="Put a copy of the exported model here; a new folder.")
+    Path | None,
+    typer.Option(
+        "--output", metavar="DIR", parser=options.folder, help="Put a copy of the exported model here; a new folder."
+    ),
 ]
 
 
@@ -133,8 +135,8 @@ def export(
 
     Of a run, or of the search that the options describe, as a folder that transformers loads.
     """
-    if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigurationError(f"{output} is there already; give --output a new folder")
+    if output is not None:
+        require_new_folder(output)
     _run_and_print(_recipe_of_run(context, run, workspace), "export", workspace, as_json, output)
 
 
@@ -225,17 +227,5 @@ def _run_here(recipe: Recipe, goal: Goal, workspace: Path, output: Path | None) 
         record = runner.run(recipe, goal)
         summary = RunSummary.of(record, runner.workspace, reporter.warn, output)
         if output is not None and summary.export is not None:
-            _copy_model(Path(summary.export.path), output)
+            copy_model(Path(summary.export.path), output)
         return summary
-
-
-def _copy_model(source: Path, output: Path) -> None:
-    """Copy a folder so that the copy is there whole or not at all."""
-    unfinished: Any = output.with_name(f".{output.name}.unfinished")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(source, unfinished)
-        unfinished.rename(output)
-    except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise ConfigurationError(f"the model cannot be copied to {output}: {error.strerror or error}") from error

@@ -17,7 +17,9 @@ from blockpruner.baichuan import is_foldable
 from blockpruner.blocks import all_blocks
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ConfigurationError
-from blockpruner.loading import DtypeName, check_tensors, meta_model, resolve_device, resolve_dtype
+from blockpruner.loading import DtypeName, any_meta_model, check_tensors, meta_model, resolve_device, resolve_dtype
+from blockpruner.paths import user_path
+from blockpruner.positions import check_sequence_length
 from blockpruner.search import SearchTarget
 from flows.recipe import Recipe
 from stages import baseline, calibrate, evaluate, export, fold, search
@@ -106,6 +108,8 @@ class Plan:
             )
         checkpoint = Checkpoint.open(recipe.model)
         shape = _checked_shape(recipe, goal, checkpoint) if goal in _SEARCHING else None
+        if goal == "baseline" or (goal == "measure" and recipe.eval_text):
+            _check_any_model(recipe, checkpoint)
         plan = cls(recipe, goal, checkpoint, device, dtype, shape)
         plan.check()
         return plan
@@ -265,7 +269,7 @@ class Plan:
 
     @property
     def _task_dir(self) -> Path | None:
-        return Path(self.recipe.task_dir).expanduser().resolve() if self.recipe.task_dir else None
+        return user_path(self.recipe.task_dir).resolve() if self.recipe.task_dir else None
 
 
 @cache  # its fingerprint reads every weight, and is kept by the object
@@ -281,10 +285,11 @@ def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelS
         ExportError: if the goal includes an export, and the model's family cannot be exported.
         UnsupportedArchitectureError: if the model's family is not in the table.
         CheckpointError: if the weights are not those of the model that config.json describes.
-        ConfigurationError: if the target cannot be reached.
+        ConfigurationError: if the target cannot be reached, or a sequence is longer than the model can read.
     """
     architecture, shapes = meta_model(checkpoint)
     check_tensors(checkpoint, shapes)
+    check_sequence_length(shapes, recipe.sequence_length)
     num_layers, total = len(architecture.decoder_layers(shapes)), num_parameters(shapes)
     sizes = block_sizes(architecture, shapes)
     candidates = {block: sizes[block] for block in all_blocks(num_layers, recipe.block_kinds)}
@@ -296,6 +301,12 @@ def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelS
             "give at most as many, or search for more"
         )
     return ModelShape(num_layers, total)
+
+
+def _check_any_model(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """What must hold of a model that is only measured, of whatever family."""
+    if (shapes := any_meta_model(checkpoint)) is not None:
+        check_sequence_length(shapes, recipe.sequence_length)
 
 
 def _check_num_blocks(recipe: Recipe, num_candidates: int) -> None:

@@ -19,13 +19,23 @@ from blockpruner.blocks import BlockKinds
 from blockpruner.errors import ConfigurationError, nearest
 from blockpruner.export.names import FormatChoice
 from blockpruner.memory_size import parse_memory_size
+from blockpruner.paths import user_path
 from blockpruner.scoring.settings import CompileChoice, MetricName, ScorerName, ScorerSettings
 from flows.settings_text import SETTINGS
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
 _PATH_FIELDS = ("model", "calibration", "eval_text", "task_dir")
 _TARGET_FIELDS = ("num_blocks", "ratio")
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?")
+
+# Far beyond anything that can be computed, and within what every library and database column behind can hold: a slip of
+# the pen is refused here and not somewhere in the middle.
+_MOST_TOKENS = 2**24
+_MOST_ROWS = 10**12
+_MOST_BLOCKS = 10**6
+_MOST_EXAMPLES = 10**9
+_MOST_SHOTS = 10**4
+_MOST_SEQUENCES_AT_ONCE = 2**20
 
 
 def _as_list(value: object) -> object:
@@ -74,14 +84,14 @@ class Recipe(BaseModel):
     calibration: NonBlank = Field(default="alpaca", description=SETTINGS["calibration"])
     calibration_column: NonBlank | None = Field(default=None, description=SETTINGS["calibration_column"])
     num_samples: Annotated[int | None, BeforeValidator(_number_or_all)] = Field(
-        default=256, ge=1, description=SETTINGS["num_samples"]
+        default=256, ge=1, le=_MOST_ROWS, description=SETTINGS["num_samples"]
     )
-    sequence_length: int = Field(default=2048, ge=2, description=SETTINGS["sequence_length"])
+    sequence_length: int = Field(default=2048, ge=2, le=_MOST_TOKENS, description=SETTINGS["sequence_length"])
     seed: int = Field(default=42, ge=0, lt=2**32, description=SETTINGS["seed"])
-    num_blocks: int | None = Field(default=None, ge=1, description=SETTINGS["num_blocks"])
+    num_blocks: int | None = Field(default=None, ge=1, le=_MOST_BLOCKS, description=SETTINGS["num_blocks"])
     ratio: float | None = Field(default=None, gt=0, lt=1, description=SETTINGS["ratio"])
     block_kinds: BlockKinds = Field(default="both", description=SETTINGS["block_kinds"])
-    export_blocks: int | None = Field(default=None, ge=1, description=SETTINGS["export_blocks"])
+    export_blocks: int | None = Field(default=None, ge=1, le=_MOST_BLOCKS, description=SETTINGS["export_blocks"])
     export_format: FormatChoice = Field(default="auto", description=SETTINGS["export_format"])
     eval_text: Annotated[tuple[NonBlank, ...], BeforeValidator(_as_list)] = Field(
         default=(), description=SETTINGS["eval_text"]
@@ -91,11 +101,11 @@ class Recipe(BaseModel):
         default=(), description=SETTINGS["tasks"]
     )
     task_dir: NonBlank | None = Field(default=None, description=SETTINGS["task_dir"])
-    num_fewshot: int | None = Field(default=None, ge=0, description=SETTINGS["num_fewshot"])
-    limit: int | None = Field(default=None, ge=1, description=SETTINGS["limit"])
+    num_fewshot: int | None = Field(default=None, ge=0, le=_MOST_SHOTS, description=SETTINGS["num_fewshot"])
+    limit: int | None = Field(default=None, ge=1, le=_MOST_EXAMPLES, description=SETTINGS["limit"])
     device: Annotated[str, BeforeValidator(_known_device)] = Field(default="auto", description=SETTINGS["device"])
     dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description=SETTINGS["dtype"])
-    batch_size: int | None = Field(default=None, ge=1, description=SETTINGS["batch_size"])
+    batch_size: int | None = Field(default=None, ge=1, le=_MOST_SEQUENCES_AT_ONCE, description=SETTINGS["batch_size"])
     metric: MetricName = Field(default="perplexity", description=SETTINGS["metric"])
     scorer: ScorerName = Field(default="sweep", description=SETTINGS["scorer"])
     memory_budget: Annotated[NonBlank | None, BeforeValidator(_amount_of_memory)] = Field(
@@ -175,7 +185,7 @@ def _overridden(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict
 
 
 def _locate(source: str) -> Path:
-    if (path := Path(source).expanduser()).is_file():
+    if (path := user_path(source)).is_file():
         return path
     if source in recipe_names():
         return RECIPES_FOLDER / f"{source}.yaml"
@@ -215,7 +225,10 @@ def _beside(folder: Path, text: str) -> str:
 
 
 def _absolute(text: str) -> str:
-    path = Path(text).expanduser()
+    try:
+        path = user_path(text)
+    except ConfigurationError:  # said by whoever opens it
+        return text
     return str(path.resolve()) if _exists(path) else text
 
 

@@ -15,12 +15,11 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from blockpruner.errors import BlockPrunerError
 from blockpruner.progress import Progress, ProgressCallback, silent
 from flows.plan import Goal, Job, Plan, PlannedStage
 from flows.recipe import Recipe
 from flows.reporter import Reporter
-from flows.wording import one_line
+from flows.wording import in_plain_words, one_line
 from stages.artifacts import Artifact, ArtifactStore
 from stages.contract import Runtime
 from stages.runs import RunDescription, RunRecord, RunStatus, RunStore, StageRun
@@ -85,10 +84,10 @@ class Runner:
                 artifacts[planned.role] = self._stage(record, plan, planned, planned.job(artifacts), execute)
         return record
 
-    def refuse(self, recipe: Recipe, error: BlockPrunerError) -> None:
+    def refuse(self, recipe: Recipe, reason: str) -> None:
         """Record a run that could not begin."""
         record = self.runs.create(RunDescription(name=recipe.name, model=recipe.model, config=_settings(recipe)))
-        self._end(record, "failed", one_line(str(error)))
+        self._end_early(record, "failed", reason)
 
     @contextmanager
     def _recorded(self, record: RunRecord) -> Iterator[None]:
@@ -96,13 +95,21 @@ class Runner:
         try:
             yield
         except Exception as error:
-            known = isinstance(error, BlockPrunerError)
-            self._end(record, "failed", one_line(str(error) if known else f"{type(error).__name__}: {error}"))
+            words = in_plain_words(error) or one_line(f"{type(error).__name__}: {error}")
+            self._end_early(record, "failed", words)
             raise
         except BaseException:  # Ctrl-C, or an order to end
-            self._end(record, "cancelled", "cancelled; give the same command again to go on")
+            self._end_early(record, "cancelled", "cancelled; give the same command again to go on")
             raise
         self._end(record, "completed", None)
+
+    def _end_early(self, record: RunRecord, status: RunStatus, error: str) -> None:
+        """Also where the record itself cannot be written: that must not take the place of what went wrong first."""
+        try:
+            self._end(record, status, error)
+        except OSError as failure:
+            reason = failure.strerror or failure
+            self._warn(f"the record of run {record.run_id} cannot be written ({reason}); a later command closes it")
 
     def _end(self, record: RunRecord, status: RunStatus, error: str | None) -> None:
         self.runs.finish(record, status, error)
@@ -128,7 +135,7 @@ class Runner:
             found = self._artifacts.lookup(job.stage, job.fingerprint)
             artifact = execute(StageCall(planned, job, found, compute))
         except Exception as error:
-            entry.status, entry.error = "failed", one_line(str(error))
+            entry.status, entry.error = "failed", in_plain_words(error) or one_line(str(error))
             raise
         entry.seconds = time.monotonic() - started
         self._note(record, entry, artifact)

@@ -2,7 +2,41 @@
 
 from __future__ import annotations
 
+import errno
+
+from blockpruner.errors import BlockPrunerError, is_disk_full
+from blockpruner.paths import shortened
+
+_REMEDIES = {
+    errno.EACCES: "see who may read and write it, or give another path",
+    errno.EPERM: "see who may read and write it, or give another path",
+    errno.EROFS: "give a path that can be written",
+    errno.ENAMETOOLONG: "give a shorter path",
+}
+_NO_SPACE = "free some space and give the same command again: all that was finished is kept"
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
+
+
+def in_plain_words(error: BaseException) -> str | None:
+    """What went wrong, in one line, if its cause is the user's input or the user's machine; None for a defect of ours.
+
+    An error of the operating system is the machine's where it names a file, or where there is no space for one.
+    """
+    if isinstance(error, BlockPrunerError):
+        return one_line(str(error))
+    if is_disk_full(error):
+        reason = getattr(error, "strerror", None) or one_line(str(error))
+        return f"{_file_of(error) or 'standard output, or a file, cannot be written'}: {reason}; {_NO_SPACE}"
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # the words of `tempfile`
+        return f"{error.strerror}; free some space there, or name another folder in the environment variable TMPDIR"
+    if isinstance(error, OSError) and (file := _file_of(error)):
+        return f"{file}: {error.strerror}; {_REMEDIES.get(error.errno or 0, 'check the path')}"
+    return None
+
+
+def _file_of(error: BaseException) -> str:
+    name = getattr(error, "filename", None)
+    return shortened(one_line(str(name))) if isinstance(name, str) else ""
 
 
 def one_line(text: str) -> str:

@@ -7,7 +7,6 @@ digests again. This module knows no particular stage, no run, and how to load no
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -24,7 +23,8 @@ from filelock import Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import blockpruner
-from blockpruner.errors import ArtifactError
+from blockpruner.errors import ArtifactError, is_disk_full
+from blockpruner.paths import naming
 from stages.contract import (
     ArtifactRef,
     ConfigT,
@@ -216,10 +216,11 @@ class ArtifactStore:
             sync_folder(folder.parent)
         except BaseException as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            if _is_disk_full(error):
+            if is_disk_full(error):
                 raise ArtifactError(
-                    f"stage {stage.name}: no space left on the disk of the workspace {self.workspace.path}; free some "
-                    "and give the same command again: all that was finished is kept"
+                    f"stage {stage.name}: {getattr(error, 'filename', None) or self.workspace.path} cannot be written "
+                    f"({getattr(error, 'strerror', None) or error}); free some space and give the same command again: "
+                    "all that was finished is kept"
                 ) from error
             raise
         return Artifact(stage.name, fingerprint, folder, manifest, cached=False, seconds=seconds)
@@ -335,7 +336,7 @@ def _seal(
     )
     content = envelope.model_dump(mode="json")
     content["sha256"] = canonical_digest(content)
-    with (folder / MANIFEST_FILE).open("wb") as file:
+    with naming(folder / MANIFEST_FILE), (folder / MANIFEST_FILE).open("wb") as file:
         file.write(_encoded(content))
         file.flush()
         os.fsync(file.fileno())
@@ -368,7 +369,7 @@ def _files_in(folder: Path) -> dict[str, Path]:
 
 
 def _digest_file(path: Path, durable: bool = False) -> FileDigest:
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         if durable:
             os.fsync(file.fileno())
         return FileDigest(sha256=hashlib.file_digest(file, "sha256").hexdigest(), bytes=os.fstat(file.fileno()).st_size)
@@ -383,10 +384,3 @@ def _remove(path: Path) -> None:
         path.unlink()
     elif path.exists():
         shutil.rmtree(path)
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    """Also where a library written in another language put the operating system's words into an error of its own."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return "No space left on device" in str(error)

@@ -149,9 +149,11 @@ class RunStore:
         """Write the record as it is now; once its status is not 'running', the run is over for this process."""
         self.workspace.runs.mkdir(parents=True, exist_ok=True)
         temporary = self.workspace.runs / f".tmp-{record.run_id}-{os.getpid()}-{threading.get_ident()}"
-        write_durably(self._path(record.run_id), record.model_dump_json(indent=2).encode() + b"\n", temporary)
-        if record.status != "running":
-            self._let_go(record.run_id)
+        try:
+            write_durably(self._path(record.run_id), record.model_dump_json(indent=2).encode() + b"\n", temporary)
+        finally:
+            if record.status != "running":
+                self._let_go(record.run_id)
 
     def finish(
         self, record: RunRecord, status: RunStatus, error: str | None = None, at: datetime | None = None

@@ -34,6 +34,7 @@ from blockpruner.scoring.work import Meter
 from blockpruner.search import GreedySearch, SearchTarget
 from blockpruner.trace import SearchStep, SearchSummary, write_trace
 from stages.contract import ArtifactRef, Runtime, Stage, StageConfig, StageManifest
+from stages.text_perplexity import check_vocabulary
 
 _NOISE_NATS: dict[DtypeName, float] = {"float32": 1e-5, "bfloat16": 2e-3}
 """How far the scores of two orders of summation lie apart at most, as the tests hold them to."""
@@ -173,7 +174,7 @@ def run(config: SearchConfig, inputs: SearchInputs, out_dir: Path, runtime: Runt
     """Search until the target is reached, going on from the checkpoints in `runtime.state_dir`.
 
     Raises:
-        ConfigurationError: if the target is not valid for this model.
+        ConfigurationError: if the target is not valid for this model, or it does not know a token of the set.
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
     target = SearchTarget(config.num_blocks, config.ratio)
@@ -182,6 +183,7 @@ def run(config: SearchConfig, inputs: SearchInputs, out_dir: Path, runtime: Runt
     num_layers = len(architecture.decoder_layers(shapes))
     candidates = {block: sizes[block] for block in all_blocks(num_layers, config.block_kinds)}
     target.check(candidates, total)
+    check_vocabulary(shapes, "calibration", load_token_ids(inputs.calibration.path))
     assert runtime.state_dir is not None
     settings = {name: str(value) for name, value in config.model_dump(exclude=set(STAGE.not_resume_fields)).items()}
     parts = {**inputs.fingerprints(), **settings}

@@ -22,7 +22,15 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_r
 from blockpruner.errors import ArtifactError, StoreError
 from stages.runs import RunRecord, RunStore
 from stages.store_rows import RunRows, record_digest, rows_of
-from stages.store_schema import CREATE, INFO_TABLE, SCHEMA_DIGEST, TABLES, delete_statement, insert_statement
+from stages.store_schema import (
+    CREATE,
+    INFO_TABLE,
+    SCHEMA_DIGEST,
+    SKIPPED_TABLE,
+    TABLES,
+    delete_statement,
+    insert_statement,
+)
 from stages.workspace import Warn, Workspace, log_warning, sync_folder
 
 _READ_ONLY_CONFIG: dict[str, str | bool | int | float | list[str]] = {
@@ -41,6 +49,8 @@ _TORN_WORDS = (
     "replaying WAL",
     "database does not exist",
 )
+_UNSTORABLE = (duckdb.DataError, duckdb.IntegrityError, duckdb.InvalidInputException, ValueError, OverflowError)
+"""What a value that fits no column comes as: a number too large, a date out of range, a text that is not Unicode."""
 _TORN_TYPES = (duckdb.IOException, duckdb.SerializationException, duckdb.InternalException, duckdb.FatalException)
 
 ResultT = TypeVar("ResultT")
@@ -81,11 +91,10 @@ class ResultStore:
         Never raises for the state of the database or the disk: False means that the rows wait in the artifacts, which
         was said, and the next ingest brings them.
         """
-        rows = rows_of(record, self._workspace, self._warn)
         deadline = time.monotonic() + self._wait
         try:
             with self._writing(deadline):
-                self._healed(lambda: self._ingest_now(rows, deadline), besides=record.run_id)
+                self._healed(lambda: self._ingest_now(record, deadline), besides=record.run_id)
         except (StoreError, ArtifactError, duckdb.Error, OSError) as error:
             self._warn(
                 f"the rows of run {record.run_id} are not in {self.path.name} yet ({_one_line(error)}); "
@@ -103,12 +112,12 @@ class ResultStore:
         deadline = time.monotonic() + (self._wait if wait is None else wait)
         try:
             return self._query_now(sql, deadline)
-        except _UnusableError:
+        except _UnusableError as unusable:
             if not self._records():
                 raise StoreError(
                     f"no results in {self.path.parent} yet; `blockpruner demo` or `blockpruner run` makes some"
                 ) from None
-            with self._said_plainly(), self._writing(deadline):
+            with self._said_plainly(f"{unusable}, and cannot be made"), self._writing(deadline):
                 return self._healed(lambda: self._query_now(sql, deadline))
 
     def rebuild(self, records: Iterable[RunRecord] | None = None) -> int:
@@ -119,7 +128,7 @@ class ResultStore:
         """
         chosen = self._records() if records is None else list(records)
         deadline = time.monotonic() + self._wait
-        with self._said_plainly(), self._writing(deadline):
+        with self._said_plainly("cannot be made"), self._writing(deadline):
             self._prove_free(deadline)
             self._build(chosen)
         return len(chosen)
@@ -133,15 +142,26 @@ class ResultStore:
         except StoreError as error:  # whatever is wrong with the file, it is about to be replaced
             self._warn(f"{self.path.name} {error}")
 
-    def _ingest_now(self, rows: RunRows, deadline: float) -> None:
+    def _ingest_now(self, record: RunRecord, deadline: float) -> None:
         with closing(self._connect(deadline, read_only=False)) as connection, _translated():
             _check_schema(connection)
-            stored = dict(connection.execute("SELECT run_id, record_digest FROM runs").fetchall())
-            _replace_rows(connection, rows)
-            run_id = rows.runs[0].run_id
-            for record in self._records():
-                if record.run_id != run_id and _is_late(record, stored):
-                    _replace_rows(connection, rows_of(record, self._workspace, self._warn))
+            known = "SELECT run_id, record_digest FROM runs UNION ALL SELECT run_id, record_digest FROM"
+            stored = dict(connection.execute(f"{known} {SKIPPED_TABLE}").fetchall())
+            self._put(connection, record)
+            for other in self._records():
+                if other.run_id != record.run_id and _is_late(other, stored):
+                    self._put(connection, other)
+
+    def _put(self, connection: duckdb.DuckDBPyConnection, record: RunRecord) -> None:
+        """Store a run's rows; a record that no column can hold is said, remembered and left out, and stops no other."""
+        try:
+            _replace_rows(connection, rows_of(record, self._workspace, self._warn))
+        except _UNSTORABLE as error:
+            _skip(connection, record, _one_line(error))
+            self._warn(
+                f"run {record.run_id} is left out of {self.path.name}: its record {self._workspace.runs.name}/"
+                f"{record.run_id}.json holds what the tables cannot ({_one_line(error)})"
+            )
 
     def _query_now(self, sql: str, deadline: float) -> QueryResult:
         with closing(self._connect(deadline, read_only=True)) as connection, _translated():
@@ -204,19 +224,23 @@ class ResultStore:
             connection.execute(CREATE)
             connection.execute(f"CREATE TABLE {INFO_TABLE} AS SELECT ? AS schema_digest", [SCHEMA_DIGEST])
             for record in records:
-                _replace_rows(connection, rows_of(record, self._workspace, self._warn))
+                self._put(connection, record)
+            connection.execute("CHECKPOINT")  # closing would keep to itself that the disk is full
         # The old file's log of changes does not fit the new file, and DuckDB would refuse the two together.
         self.path.with_name(f"{self.path.name}.wal").unlink(missing_ok=True)
         temporary.replace(self.path)
         sync_folder(self.path.parent)
 
     @contextmanager
-    def _said_plainly(self) -> Iterator[None]:
-        """Turn the operating system's refusals into a user's error."""
+    def _said_plainly(self, what: str) -> Iterator[None]:
+        """Turn the operating system's refusals into a user's error: the database `what`."""
         try:
             yield
         except OSError as error:
-            raise StoreError(f"{self.path} cannot be written ({error.strerror})") from error
+            raise StoreError(
+                f"{self.path} {what} here from the run records ({error.strerror}); make the folder writable, "
+                "or copy it and give the copy with --workspace DIR"
+            ) from error
 
     def _records(self) -> list[RunRecord]:
         return RunStore(self._workspace.path, self._warn).list()
@@ -224,12 +248,33 @@ class ResultStore:
 
 def _replace_rows(connection: duckdb.DuckDBPyConnection, rows: RunRows) -> None:
     """Put a run's rows in place of those that are there, in one transaction."""
-    connection.begin()
-    try:
+    with _transaction(connection):
+        _delete_rows(connection, rows.runs[0].run_id)
         for table in TABLES:
-            connection.execute(delete_statement(table), [rows.runs[0].run_id])
             if columns := [list(column) for column in zip(*getattr(rows, table), strict=True)]:
                 connection.execute(insert_statement(table), columns)
+
+
+def _skip(connection: duckdb.DuckDBPyConnection, record: RunRecord, reason: str) -> None:
+    """Remember that a run cannot be stored, in place of the rows that it has had."""
+    with _transaction(connection):
+        _delete_rows(connection, record.run_id)
+        connection.execute(
+            f"INSERT INTO {SKIPPED_TABLE} VALUES (?, ?, ?)", [record.run_id, record_digest(record), reason]
+        )
+
+
+def _delete_rows(connection: duckdb.DuckDBPyConnection, run_id: str) -> None:
+    for table in (*TABLES, SKIPPED_TABLE):
+        connection.execute(delete_statement(table), [run_id])
+
+
+@contextmanager
+def _transaction(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    """All that the body changes, or nothing."""
+    connection.begin()
+    try:
+        yield
         connection.commit()
     except BaseException:
         connection.rollback()

@@ -20,13 +20,13 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "finished_at": "TIMESTAMP",
         "model": "VARCHAR",
         "model_fingerprint": "VARCHAR",
-        "num_layers": "INTEGER",
-        "num_blocks_total": "INTEGER",
+        "num_layers": "BIGINT",
+        "num_blocks_total": "BIGINT",
         "num_parameters": "BIGINT",
         "calibration": "VARCHAR",
         "num_samples": "BIGINT",
         "num_sequences": "BIGINT",
-        "sequence_length": "INTEGER",
+        "sequence_length": "BIGINT",
         "seed": "BIGINT",
         "block_kinds": "VARCHAR",
         "metric": "VARCHAR",
@@ -36,7 +36,7 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "package_version": "VARCHAR NOT NULL",
         "config": "JSON NOT NULL",
         "error": "VARCHAR",
-        "num_blocks_removed": "INTEGER",
+        "num_blocks_removed": "BIGINT",
         "host": "VARCHAR NOT NULL",
         "record_digest": "VARCHAR NOT NULL",
     },
@@ -80,7 +80,7 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "run_id": "VARCHAR NOT NULL",
         "variant": "VARCHAR NOT NULL",
         "text": "VARCHAR NOT NULL",
-        "num_blocks_removed": "INTEGER",
+        "num_blocks_removed": "BIGINT",
         "num_tokens": "BIGINT",
         "perplexity": "DOUBLE NOT NULL",
     },
@@ -91,14 +91,14 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "metric": "VARCHAR NOT NULL",
         "value": "DOUBLE",
         "stderr": "DOUBLE",
-        "num_fewshot": "INTEGER",
+        "num_fewshot": "BIGINT",
         "num_examples": "BIGINT",
     },
     "exports": {
         "run_id": "VARCHAR NOT NULL",
         "format": "VARCHAR NOT NULL",
         "path": "VARCHAR NOT NULL",
-        "num_blocks_removed": "INTEGER NOT NULL",
+        "num_blocks_removed": "BIGINT NOT NULL",
         "num_parameters": "BIGINT NOT NULL",
         "bytes": "BIGINT NOT NULL",
         "verified": "BOOLEAN NOT NULL",
@@ -109,9 +109,14 @@ TABLES: Mapping[str, Mapping[str, str]] = {
 
 INFO_TABLE = "schema_info"
 
+SKIPPED_TABLE = "skipped_runs"
+"""Runs whose record holds what no column can, with the digest of that record: tried again when it has changed."""
+
+_SKIPPED_COLUMNS = {"run_id": "VARCHAR NOT NULL", "record_digest": "VARCHAR NOT NULL", "reason": "VARCHAR NOT NULL"}
+
 CREATE = "\n".join(
     f"CREATE TABLE {table} ({', '.join(f'{column} {kind}' for column, kind in columns.items())});"
-    for table, columns in TABLES.items()
+    for table, columns in {**TABLES, SKIPPED_TABLE: _SKIPPED_COLUMNS}.items()
 )
 """Makes every table of an empty database."""
 

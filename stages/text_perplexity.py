@@ -1,4 +1,7 @@
-"""A model's perplexity on prepared texts, one after the other: what `baseline` and `evaluate` share. Not a stage."""
+"""A model's perplexity on prepared texts, one after the other: what `baseline` and `evaluate` share.
+
+And `search` its check of the vocabulary. Not a stage.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ def text_perplexities(model: PreTrainedModel, texts: NamedTokens, runtime: Runti
     results: list[TextPerplexity] = []
     done = 0
     for name, token_ids_BT in loaded:
-        _check_vocabulary(model, name, token_ids_BT)
+        check_vocabulary(model, name, token_ids_BT)
 
         def report(part: Progress, before: int = done, note: str = name) -> None:
             runtime.progress(Progress(before + part.done, total, part.unit, note))
@@ -55,11 +58,16 @@ def text_perplexities(model: PreTrainedModel, texts: NamedTokens, runtime: Runti
     return tuple(results)
 
 
-def _check_vocabulary(model: PreTrainedModel, name: str, token_ids_BT: Tensor) -> None:
+def check_vocabulary(model: PreTrainedModel, name: str, token_ids_BT: Tensor) -> None:
+    """Make sure that a model, which may be on the meta device, knows every token of a text.
+
+    Raises:
+        ConfigurationError: if the text was tokenized with a tokenizer that is not this model's.
+    """
     vocab_size = len(cast(Tensor, model.get_input_embeddings().weight))
     largest = int(token_ids_BT.max())
     if largest >= vocab_size:
         raise ConfigurationError(
             f"the text {name!r} holds token id {largest}, the model knows {vocab_size} tokens; "
-            "prepare the text with the model's own tokenizer"
+            "prepare the text with the model's own tokenizer, and if it lies beside the model, download the model again"
         )

@@ -27,6 +27,7 @@ from urllib.parse import parse_qsl
 from pydantic import Field
 
 from blockpruner.errors import TextSourceError, nearest
+from blockpruner.paths import user_path
 from stages.contract import StageConfig
 from stages.text_files import SUFFIXES, FileFormat, file_format, missing_column, not_text, parse_rows
 
@@ -198,7 +199,7 @@ def _resolve_hub(text: str, purpose: Purpose, column: str | None) -> TextSource:
 
 
 def _resolve_file(text: str, column: str | None) -> TextSource:
-    path = Path(text).expanduser()
+    path = user_path(text)
     known = ", ".join(NAMED_TEXTS)
     if not path.exists():
         if "/" in text or path.suffix.lower() in SUFFIXES:

@@ -24,6 +24,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, Timeout
 
 from blockpruner.errors import ArtifactError
+from blockpruner.paths import naming, user_path
 
 Warn = Callable[[str], None]
 """How something that a person should know is said: one line, no trailing newline."""
@@ -41,7 +42,7 @@ class Workspace:
 
     def __init__(self, path: Path) -> None:
         """A workspace at `path`, which may itself be a symbolic link and need not exist yet."""
-        self.path = path.expanduser().resolve()
+        self.path = user_path(path).resolve()
         self.artifacts = self.path / "artifacts"
         self.state = self.path / "state"
         self.runs = self.path / "runs"
@@ -131,7 +132,7 @@ def write_durably(path: Path, content: bytes, temporary: Path) -> None:
     `temporary` lies beside `path`, belongs to this call alone, and is gone afterwards.
     """
     try:
-        with temporary.open("wb") as file:
+        with naming(path), temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from typer.testing import CliRunner
 
@@ -41,20 +44,44 @@ def blockpruner(*arguments: object) -> Outcome:
     return Outcome(result.exit_code, result.stdout, result.stderr)
 
 
-def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
-    """Start the command line in a process of its own, at the head of a group as in a terminal."""
+def as_anybody() -> None:
+    """In a process about to be started: even as root, heed who may read and write a file (CAP_DAC_* are dropped)."""
+    libc = ctypes.CDLL(None)
+    for capability in (1, 2):
+        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; fails, and need not, for whoever is not root
+
+
+def with_files_of(num_bytes: int) -> Callable[[], None]:
+    """In a process about to be started: files cannot grow beyond this, as on a disk that is full."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+
+def start(
+    *arguments: object, before: Callable[[], None] | None = None, stdout: IO[bytes] | None = None, **environment: str
+) -> subprocess.Popen[str]:
+    """Start the command line in a process of its own, at the head of a group as in a terminal.
+
+    `before` is called in that process; it may restrict it.
+    """
     return subprocess.Popen(
         [sys.executable, "-c", "from flows.cli import app; app(prog_name='blockpruner')", *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        stdout=subprocess.PIPE,
+        stdout=stdout or subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=before,
     )
 
 
-def in_a_process(*arguments: object, timeout: float = 120.0, **environment: str) -> Outcome:
+def in_a_process(
+    *arguments: object,
+    timeout: float = 120.0,
+    before: Callable[[], None] | None = None,
+    stdout: IO[bytes] | None = None,
+    **environment: str,
+) -> Outcome:
     """Call the command line in a process of its own."""
-    process = start(*arguments, **environment)
-    stdout, stderr = process.communicate(timeout=timeout)
-    return Outcome(process.returncode, stdout, stderr)
+    process = start(*arguments, before=before, stdout=stdout, **environment)
+    said, stderr = process.communicate(timeout=timeout)
+    return Outcome(process.returncode, said or "", stderr)

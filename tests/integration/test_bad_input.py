@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.integration.command_line import Outcome, blockpruner, in_a_process
-from tests.tiny_models import tiny_rows
+from tests.tiny_models import save_tiny_model, tiny_rows
 
 TinyFolder = Callable[[str], Path]
 
@@ -116,6 +116,14 @@ def export_onto(lab: Lab) -> Outcome:
     return lab.call("export", "latest", "--output", lab.model)
 
 
+def export_to(lab: Lab, output: object) -> Outcome:
+    """Refused before any work, so that no artifact is there afterwards."""
+    lab.search()
+    outcome = lab.call("export", "latest", "--output", output)
+    assert not list(lab.workspace.glob("artifacts/export/*"))
+    return outcome
+
+
 def sql(lab: Lab, query: str) -> Outcome:
     lab.search()
     return lab.call("sql", query)
@@ -172,12 +180,60 @@ CASES: dict[str, tuple[Callable[[Lab], Outcome], str]] = {
     "neither K nor ratio": (lambda lab: lab.call("run", "--model", lab.model), "--num-blocks K or --ratio R"),
     "export more than can go": (export_beyond, "at most 7"),
     "export onto something": (export_onto, "is there already"),
+    **{
+        f"export to {output}": (lambda lab, output=output: export_to(lab, output), said)
+        for output, said in (
+            (".", ". is there already"),
+            ("", "'' is given where a folder is meant"),
+            ("/dev/shm", "; give --output a new folder"),
+            (Path(__file__) / "below" / "a-file", "test_bad_input.py is a file"),
+        )
+    },
+    # paths
+    **{
+        f"{kind} in {place[-1]}": (
+            lambda lab, place=place, path=path: blockpruner(
+                *place[:1], "--workspace", lab.workspace, *lab.good, *place[1:], path
+            ),
+            said,
+        )
+        for place in (
+            ("baseline", "--model"),
+            ("baseline", "--calibration"),
+            ("baseline", "--eval-text"),
+            ("evaluate", "--tasks", "t", "--task-dir"),
+            ("export", "--num-blocks", 1, "--output"),
+            ("export", "--num-blocks", 1, "--workspace"),
+            ("run",),
+        )
+        for kind, path, said in (
+            ("home of nobody", "~nobody-here/x", "the home folder of a user who is not known here"),
+            ("name too long", "x" * 300, "longer than the file system allows (300 characters)"),
+            ("path too long", "x/" * 3000, "longer than the file system allows (6000 characters)"),
+        )
+    },
+    "null character in a recipe": (lambda lab: recipe_of(lab, b'model: "a\\0b"\nnum_blocks: 1\n'), "null character"),
+    "workspace without a name": (lambda lab: blockpruner("runs", "--workspace", ""), "'' is given"),
     # settings
     "unknown block kinds": (lambda lab: lab.search("--block-kinds", "mlpp"), "did you mean 'mlp'"),
     "unknown device": (lambda lab: lab.search("--device", "cudda"), "did you mean 'cuda'"),
     "device that is not there": (lambda lab: lab.search("--device", "cuda:7"), "not on this machine"),
     "unknown dtype": (lambda lab: lab.search("--dtype", "bfloat61"), "did you mean 'bfloat16'"),
     "sequence length of 0": (lambda lab: lab.search("--sequence-length", 0), "sequence_length is 0"),
+    **{
+        f"{option[0]} out of all bounds": (
+            lambda lab, option=option: lab.call("evaluate", *lab.good, "--num-blocks", 1, *option),
+            f"{option[0][2:].replace('-', '_')} is ",
+        )
+        for option in (
+            ("--sequence-length", 3_000_000_000),
+            ("--num-samples", 99999999999999999999999),
+            ("--num-blocks", 3_000_000_000),
+            ("--limit", 10**19),
+            ("--num-fewshot", 10**10),
+            ("--batch-size", 2**63),
+        )
+    },
     "rows of 0": (lambda lab: lab.search("--num-samples", 0), "num_samples is 0"),
     "unknown option": (lambda lab: lab.search("--modle", "x"), "No such option"),
     "unknown command": (lambda lab: lab.call("serach"), "serach"),
@@ -244,6 +300,35 @@ def test_one_line_and_status_2(name: str, lab: Lab) -> None:
     assert said in last
     assert "Traceback" not in outcome.stderr
     assert [line for line in outcome.stderr.splitlines() if line.startswith("Error")] == [last]
+
+
+@pytest.mark.parametrize("command", ["search", "baseline", "evaluate"])
+def test_sequences_longer_than_a_table_of_positions_are_refused_before_anything(
+    command: str, lab: Lab, tiny_folder: TinyFolder
+) -> None:
+    given = [*lab.good, "--model", tiny_folder("opt"), "--sequence-length", 257]
+    given += {"search": ["--num-blocks", 1], "baseline": [], "evaluate": ["--eval-text", lab.path / "cal.txt"]}[command]
+    outcome = lab.call(command, *given)
+    assert outcome.status == 2
+    (line,) = outcome.stderr.splitlines()
+    assert line.endswith("this model knows 256 positions; give --sequence-length 256 or less")
+    assert lab.records()[0]["stages"] == []
+
+
+@pytest.mark.parametrize("command", ["search", "baseline"])
+def test_a_tokenizer_with_more_tokens_than_the_model_is_one_line(command: str, lab: Lab) -> None:
+    small = save_tiny_model(lab.path / "small", vocab_size=100)
+    target = ["--num-blocks", 1] if command == "search" else []
+    outcome = lab.call(command, *lab.good, *target, "--model", small)
+    assert outcome.status == 2
+    assert "the text 'calibration' holds token id" in outcome.stderr.splitlines()[-1]
+    assert "the model knows 100 tokens" in outcome.stderr.splitlines()[-1]
+    assert not list(lab.workspace.glob("state/search/*/*"))
+
+
+def test_a_number_out_of_all_bounds_leaves_nothing_behind(lab: Lab) -> None:
+    assert lab.search("--sequence-length", 3_000_000_000).status == 2
+    assert not lab.workspace.exists()
 
 
 def test_a_run_that_was_refused_is_a_row_and_spoils_nothing(lab: Lab) -> None:

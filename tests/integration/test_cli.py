@@ -94,6 +94,16 @@ def test_every_stage_by_itself(options: list[object], texts: Path, tmp_path: Pat
     assert variants == {(v, t) for v in ("dense", "pruned") for t in ("calibration", "eval.txt")}
 
 
+def test_home_folders_are_meant_in_every_path(
+    options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    copied = blockpruner("export", *options, "--num-blocks", 1, "--output", "~/out", "--workspace", "~/ws").json
+    assert copied["export_path"] == str(tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert (tmp_path / "ws" / "runs").is_dir()
+
+
 def test_a_model_is_evaluated_as_it_is(options: list[object], texts: Path) -> None:
     dense = blockpruner("baseline", *options, "--eval-text", texts / "eval.txt").json
     model = [*options[:2], *options[6:]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 from collections.abc import Callable
@@ -70,6 +71,44 @@ def test_an_interruption_says_how_to_go_on(command: Callable[[], None], status: 
     outcome = outcome_of(command)
     assert (outcome.exit_code, outcome.stdout, outcome.stderr) == (status, "", said)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def refused(number: int, file: str | None = "/data/model.safetensors") -> Callable[[], None]:
+    def command() -> None:
+        raise OSError(number, os.strerror(number), file)
+
+    return command
+
+
+def unserialized() -> None:
+    """As a library that is written in Rust says it."""
+    raise RuntimeError("Error while serializing: I/O error: File too large (os error 27)")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (refused(errno.EACCES), "/data/model.safetensors: Permission denied; see who may read and write it"),
+        (refused(errno.ENAMETOOLONG), "/data/model.safetensors: File name too long; give a shorter path"),
+        (refused(errno.ENAMETOOLONG, "x" * 5000), "File name too long; give a shorter path"),
+        (refused(errno.EIO), "/data/model.safetensors: Input/output error; check the path"),
+        (refused(errno.ENOSPC), "/data/model.safetensors: No space left on device; free some space and give the same"),
+        (refused(errno.EFBIG, None), "or a file, cannot be written: File too large; free some space"),
+        (unserialized, "File too large (os error 27); free some space and give the same command again"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(command: Callable[[], None], said: str) -> None:
+    outcome = outcome_of(command)
+    assert outcome.exit_code == 2
+    (line,) = outcome.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert said in line
+    assert len(line) < 300
+
+
+def test_an_operating_systems_error_without_a_file_is_a_defect() -> None:
+    outcome = outcome_of(refused(errno.EBADF, None))
+    assert isinstance(outcome.exception, OSError)
 
 
 def test_a_defect_is_no_interruption() -> None:

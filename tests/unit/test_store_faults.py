@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
@@ -240,3 +241,58 @@ def test_a_crashed_run_is_a_row_too(lab: Lab) -> None:
     lab.runs.finish(run, "crashed", "gone")
     assert lab.results.ingest(lab.run("next"))  # brings it, though nobody ingested it
     assert lab.results.query("SELECT status, error FROM runs WHERE name = 'night'").rows == [("crashed", "gone")]
+
+
+# --- a record that no column can hold ---------------------------------------------------------------------------------
+
+
+def spoil(lab: Lab, name: str, **fields: object) -> str:
+    """A finished run whose record holds what the tables cannot, as a version without bounds could write it."""
+    record = lab.run(name, roles="b")
+    path = lab.workspace / "runs" / f"{record.run_id}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    return record.run_id
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_samples": 10**23},
+        {"sequence_length": 2**63},
+        {"seed": 10**400},
+        {"created_at": "0001-01-01T00:00:00+14:00"},
+    ],
+    ids=str,
+)
+def test_a_record_that_cannot_be_stored_is_named_once_and_stops_no_other(lab: Lab, fields: dict[str, object]) -> None:
+    lab.results.ingest(lab.run("before"))
+    spoiled = spoil(lab, "spoiled", **fields)
+    assert lab.results.ingest(lab.run("after"))
+    (said,) = lab.said
+    assert f"run {spoiled} is left out of results.duckdb" in said
+    assert "\n" not in said
+    assert lab.names() == {"before", "after"}
+    lab.said.clear()
+    assert lab.results.ingest(lab.run("later"))
+    assert lab.said == []  # known, and not tried again
+    assert lab.results.rebuild() == 4
+    assert [spoiled in line for line in lab.said] == [True]
+    assert lab.names() == {"before", "after", "later"}
+
+
+def test_a_record_that_was_mended_is_stored(lab: Lab) -> None:
+    spoiled = spoil(lab, "spoiled", num_samples=10**23)
+    lab.results.ingest(lab.run("first"))
+    path = lab.workspace / "runs" / f"{spoiled}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_samples": 3}))
+    lab.results.ingest(lab.run("second"))
+    assert lab.names() == {"spoiled", "first", "second"}
+    assert lab.results.query("FROM skipped_runs").rows == []
+
+
+def test_the_run_itself_may_be_the_one_that_cannot_be_stored(lab: Lab) -> None:
+    record = lab.runs.load(spoil(lab, "spoiled", num_samples=10**23))
+    lab.results.ingest(record)
+    assert [record.run_id in line for line in lab.said] == [True]
+    lab.results.ingest(lab.run("after"))
+    assert lab.names() == {"after"}

@@ -1,0 +1,54 @@
+"""The copy of an exported model that `--output` asks for: there whole or not at all, and refused before any work."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from blockpruner.errors import ConfigurationError
+
+
+def require_new_folder(output: Path) -> None:
+    """Make sure that a new folder can be put here, as far as that can be known beforehand. Makes nothing.
+
+    Raises:
+        ConfigurationError: saying what is in the way.
+    """
+    if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
+        raise ConfigurationError(f"{output} is there already; give --output a new folder")
+    if output.exists() and (output.samefile(Path.cwd()) or output.is_mount()):
+        kind = "a mount point" if output.is_mount() else "the current folder"
+        raise ConfigurationError(f"{output} is {kind}, and cannot be replaced; give --output a new folder")
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ConfigurationError(f"{output} cannot be made: {above} is a file; give --output a new folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigurationError(
+            f"{output} cannot be made: {above} cannot be written; give --output a folder that can be"
+        )
+
+
+def copy_model(source: Path, output: Path) -> None:
+    """Copy a folder so that the copy is there whole or not at all.
+
+    Raises:
+        ConfigurationError: if the system refuses.
+    """
+    unfinished = output.with_name(f".{output.name[:40]}.unfinished")  # with a long name, still one that can be
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(source, unfinished)
+        unfinished.rename(output)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise ConfigurationError(
+            f"the model cannot be copied to {output}: {_reason(error)}; it is kept in {source}: "
+            "give the same command again when that is mended"
+        ) from error
+
+
+def _reason(error: OSError) -> object:
+    """The first of the reasons that `shutil` gathers, or the system's own."""
+    gathered = error.args[0] if isinstance(error, shutil.Error) and error.args else None
+    return gathered[0][-1] if isinstance(gathered, list) and gathered else error.strerror or error
