@@ -92,7 +92,10 @@ class Recipe(BaseModel):
     ratio: float | None = Field(default=None, gt=0, lt=1, description=SETTINGS["ratio"])
     block_kinds: BlockKinds = Field(default="both", description=SETTINGS["block_kinds"])
     export_blocks: int | None = Field(default=None, ge=1, le=_MOST_BLOCKS, description=SETTINGS["export_blocks"])
-    export_format: FormatChoice = Field(default="auto", description=SETTINGS["export_format"])
+    export_format: Annotated[tuple[FormatChoice, ...], BeforeValidator(_split_at_commas)] = Field(
+        default=("auto",), min_length=1, description=SETTINGS["export_format"]
+    )
+    export_dtype: Literal["float32", "bfloat16"] | None = Field(default=None, description=SETTINGS["export_dtype"])
     eval_text: Annotated[tuple[NonBlank, ...], BeforeValidator(_as_list)] = Field(
         default=(), description=SETTINGS["eval_text"]
     )
