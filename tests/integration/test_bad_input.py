@@ -88,6 +88,15 @@ def weights_of_another_model(lab: Lab) -> Outcome:
     return lab.search()
 
 
+def quantized(lab: Lab, command: str) -> Outcome:
+    """A model that needs `bitsandbytes`, which is not installed with this project."""
+    config = lab.model / "config.json"
+    asked = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": asked}))
+    target = ["--num-blocks", 1] if command == "search" else []
+    return lab.call(command, *lab.good, *target)
+
+
 def ambiguous_run(lab: Lab) -> Outcome:
     for _ in range(2):
         lab.search()
@@ -139,6 +148,8 @@ CASES: dict[str, tuple[Callable[[Lab], Outcome], str]] = {
     "model without tokenizer": (lambda lab: lab.search("--model", lab.model_without("tokenizer.json")), "tokenizer"),
     "truncated weights": (truncated, "truncated"),
     "weights of another model": (weights_of_another_model, "lacks"),
+    "quantized model, searched": (lambda lab: quantized(lab, "search"), "needs a library that is not installed"),
+    "quantized model, measured": (lambda lab: quantized(lab, "baseline"), "needs a library that is not installed"),
     "unknown architecture": (unknown_architecture, "qwen3, qwen3_moe; did you mean 'llama'"),
     "model that is a file": (lambda lab: lab.search("--model", lab.path / "cal.txt"), "is a file"),
     "model folder that is not there": (lambda lab: lab.search("--model", "./nowhere"), "no model folder"),
