@@ -262,6 +262,11 @@ CASES: dict[str, tuple[Callable[[Lab], Outcome], str]] = {
     # recipes
     "unknown recipe field": (lambda lab: recipe_with(lab, "num_sample: 3"), "did you mean 'num_samples'"),
     "recipe with a bad value": (lambda lab: recipe_with(lab, "dtype: half"), "unknown dtype 'half'"),
+    "recipe with a key twice": (lambda lab: recipe_with(lab, "model: x"), "'model' is given in line 1 and in line 3"),
+    "recipe with a truth value": (lambda lab: recipe_with(lab, "limit: true"), "limit is True: it should be a number"),
+    "recipe with memory and no unit": (lambda lab: recipe_with(lab, "memory_budget: 8"), "with a unit, as 8GiB"),
+    "memory without a unit": (lambda lab: lab.search("--memory-budget", "8"), "with a unit, as 8GiB"),
+    "memory beyond any device": (lambda lab: lab.search("--memory-budget", "9" * 400 + "GB"), "than any device has"),
     "recipe missing": (lambda lab: lab.call("run", "gone.yaml"), "no recipe file"),
     "recipe that is not YAML": (lambda lab: recipe_of(lab, b"model: ["), "cannot be read"),
     "recipe that is a list": (lambda lab: recipe_of(lab, b"- a"), "holds no settings"),
