@@ -301,6 +301,7 @@ CASES: dict[str, tuple[Callable[[Lab], Outcome], str]] = {
     "SQL of an unknown table": (lambda lab: sql(lab, "SELECT * FROM rums"), "runs"),
     "SQL that writes": (lambda lab: sql(lab, "DROP TABLE runs"), "reads"),
     "SQL that reads a file": (lambda lab: sql(lab, "SELECT * FROM read_text('/etc/hostname')"), "disabled"),
+    "SQL that is no text": (lambda lab: sql(lab, "SELECT '\udcff'"), "character 9 is no Unicode"),
     "both JSON and CSV": (lambda lab: lab.call("runs", "--json", "--csv"), "both --json and --csv"),
 }
 

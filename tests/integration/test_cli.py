@@ -197,6 +197,10 @@ def test_sql_for_people_and_for_machines(options: list[object], tmp_path: Path) 
     assert scores == [{"n": 8 + 7}]
     never = blockpruner("sql", "SELECT 'nan'::DOUBLE AS x, created_at FROM runs", *workspace, "--json").json
     assert never[0]["x"] is None
+    nested = "SELECT [1.5, 'nan'::DOUBLE] AS l, {'a': 'inf'::DOUBLE, 'b': [2]} AS s, MAP {1: '-inf'::DOUBLE} AS m"
+    answer = blockpruner("sql", nested, *workspace, "--json").json
+    assert answer == [{"l": [1.5, None], "s": {"a": None, "b": [2]}, "m": {"1": None}}]
+    assert blockpruner("sql", "SELECT 1 AS a, 2 AS a", *workspace, "--json").json == [{"a": 1, "a_1": 2}]
 
 
 def test_an_empty_workspace_has_no_runs_and_one_that_is_not_there_is_not_made(tmp_path: Path) -> None:
