@@ -75,7 +75,8 @@ def load_model(
     """Load a causal LM in eval mode on a device.
 
     Raises:
-        CheckpointError: if the model cannot be built, or tensors are missing (transformers would fill them at random).
+        CheckpointError: if the model cannot be built, needs a library that is not here, or lacks tensors
+            (transformers would fill them at random).
     """
     try:
         # transformers' annotations do not know that output_loading_info makes the result a pair. A tensor of another
@@ -89,6 +90,11 @@ def load_model(
                 ignore_mismatched_sizes=True,
             )
         model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
+    except ImportError as error:
+        raise CheckpointError(
+            f"{checkpoint.name} needs a library that is not installed: {_one_line(error)}; install it, "
+            "or give the model in a form that needs none (not quantized)"
+        ) from error
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint.name} cannot be loaded: {_one_line(error)}") from error
     if info["missing_keys"] or info["mismatched_keys"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from blockpruner.errors import ConfigurationError
+from blockpruner.paths import shortened
 
 _UNITS = {
     "B": 1,
@@ -17,6 +18,7 @@ _UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
+_MOST = 2**60
 _WRITTEN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?i?B)\s*", re.IGNORECASE)
 
 
@@ -24,10 +26,14 @@ def parse_memory_size(text: str) -> int:
     """Bytes.
 
     Raises:
-        ConfigurationError: if the text is no positive amount with a unit.
+        ConfigurationError: if the text is no positive amount with a unit, or more than an exbibyte.
     """
     match = _WRITTEN.fullmatch(text)
-    num_bytes = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    if num_bytes <= 0:
-        raise ConfigurationError(f"{text!r} is no amount of memory; write it with a unit, as 8GiB, 80GB or 512MiB")
-    return num_bytes
+    num_bytes = float(match[1]) * _UNITS[match[2].upper()] if match else 0.0
+    if num_bytes < 1:
+        raise ConfigurationError(
+            f"{shortened(repr(text))} is no amount of memory; write it with a unit, as 8GiB, 80GB or 512MiB"
+        )
+    if num_bytes > _MOST:
+        raise ConfigurationError(f"{shortened(repr(text))} is more memory than any device has; give the device's own")
+    return int(num_bytes)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -69,14 +68,14 @@ def sql(
     """
     from flows.cli_output import put, put_view
     from flows.render import csv_text, query_table
-    from flows.summary import dump_json
+    from flows.summary import dump_json, finite
     from stages.store import ResultStore
 
     _one_format(as_json, as_csv)
     store = _open_runs(workspace)
     columns, rows = ResultStore(store.workspace.database, _warn).query(query)
     if as_json:
-        put(dump_json([dict(zip(columns, map(_json_value, row), strict=True)) for row in rows]))
+        put(dump_json([dict(zip(columns, map(finite, row), strict=True)) for row in rows]))
     elif as_csv:
         put(csv_text(columns, rows), newline=False)
     else:
@@ -103,10 +102,6 @@ def _open_runs(workspace: Path) -> RunStore:
 def _one_format(as_json: bool, as_csv: bool) -> None:
     if as_json and as_csv:
         raise ConfigurationError("both --json and --csv are given; give one of them")
-
-
-def _json_value(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _warn(line: str) -> None:

@@ -1,19 +1,29 @@
-"""The server that Prefect starts for a single command, out of the terminal's reach.
+"""The server that Prefect starts for a single command, out of the terminal's reach, and no longer there than that is.
 
 Ctrl-C goes to every process of the terminal. A server that it ends takes no report any more, and Prefect tries to
-reach it for more than a minute before a command ends. Knows no flow, and starts nothing where a server is named.
+reach it for more than a minute before a command ends. A command that is killed (`kill -9`, out of memory) stops
+nothing itself, so the server watches it. Knows no flow, and starts nothing where a server is named.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 from concurrent.futures import Future
+from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import flows.prefect_settings  # noqa: F401  # isort: skip  # before Prefect is imported
 
+import prefect
 from prefect.client.base import ServerType, determine_server_type
 from prefect.server.api.server import SubprocessASGIServer
+from prefect.settings import get_current_settings
+
+_LIFELINE = Path(__file__).with_name("prefect_lifeline.py")
 
 
 def start_shielded_server() -> None:
@@ -29,7 +39,7 @@ def start_shielded_server() -> None:
     def start() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            SubprocessASGIServer().start()
+            _WatchingServer().start()
         except Exception as error:  # noqa: BLE001  # raised where it is waited for
             started.set_exception(error)
         else:
@@ -37,3 +47,41 @@ def start_shielded_server() -> None:
 
     Thread(target=start, name="prefect-server-start", daemon=True).start()
     started.result()
+
+
+class _WatchingServer(SubprocessASGIServer):
+    """Prefect's server with a lifeline. Prefect keeps one server a process, and finds this one for its flows."""
+
+    _lifeline: int | None = None
+    """The end of the pipe that closes with this process; no child inherits it."""
+
+    def _run_uvicorn_command(self) -> subprocess.Popen[Any]:
+        """As Prefect 3.8 has it, with our program in uvicorn's place."""
+        watched, lifeline = os.pipe()
+        try:
+            server = subprocess.Popen(
+                [
+                    *(sys.executable, "-P", str(_LIFELINE), str(watched)),
+                    *("--app-dir", str(prefect.__module_path__.parent)),
+                    *("--factory", "prefect.server.api.server:create_app"),
+                    *("--host", "127.0.0.1", "--port", str(self.port)),
+                    *("--log-level", "error", "--lifespan", "on"),
+                ],
+                env={
+                    **os.environ,
+                    "PREFECT_UI_ENABLED": "0",
+                    "PREFECT__SERVER_EPHEMERAL": "1",
+                    "PREFECT__SERVER_FINAL": "1",
+                    **get_current_settings().to_environment_variables(exclude_unset=True),
+                },
+                pass_fds=(watched,),
+            )
+        except BaseException:
+            os.close(lifeline)
+            raise
+        finally:
+            os.close(watched)
+        if self._lifeline is not None:  # of a try on a port that was taken meanwhile
+            os.close(self._lifeline)
+        self._lifeline = lifeline
+        return server

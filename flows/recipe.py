@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from blockpruner.blocks import BlockKinds
@@ -26,6 +26,10 @@ from flows.settings_text import SETTINGS
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
 _PATH_FIELDS = ("model", "calibration", "eval_text", "task_dir")
 _TARGET_FIELDS = ("num_blocks", "ratio")
+_NUMBER_FIELDS = (
+    *("num_samples", "sequence_length", "seed", "num_blocks", "ratio", "export_blocks"),
+    *("num_fewshot", "limit", "batch_size"),
+)
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?")
 
 # Far beyond anything that can be computed, and within what every library and database column behind can hold: a slip of
@@ -63,13 +67,19 @@ def _known_device(value: object) -> object:
 
 
 def _amount_of_memory(value: object) -> object:
-    """As it was written, once it is known to be one."""
-    if isinstance(value, str):
-        try:
-            parse_memory_size(value)
-        except ConfigurationError as error:
-            raise PydanticCustomError("memory", "{reason}", {"reason": str(error)}) from error
+    """As it was written, once it is known to be one; a number without a unit is none."""
+    if value is None:
+        return None
+    try:
+        parse_memory_size(str(value))
+    except ConfigurationError as error:
+        raise PydanticCustomError("memory", "{reason}", {"reason": str(error)}) from error
     return value
+
+
+def _on_or_off(value: object) -> object:
+    """YAML takes `on` and `off` for truth values."""
+    return ("off", "on")[value] if isinstance(value, bool) else value
 
 
 NonBlank = Annotated[str, Field(min_length=1, pattern=r"\S")]
@@ -114,9 +124,19 @@ class Recipe(BaseModel):
     memory_budget: Annotated[NonBlank | None, BeforeValidator(_amount_of_memory)] = Field(
         default=None, description=SETTINGS["memory_budget"]
     )
-    compile: CompileChoice = Field(default="auto", description=SETTINGS["compile"])
+    compile: Annotated[CompileChoice, BeforeValidator(_on_or_off)] = Field(
+        default="auto", description=SETTINGS["compile"]
+    )
     trust_remote_code: bool = Field(default=False, description=SETTINGS["trust_remote_code"])
     name: NonBlank | None = Field(default=None, description=SETTINGS["name"])
+
+    @field_validator(*_NUMBER_FIELDS, mode="before")
+    @classmethod
+    def _is_no_truth_value(cls, value: object) -> object:
+        """Which Python takes for 0 or 1."""
+        if isinstance(value, bool):
+            raise PydanticCustomError("number", "Input should be a number")
+        return value
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
@@ -198,9 +218,22 @@ def _locate(source: str) -> Path:
     )
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without the silent choice of the last of two equal keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See SafeLoader."""
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+                raise yaml.YAMLError(f"{key.value!r} is given in line {lines[key.value]} and in line {line}; keep one")
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigurationError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):

@@ -84,6 +84,17 @@ class RunSummary:
         }
 
 
+def finite(value: Any) -> Any:
+    """The value as JSON can hold it: null for a number that is not finite, at any depth; keys are text."""
+    if isinstance(value, float):
+        return _number(value)
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    return value
+
+
 def dump_json(value: object) -> str:
     """JSON on one line."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
@@ -96,7 +107,7 @@ def _step(step: StepRow) -> dict[str, Any]:
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
     row.pop("run_id", None)
-    return {name: _number(value) if isinstance(value, float) else value for name, value in row.items()}
+    return {name: finite(value) for name, value in row.items()}
 
 
 def _number(value: float | None) -> float | None:

@@ -106,7 +106,7 @@ def run(config: EvaluateConfig, inputs: EvaluateInputs, out_dir: Path, runtime: 
         model = _load(config, inputs, runtime)
         return EvaluateManifest(texts=text_perplexities(model, inputs.texts, runtime), metrics=())
     runtime.progress(Progress(0, None, "tasks", "loading " + ", ".join(spec.name for spec in config.tasks)))
-    with loaded_tasks(config.tasks, inputs.task_dir) as tasks:
+    with loaded_tasks(config.tasks, inputs.task_dir, config.num_fewshot) as tasks:
         model = _load(config, inputs, runtime)
         texts = text_perplexities(model, inputs.texts, runtime)
         results = _score(config, inputs, tasks, model, runtime)

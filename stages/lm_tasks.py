@@ -69,18 +69,24 @@ def resolve_tasks(names: Sequence[str], task_dir: Path | None = None) -> tuple[T
 
 
 @contextmanager
-def loaded_tasks(specs: Sequence[TaskSpec], task_dir: Path | None = None) -> Iterator[LoadedTasks]:
+def loaded_tasks(
+    specs: Sequence[TaskSpec], task_dir: Path | None = None, num_fewshot: int | None = None
+) -> Iterator[LoadedTasks]:
     """Read the tasks' data: local files into a scratch folder that lasts as long as the block, others from the hub.
 
     Raises:
-        ConfigurationError: if a task cannot be loaded, has changed since it was resolved, or needs what we do not run.
+        ConfigurationError: if a task cannot be loaded, has changed since it was resolved, needs what we do not run, or
+            has fewer examples than `num_fewshot` (None: than its own number).
     """
     for spec in specs:
         if spec.origin == "local" and (spec,) != resolve_tasks([spec.name], task_dir):
             raise ConfigurationError(f"the task {spec.name!r} has changed since this run began; run it again")
     with TemporaryDirectory(prefix="blockpruner-tasks-") as scratch:
         manager = _manager(specs, task_dir, scratch)
-        items = _top_level(_load(manager, [spec.name for spec in specs]))
+        loaded = _load(manager, [spec.name for spec in specs])
+        items = _top_level(loaded)
+        for name, task in loaded["tasks"].items():
+            _check_fewshot(name, task, num_fewshot)
         yield LoadedTasks(items, manager)
 
 
@@ -334,6 +340,21 @@ def _without_progress_bars() -> Iterator[None]:
     finally:
         if not were_off:
             datasets.enable_progress_bars()
+
+
+def _check_fewshot(name: str, task: Any, num_fewshot: int | None) -> None:
+    """Make sure that a task has as many examples to show as it will be asked for; lm-eval finds out at the question."""
+    own = task.get_config("num_fewshot")
+    wanted = own if num_fewshot is None or own == 0 else num_fewshot  # as lm-eval decides it
+    if not wanted or (sampler := getattr(task, "sampler", None)) is None:
+        return
+    drawn_from_questions = task.fewshot_cfg.split == task.config.test_split  # where the question itself is left out
+    available = len(sampler.fewshot_docs()) - int(drawn_from_questions)
+    if wanted > available:
+        raise ConfigurationError(
+            f"the task {name!r} has {available} examples to show before a question, and num_fewshot is {wanted}; "
+            f"give --num-fewshot {available} or less"
+        )
 
 
 def _top_level(loaded: Mapping[str, Any]) -> list[Any]:

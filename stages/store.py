@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -60,6 +60,7 @@ class QueryResult(NamedTuple):
     """What a query gave."""
 
     columns: list[str]
+    """Each name once: what the query gives twice is `a` and `a_1`."""
     rows: list[tuple[Any, ...]]
 
 
@@ -110,6 +111,7 @@ class ResultStore:
             StoreError: if there are no results yet, the database stays taken for `wait` seconds, or the query is wrong.
         """
         deadline = time.monotonic() + (self._wait if wait is None else wait)
+        _check_text(sql)
         try:
             return self._query_now(sql, deadline)
         except _UnusableError as unusable:
@@ -170,7 +172,7 @@ class ResultStore:
             if len(statements) != 1 or statements[0].type not in _READING:
                 raise StoreError("give one SQL statement that reads: SELECT, FROM, WITH, SHOW, DESCRIBE or EXPLAIN")
             connection.execute(statements[0])
-            return QueryResult([column[0] for column in connection.description or ()], connection.fetchall())
+            return QueryResult(_unique([column[0] for column in connection.description or ()]), connection.fetchall())
 
     def _connect(self, deadline: float, *, read_only: bool) -> duckdb.DuckDBPyConnection:
         def attempt() -> duckdb.DuckDBPyConnection:
@@ -288,6 +290,27 @@ def _check_schema(connection: duckdb.DuckDBPyConnection) -> None:
         found = None
     if found != (SCHEMA_DIGEST,):
         raise _UnusableError("has the tables of another version")
+
+
+def _check_text(sql: str) -> None:
+    try:
+        sql.encode()
+    except UnicodeEncodeError as error:  # what Python makes of a terminal's bytes that are no text
+        raise StoreError(
+            f"the query is not valid text: character {error.start + 1} is no Unicode; write it in UTF-8"
+        ) from error
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    """The names with a number behind each that has come before, so that no column hides another."""
+    taken, unique = set(names), list[str]()
+    for name in names:
+        chosen, number = name, 0
+        while chosen in unique or (number and chosen in taken):
+            number += 1
+            chosen = f"{name}_{number}"
+        unique.append(chosen)
+    return unique
 
 
 def _is_late(record: RunRecord, stored: dict[str, str]) -> bool:

@@ -88,6 +88,15 @@ def weights_of_another_model(lab: Lab) -> Outcome:
     return lab.search()
 
 
+def quantized(lab: Lab, command: str) -> Outcome:
+    """A model that needs `bitsandbytes`, which is not installed with this project."""
+    config = lab.model / "config.json"
+    asked = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": asked}))
+    target = ["--num-blocks", 1] if command == "search" else []
+    return lab.call(command, *lab.good, *target)
+
+
 def ambiguous_run(lab: Lab) -> Outcome:
     for _ in range(2):
         lab.search()
@@ -139,6 +148,8 @@ CASES: dict[str, tuple[Callable[[Lab], Outcome], str]] = {
     "model without tokenizer": (lambda lab: lab.search("--model", lab.model_without("tokenizer.json")), "tokenizer"),
     "truncated weights": (truncated, "truncated"),
     "weights of another model": (weights_of_another_model, "lacks"),
+    "quantized model, searched": (lambda lab: quantized(lab, "search"), "needs a library that is not installed"),
+    "quantized model, measured": (lambda lab: quantized(lab, "baseline"), "needs a library that is not installed"),
     "unknown architecture": (unknown_architecture, "qwen3, qwen3_moe; did you mean 'llama'"),
     "model that is a file": (lambda lab: lab.search("--model", lab.path / "cal.txt"), "is a file"),
     "model folder that is not there": (lambda lab: lab.search("--model", "./nowhere"), "no model folder"),
@@ -251,6 +262,11 @@ CASES: dict[str, tuple[Callable[[Lab], Outcome], str]] = {
     # recipes
     "unknown recipe field": (lambda lab: recipe_with(lab, "num_sample: 3"), "did you mean 'num_samples'"),
     "recipe with a bad value": (lambda lab: recipe_with(lab, "dtype: half"), "unknown dtype 'half'"),
+    "recipe with a key twice": (lambda lab: recipe_with(lab, "model: x"), "'model' is given in line 1 and in line 3"),
+    "recipe with a truth value": (lambda lab: recipe_with(lab, "limit: true"), "limit is True: it should be a number"),
+    "recipe with memory and no unit": (lambda lab: recipe_with(lab, "memory_budget: 8"), "with a unit, as 8GiB"),
+    "memory without a unit": (lambda lab: lab.search("--memory-budget", "8"), "with a unit, as 8GiB"),
+    "memory beyond any device": (lambda lab: lab.search("--memory-budget", "9" * 400 + "GB"), "than any device has"),
     "recipe missing": (lambda lab: lab.call("run", "gone.yaml"), "no recipe file"),
     "recipe that is not YAML": (lambda lab: recipe_of(lab, b"model: ["), "cannot be read"),
     "recipe that is a list": (lambda lab: recipe_of(lab, b"- a"), "holds no settings"),
@@ -285,6 +301,7 @@ CASES: dict[str, tuple[Callable[[Lab], Outcome], str]] = {
     "SQL of an unknown table": (lambda lab: sql(lab, "SELECT * FROM rums"), "runs"),
     "SQL that writes": (lambda lab: sql(lab, "DROP TABLE runs"), "reads"),
     "SQL that reads a file": (lambda lab: sql(lab, "SELECT * FROM read_text('/etc/hostname')"), "disabled"),
+    "SQL that is no text": (lambda lab: sql(lab, "SELECT '\udcff'"), "character 9 is no Unicode"),
     "both JSON and CSV": (lambda lab: lab.call("runs", "--json", "--csv"), "both --json and --csv"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -23,6 +24,7 @@ import blockpruner as package
 import stages.search
 from tests.integration.command_line import ROOT, Outcome, blockpruner, in_a_process, start
 from tests.tiny_models import tiny_rows
+from tests.unit.child_processes import wait_for
 
 TinyFolder = Callable[[str], Path]
 Search = Callable[..., Outcome]
@@ -197,6 +199,10 @@ def test_sql_for_people_and_for_machines(options: list[object], tmp_path: Path) 
     assert scores == [{"n": 8 + 7}]
     never = blockpruner("sql", "SELECT 'nan'::DOUBLE AS x, created_at FROM runs", *workspace, "--json").json
     assert never[0]["x"] is None
+    nested = "SELECT [1.5, 'nan'::DOUBLE] AS l, {'a': 'inf'::DOUBLE, 'b': [2]} AS s, MAP {1: '-inf'::DOUBLE} AS m"
+    answer = blockpruner("sql", nested, *workspace, "--json").json
+    assert answer == [{"l": [1.5, None], "s": {"a": None, "b": [2]}, "m": {"1": None}}]
+    assert blockpruner("sql", "SELECT 1 AS a, 2 AS a", *workspace, "--json").json == [{"a": 1, "a_1": 2}]
 
 
 def test_an_empty_workspace_has_no_runs_and_one_that_is_not_there_is_not_made(tmp_path: Path) -> None:
@@ -312,6 +318,41 @@ def test_an_order_to_end_while_prefect_starts_leaves_nothing_behind(
     assert process.returncode == 143
     assert (stdout, stderr) == ("", "Terminated. What was finished is kept: give the same command again to go on.\n")
     assert not _is_any_left(process)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["while Prefect starts", "while it searches"])
+def test_a_command_that_is_killed_leaves_no_server_behind(
+    moment: str, long_search: Callable[[Path], list[object]], tmp_path: Path
+) -> None:
+    """Killed alone, as out of memory is: nothing of ours runs any more, and the server has to see it."""
+    arguments = long_search(tmp_path / "ws")
+    if moment == "while Prefect starts":
+        process = start("run", *arguments)
+        assert process.stderr is not None
+        assert process.stderr.readline() == "starting Prefect\n"
+        wait_for(lambda: len(_members(process.pid)) > 1)
+    else:
+        process = _started_search(tmp_path / "ws", *arguments, command="run")
+    assert len(_members(process.pid)) > 1
+    try:
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate(timeout=30)  # to the end of what the server had inherited
+        wait_for(lambda: not _members(process.pid))
+    finally:
+        for left in _members(process.pid):
+            os.kill(left, signal.SIGKILL)
+
+
+def _members(group: int) -> list[int]:
+    """The processes of a group that are not dead: an orphan may wait long for somebody to take note of its end."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group, *_ = path.read_text().rpartition(")")[2].split()
+            if int(its_group) == group and state not in "ZX":
+                found.append(int(path.parent.name))
+    return found
 
 
 def _is_any_left(process: subprocess.Popen[str]) -> bool:

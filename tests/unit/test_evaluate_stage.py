@@ -158,6 +158,25 @@ def test_all_that_lm_eval_says_is_kept(model: Checkpoint, task_dir: Path, tmp_pa
     assert [path.name for path in (tmp_path / "out").iterdir()] == [RESULTS_FILE]
 
 
+@pytest.mark.parametrize(
+    ("changes", "available"),
+    [
+        ({}, 6),
+        ({"fewshot_split": "test"}, 5),  # the question itself is none of its examples
+        ({"fewshot_config": {"sampler": "first_n", "samples": DOCS[:2]}}, 2),
+    ],
+)
+def test_no_more_examples_can_be_shown_than_there_are(
+    changes: dict[str, Any], available: int, model: Checkpoint, task_dir: Path, tmp_path: Path
+) -> None:
+    write_task(task_dir, **changes)
+    evaluate(model, task_dir, ["pick"], tmp_path / "most", num_fewshot=available, limit=2)
+    with pytest.raises(ConfigurationError, match=f"'pick' has {available} examples .* give --num-fewshot {available}"):
+        evaluate(model, task_dir, ["pick"], tmp_path / "more", num_fewshot=available + 1, limit=2)
+    write_task(task_dir, **changes, num_fewshot=0)
+    evaluate(model, task_dir, ["pick"], tmp_path / "fixed", num_fewshot=99, limit=2)  # a task that fixes it stays at 0
+
+
 def test_fewshot_limit_and_repeated_calls(model: Checkpoint, task_dir: Path, tmp_path: Path) -> None:
     write_docs(task_dir / "data" / "shots.jsonl", DOCS[:1])
     files = {"test": "data/pick.jsonl", "train": "data/shots.jsonl"}

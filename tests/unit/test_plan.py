@@ -112,6 +112,13 @@ def test_no_amounts_of_memory(text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["2000000TB", "9" * 400 + "GB"])
+def test_more_memory_than_any_device_has(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="than any device has") as caught:
+        parse_memory_size(text)
+    assert len(str(caught.value)) < 200
+
+
 def test_the_work_of_a_sweep_is_that_of_its_trunk_and_branches() -> None:
     """Counted by hand: before unit u the trunk and u branches, and a head for every branch."""
     model = tiny_model()

@@ -52,6 +52,11 @@ def test_every_setting_has_its_line_of_help() -> None:
         ({"seed": -1}, "seed is -1"),
         ({"limit": 0}, "limit is 0"),
         ({"tasks": [1]}, "tasks is 1"),
+        ({"num_blocks": True}, "num_blocks is True: it should be a number"),
+        ({"seed": False}, "seed is False: it should be a number"),
+        ({"memory_budget": 8}, "memory_budget is 8: '8' is no amount of memory; write it with a unit"),
+        ({"memory_budget": "2000000TB"}, "more memory than any device has"),
+        ({"compile": "yes"}, "unknown compile 'yes'"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(fields: dict[str, Any], said: str) -> None:
@@ -75,6 +80,14 @@ def test_lists_may_be_written_as_one_text() -> None:
     recipe = make_recipe({"model": "m", "tasks": "piqa, arc_easy", "eval_text": "a, b.txt"})
     assert recipe.tasks == ("piqa", "arc_easy")
     assert recipe.eval_text == ("a, b.txt",)  # a comma is a part of a file's name
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("on", "on"), ("off", "off"), ("true", "on"), ("'on'", "on"), ("auto", "auto")]
+)
+def test_on_and_off_are_no_truth_values(written: str, meant: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(f"model: m\ncompile: {written}\n")
+    assert load_recipe(str(tmp_path / "r.yaml"), {}).compile == meant
 
 
 def test_all_rows_are_no_number_of_rows() -> None:

@@ -47,6 +47,18 @@ def test_row_types_are_the_tables_columns() -> None:
     assert rows == {tuple(columns) for columns in store_schema.TABLES.values()}
 
 
+@pytest.mark.parametrize(
+    ("query", "columns"),
+    [
+        ("SELECT 1 AS a, 2 AS a, 3 AS a", ["a", "a_1", "a_2"]),
+        ("SELECT 1 AS a, 2 AS a, 3 AS a_1", ["a", "a_2", "a_1"]),
+        ("SELECT run_id, s.run_id FROM runs JOIN search_steps s USING (run_id)", ["run_id", "run_id_1"]),
+    ],
+)
+def test_no_column_hides_another(query: str, columns: list[str], filled: Lab) -> None:
+    assert filled.results.query(query).columns == columns
+
+
 def test_every_number_of_a_run_is_there(lab: Lab) -> None:
     run = lab.run()
     assert lab.results.ingest(run)
