@@ -1,0 +1,118 @@
+"""What the tests of exports share: awkward sets of removed blocks, sources, and ways to load and to generate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from blockpruner.architectures import Architecture, architecture_of
+from blockpruner.blocks import Block, all_blocks, mha, mlp
+from blockpruner.checkpoint import Checkpoint
+from blockpruner.export.verify import masked_logits, verification_request
+from blockpruner.loading import load_model
+from blockpruner.masking import masked
+from tests.oracles import oracle_logits
+from tests.tiny_models import TINY_FAMILIES, VOCAB_SIZE, tiny_token_ids
+
+TinyFolder = Callable[[str], Path]
+
+REMOVED: Mapping[str, tuple[Block, ...]] = {
+    "alternating": (mlp(1), mha(2)),
+    "first layer": (mha(0), mlp(0)),
+    "last layer": (mlp(3), mha(3)),
+    "first attention": (mha(0),),
+    "first feed-forward": (mlp(0),),
+    "last attention": (mha(3),),
+    "last feed-forward": (mlp(3),),
+    "feed-forwards in a row": (mha(2), mha(1)),
+    "attentions in a row": (mlp(1), mlp(2)),
+    "all attentions but one": (mha(0), mha(3), mha(1)),
+    "all feed-forwards": all_blocks(4, "mlp"),
+    "all but an attention": tuple(block for block in all_blocks(4) if block != mha(1)),
+}
+STOCK = frozenset({"alternating", "first layer", "last layer"})
+WITH_CODE = frozenset({"gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"})
+CASES = [(family, case) for family in TINY_FAMILIES for case in REMOVED]
+every_case = pytest.mark.parametrize(("family", "case"), CASES)
+every_family = pytest.mark.parametrize("family", TINY_FAMILIES)
+REQUEST = verification_request(VOCAB_SIZE, 256)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tiny model on disk and in memory."""
+
+    checkpoint: Checkpoint
+    model: PreTrainedModel
+    architecture: Architecture
+
+    @classmethod
+    def of(cls, folder: Path) -> Source:
+        checkpoint = Checkpoint.open(str(folder))
+        model = load_model(checkpoint, device="cpu", dtype="float32")
+        return cls(checkpoint, model, architecture_of(checkpoint.model_type).for_config(model.config))
+
+    def masked_logits(self, removed: tuple[Block, ...]) -> dict[str, Tensor]:
+        return masked_logits(self.architecture, self.model, removed, REQUEST)
+
+    def oracle_logits(self, removed: tuple[Block, ...], token_ids_BT: Tensor) -> Tensor:
+        gone = {(block.layer_index, block.block_kind.value) for block in removed}
+        return oracle_logits(self.model.state_dict(), self.model.config.to_dict(), token_ids_BT, gone)
+
+
+def load(folder: Path, **options: Any) -> PreTrainedModel:
+    """Load an export as a user would; a stock one must need no code."""
+    is_custom = bool(list(folder.glob("*.py")))
+    if is_custom:
+        options["trust_remote_code"] = True
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **({"dtype": torch.float32} | options))
+    model.eval()
+    return model
+
+
+@torch.inference_mode()
+def logits(model: PreTrainedModel, token_ids_BT: Tensor) -> Tensor:
+    answer: Tensor = model(input_ids=token_ids_BT, use_cache=False).logits
+    return answer
+
+
+def greedy(source: Source, removed: tuple[Block, ...], prompt: list[int], num_tokens: int) -> list[int]:
+    """Greedy generation from the masked original: one row, no padding, no cache; never the end token."""
+    ids = list(prompt)
+    with masked(source.architecture, source.model, removed):
+        for _ in range(num_tokens):
+            scores_V = logits(source.model, torch.tensor([ids]))[0, -1].clone()
+            scores_V[source.model.config.eos_token_id] = -torch.inf
+            ids.append(int(scores_V.argmax()))
+    return ids[len(prompt) :]
+
+
+PROMPTS = [row[start:].tolist() for row, start in zip(tiny_token_ids(3, 11, seed=6), (0, 4, 9), strict=True)]
+"""Of 11, 7 and 2 tokens: longer than the windows, and much shorter."""
+NUM_NEW = 9
+
+
+def left_padded(prompts: list[list[int]]) -> dict[str, Tensor]:
+    longest = max(map(len, prompts))
+    pads = [longest - len(prompt) for prompt in prompts]
+    return {
+        "input_ids": torch.tensor([[0] * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)]),
+        "attention_mask": torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads]),
+    }
+
+
+def generate(model: Any, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+    batch = left_padded(prompts)
+    settings = GenerationConfig(
+        max_new_tokens=NUM_NEW, min_new_tokens=NUM_NEW, do_sample=False, pad_token_id=0, eos_token_id=2, **options
+    )
+    output = model.generate(**batch, generation_config=settings)
+    rows: list[list[int]] = output[:, batch["input_ids"].shape[1] :].tolist()
+    return rows
