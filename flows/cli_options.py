@@ -88,6 +88,9 @@ Metric = Annotated[
 Scorer = Annotated[str | None, _setting("scorer", "sweep|plain", autocompletion=complete_choice("sweep", "plain"))]
 MemoryBudget = Annotated[str | None, _setting("memory_budget", "SIZE")]
 Compile = Annotated[str | None, _setting("compile", "auto|on|off", autocompletion=complete_choice("auto", "on", "off"))]
+StockCompatible = Annotated[
+    bool | None, typer.Option("--stock-compatible", help=SETTINGS["stock_compatible"], show_default=False)
+]
 TrustRemoteCode = Annotated[bool | None, typer.Option("--trust-remote-code", help=SETTINGS["trust_remote_code"])]
 Name = Annotated[str | None, _setting("name", "TEXT")]
 

@@ -21,6 +21,7 @@ from blockpruner.export.names import FormatChoice
 from blockpruner.loading import DtypeName, any_meta_model, check_tensors, meta_model, resolve_device, resolve_dtype
 from blockpruner.paths import user_path
 from blockpruner.positions import check_sequence_length
+from blockpruner.repackable import Repackable
 from blockpruner.search import SearchTarget
 from flows.recipe import Recipe
 from stages import baseline, calibrate, evaluate, export, fold, search
@@ -238,6 +239,7 @@ class Plan:
             ratio=recipe.ratio,
             dtype=self.dtype,
             metric=recipe.metric,
+            stock_compatible_at=recipe.stock_compatible_at,
         )
         inputs = search.SearchInputs(self._model(artifacts), artifacts["calibration"].ref, recipe.trust_remote_code)
         return Job(search.STAGE, config, inputs)
@@ -284,10 +286,9 @@ def _folded_model(folder: Path, name: str) -> Checkpoint:
 
 
 def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelShape:
-    """The model's size, and whether it has as many blocks to remove as the recipe wants and can be exported if it must.
+    """The model's size, and whether it has as many blocks to remove as the recipe wants.
 
     Raises:
-        ExportError: if the goal includes an export, and the model's family cannot be exported.
         UnsupportedArchitectureError: if the model's family is not in the table.
         CheckpointError: if the weights are not those of the model that config.json describes.
         ConfigurationError: if the target cannot be reached, or a sequence is longer than the model can read.
@@ -299,7 +300,8 @@ def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelS
     sizes = block_sizes(architecture, shapes)
     candidates = {block: sizes[block] for block in all_blocks(num_layers, recipe.block_kinds)}
     _check_num_blocks(recipe, len(candidates))
-    SearchTarget(recipe.num_blocks, recipe.ratio).check(candidates, total)
+    repackable = Repackable(num_layers, architecture.is_parallel) if recipe.stock_compatible else None
+    SearchTarget(recipe.num_blocks, recipe.ratio, repackable).check(candidates, total)
     if recipe.export_blocks is not None and recipe.num_blocks is not None and recipe.export_blocks > recipe.num_blocks:
         raise ConfigurationError(
             f"export_blocks is {recipe.export_blocks}, but num_blocks is {recipe.num_blocks}; "

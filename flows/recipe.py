@@ -119,6 +119,7 @@ class Recipe(BaseModel):
     device: Annotated[str, BeforeValidator(_known_device)] = Field(default="auto", description=SETTINGS["device"])
     dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description=SETTINGS["dtype"])
     batch_size: int | None = Field(default=None, ge=1, le=_MOST_SEQUENCES_AT_ONCE, description=SETTINGS["batch_size"])
+    stock_compatible: bool = Field(default=False, description=SETTINGS["stock_compatible"])
     metric: MetricName = Field(default="perplexity", description=SETTINGS["metric"])
     scorer: ScorerName = Field(default="sweep", description=SETTINGS["scorer"])
     memory_budget: Annotated[NonBlank | None, BeforeValidator(_amount_of_memory)] = Field(
@@ -145,6 +146,12 @@ class Recipe(BaseModel):
                 "target", "both num_blocks and ratio are given; give one of them (--num-blocks K or --ratio R)"
             )
         return self
+
+    @property
+    def stock_compatible_at(self) -> str | None:
+        """Where the search must end with what can be repacked: its target, as text."""
+        target = f"{self.num_blocks} blocks" if self.num_blocks is not None else f"ratio {self.ratio}"
+        return target if self.stock_compatible else None
 
     @property
     def scoring(self) -> ScorerSettings:

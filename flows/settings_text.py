@@ -33,6 +33,10 @@ SETTINGS: dict[str, str] = {
     "device": "auto, cpu, cuda or cuda:N; auto takes the GPU where there is one.",
     "dtype": "auto, float32 or bfloat16; auto is float32 on a CPU and bfloat16 on a GPU.",
     "batch_size": "Sequences in one forward pass; none: chosen for the device. Changes no result.",
+    "stock_compatible": (
+        "Remove blocks in pairs, so that the result can be repacked into an unchanged model of its family, which every "
+        "engine loads; an even number of blocks."
+    ),
     "metric": (
         "What a block's removal is judged by: perplexity (the paper), or kl or js, the divergence of the model's "
         "predictions from the dense model's."
