@@ -183,6 +183,28 @@ def evaluate(
     _run_and_print(recipe, "evaluate" if prunes else "measure", workspace, as_json)
 
 
+def speed(
+    context: typer.Context,
+    run: options.Run,
+    num_blocks: options.NumBlocks = None,
+    export_format: options.ExportFormat = None,
+    speed_batch_sizes: options.SpeedBatchSizes = None,
+    speed_prompt_tokens: options.SpeedPromptTokens = None,
+    speed_new_tokens: options.SpeedNewTokens = None,
+    speed_repeats: options.SpeedRepeats = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    name: options.Name = None,
+    workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE,
+    as_json: options.Json = False,
+) -> None:
+    """Time a run's dense and pruned model on this machine.
+
+    Prefill, decoding, peak memory and KV cache, in transformers, each model in a process of its own.
+    """
+    _run_and_print(_recipe_of_run(context, run, workspace), "speed", workspace, as_json)
+
+
 def _recipe(context: typer.Context, source: str | None) -> Recipe:
     from flows.recipe import load_recipe
 

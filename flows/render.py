@@ -18,7 +18,7 @@ from rich.text import Text
 from flows.summary import RunSummary
 from flows.wording import count, size, spell_out
 from stages.runs import RunRecord
-from stages.store_schema import EvaluationRow, ExportRow, StepRow
+from stages.store_schema import EvaluationRow, ExportRow, SpeedRow, StepRow
 
 KEPT, DROPPED = "■", "·"
 _KINDS = ("mha", "mlp")
@@ -60,6 +60,8 @@ def run_view(summary: RunSummary) -> RenderableType:
         parts.append(task_table(summary.rows.evaluations))
     if summary.export:
         parts.append(_export_lines(summary))
+    if summary.rows.speed:
+        parts.append(speed_table(summary.rows.speed))
     parts.append(_stages_table(record))
     spaced = [element for part in parts for element in (part, Text())]
     return Group(*spaced[:-1])
@@ -102,6 +104,27 @@ def task_table(evaluations: Sequence[EvaluationRow]) -> Table:
         pair = [by_variant.get((variant, task, metric)) for variant in ("dense", "pruned")]
         questions = next((str(row.num_examples) for row in pair if row and row.num_examples is not None), "")
         table.add_row(_cell(task), metric, *(_with_error(row) for row in pair), questions)
+    return table
+
+
+def speed_table(rows: Sequence[SpeedRow]) -> Table:
+    """Dense and pruned side by side: speeds as measured, and how many times the dense model's."""
+    table = _table("batch", "prompt", "prefill ms", "times", "decode tokens/s", "times", "memory", "cache B/token")
+    dense = {(row.batch_size, row.prompt_tokens): row for row in rows if row.variant == "dense"}
+    for row in rows:
+        before = dense.get((row.batch_size, row.prompt_tokens))
+        if row.variant != "pruned" or before is None:
+            continue
+        table.add_row(
+            str(row.batch_size),
+            str(row.prompt_tokens),
+            f"{before.prefill_ms:.4g} -> {row.prefill_ms:.4g}",
+            f"{before.prefill_ms / row.prefill_ms:.2f}",
+            f"{before.decode_tokens_per_s:.4g} -> {row.decode_tokens_per_s:.4g}",
+            f"{row.decode_tokens_per_s / before.decode_tokens_per_s:.2f}",
+            f"{size(before.peak_memory_bytes)} -> {size(row.peak_memory_bytes)}",
+            f"{before.kv_cache_bytes_per_token:.0f} -> {row.kv_cache_bytes_per_token:.0f}",
+        )
     return table
 
 

@@ -68,6 +68,7 @@ def summary(run: RunRecord) -> RunSummary:
             EvaluationRow("r", "pruned", "t", "acc", 0.25, None, 0, 10),
         ],
         exports=[ExportRow("r", "stock", "/x/model", 1, 900, 1234567, True, 1e-6)],
+        speed=[],
     )
     return RunSummary(run, rows, Workspace(Path("/nowhere")))
 
