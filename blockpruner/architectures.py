@@ -28,6 +28,10 @@ class BlockLayout:
     they are given."""
     returns_pair: bool = False
     """Whether the module returns (output, attention weights) and not a bare tensor."""
+    aliases: tuple[str, ...] = ()
+    """Other names of these modules in published checkpoints."""
+    outputs: tuple[str, ...] = ("o_proj", "down_proj")
+    """What the tensors of the last projections are called: with zeros in them the block adds nothing."""
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -52,8 +56,8 @@ class Architecture:
     """Whether both blocks of a layer read the same input, and not one the other's output."""
     layer_returns_tuple: bool = False
     """Whether a decoder layer returns a tuple and not a bare tensor."""
-    exportable: bool = False
-    """Whether `blockpruner.export` can write this family without the removed blocks."""
+    other_layer_prefixes: tuple[str, ...] = ()
+    """Where published checkpoints keep the layers if not under `layers`."""
     variant: Callable[[Architecture, PreTrainedConfig], Architecture] | None = None
     """Gives the row for one model of a family whose layers depend on the configuration, or refuses the model."""
 
@@ -79,6 +83,20 @@ class Architecture:
         assert isinstance(layers, nn.ModuleList)
         return layers
 
+    def layer_of_tensor(self, tensor_name: str) -> tuple[str, int, str] | None:
+        """(prefix up to the layers, layer index, rest) of a tensor's name; None for one outside the layers."""
+        for prefix in (self.layers, *self.other_layer_prefixes):
+            index, dot, rest = tensor_name.removeprefix(prefix + ".").partition(".")
+            if tensor_name.startswith(prefix + ".") and dot and index.isdecimal():
+                return prefix, int(index), rest
+        return None
+
+    def placed(self, tensor_name: str, place: str) -> str:
+        """A layer's tensor under another number ('3') or place ('3.mlps.0')."""
+        found = self.layer_of_tensor(tensor_name)
+        assert found is not None
+        return f"{found[0]}.{place}.{found[2]}"
+
     def block_of_tensor(self, tensor_name: str) -> Block | None:
         """The block that a checkpoint's tensor belongs to; None for one that belongs to no single block.
 
@@ -86,14 +104,14 @@ class Architecture:
             UnsupportedArchitectureError: if the tensor lies in a decoder layer but in none of its known modules, so
                 that removing blocks would leave it behind.
         """
-        prefix = self.layers + "."
-        if not tensor_name.startswith(prefix):
+        found = self.layer_of_tensor(tensor_name)
+        if found is None and not tensor_name.startswith(self.layers + "."):
             return None
-        index, _, rest = tensor_name.removeprefix(prefix).partition(".")
+        _, index, rest = found or ("", 0, "")
         for kind in BlockKind:
-            if index.isdecimal() and any(rest.startswith(module + ".") for module in self.block(kind).modules):
-                return Block(layer_index=int(index), block_kind=kind)
-        if index.isdecimal() and any(rest.startswith(module + ".") for module in self.shared):
+            if any(rest.startswith(module + ".") for module in self.block(kind).modules + self.block(kind).aliases):
+                return Block(layer_index=index, block_kind=kind)
+        if any(rest.startswith(module + ".") for module in self.shared):
             return None
         raise UnsupportedArchitectureError(
             f"tensor {tensor_name!r} belongs to neither block of a {self.model_type} layer; "
@@ -148,9 +166,9 @@ def _falcon(row: Architecture, config: PreTrainedConfig) -> Architecture:
     )
 
 
-def _attention(compute: str, *passed: str) -> BlockLayout:
+def _attention(compute: str, *passed: str, outputs: tuple[str, ...] = ("o_proj",)) -> BlockLayout:
     """An attention that returns its weights as well, as all do."""
-    return BlockLayout(compute, passed, returns_pair=True)
+    return BlockLayout(compute, passed, returns_pair=True, outputs=outputs)
 
 
 _SANDWICH_MHA = _attention("self_attn", "input_layernorm", "post_attention_layernorm")
@@ -173,7 +191,8 @@ _TABLE = {
             "falcon",
             "Falcon",
             layers="transformer.h",
-            mha=_attention("self_attention", "input_layernorm"),
+            mha=_attention("self_attention", "input_layernorm", outputs=("dense",)),
+            mlp=BlockLayout("mlp", ("post_attention_layernorm",), outputs=("dense_4h_to_h",)),
             layer_returns_tuple=True,
             variant=_falcon,
         ),
@@ -184,20 +203,28 @@ _TABLE = {
             "gpt2",
             "GPT2",
             layers="transformer.h",
-            mha=_attention("attn", "ln_1"),
-            mlp=BlockLayout("mlp", ("ln_2",)),
+            mha=_attention("attn", "ln_1", outputs=("c_proj",)),
+            mlp=BlockLayout("mlp", ("ln_2",), outputs=("c_proj",)),
+            other_layer_prefixes=("h",),
             variant=_gpt2,
         ),
         Architecture(
             "gpt_neox",
             "GPTNeoX",
             layers="gpt_neox.layers",
-            mha=_attention("attention", "input_layernorm"),
+            mha=_attention("attention", "input_layernorm", outputs=("dense",)),
+            mlp=BlockLayout("mlp", ("post_attention_layernorm",), outputs=("dense_4h_to_h",)),
             variant=_gpt_neox,
         ),
-        Architecture("llama", "Llama", exportable=True),
-        Architecture("mistral", "Mistral", exportable=True),
-        Architecture("mixtral", "Mixtral"),
+        Architecture("llama", "Llama"),
+        Architecture("mistral", "Mistral"),
+        Architecture(
+            "mixtral",
+            "Mixtral",
+            mlp=BlockLayout(
+                "mlp", ("post_attention_layernorm",), aliases=("block_sparse_moe",), outputs=("down_proj", "w2")
+            ),
+        ),
         Architecture(
             "olmo2",
             "Olmo2",
@@ -208,14 +235,15 @@ _TABLE = {
             "opt",
             "OPT",
             layers="model.decoder.layers",
-            mha=_attention("self_attn", "self_attn_layer_norm"),
-            mlp=BlockLayout("fc2", ("fc1", "final_layer_norm")),
+            mha=_attention("self_attn", "self_attn_layer_norm", outputs=("out_proj",)),
+            mlp=BlockLayout("fc2", ("fc1", "final_layer_norm"), outputs=("fc2",)),
+            other_layer_prefixes=("decoder.layers",),
             variant=_opt,
         ),
         Architecture("phi3", "Phi3"),
-        Architecture("qwen2", "Qwen2", exportable=True),
+        Architecture("qwen2", "Qwen2"),
         Architecture("qwen2_moe", "Qwen2Moe"),
-        Architecture("qwen3", "Qwen3", exportable=True),
+        Architecture("qwen3", "Qwen3"),
         Architecture("qwen3_moe", "Qwen3Moe"),
     )
 }
@@ -228,7 +256,6 @@ _REFUSED = {
 
 KNOWN_MODEL_TYPES: tuple[str, ...] = tuple(sorted(_TABLE))
 
-EXPORTABLE_MODEL_TYPES: tuple[str, ...] = tuple(name for name in KNOWN_MODEL_TYPES if _TABLE[name].exportable)
 """The families that an export can be written for."""
 
 

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import CheckpointError, UnsupportedArchitectureError
-from blockpruner.export.weights import SHARD_BYTES, TensorSource, write_tensors
+from blockpruner.export.weights import SHARD_BYTES, TensorSource, dtype_of, write_tensors
 
 MODEL_TYPE = "baichuan"
 
@@ -134,11 +134,11 @@ def _folded(checkpoint: Checkpoint, name: str) -> Iterator[TensorSource]:
             def third(position: int = position) -> Tensor:
                 return whole().chunk(3)[position].clone()
 
-            yield TensorSource(name.replace("W_pack", f"{part}_proj"), entry.num_bytes // 3, third)
+            yield TensorSource(name.replace("W_pack", f"{part}_proj"), entry.num_bytes // 3, third, dtype_of(entry))
     elif name == _HEAD:
-        yield TensorSource(name, entry.num_bytes, lambda: _normalised(whole()))
+        yield TensorSource(name, entry.num_bytes, lambda: _normalised(whole()), dtype_of(entry))
     elif not name.endswith(".rotary_emb.inv_freq"):  # a buffer, which Llama computes itself
-        yield TensorSource(name, entry.num_bytes, whole)
+        yield TensorSource(name, entry.num_bytes, whole, dtype_of(entry))
 
 
 def _normalised(head_VD: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where the surviving blocks go in a smaller model. Plain data and names; touches no tensor.
+"""Where the surviving blocks go in a smaller model. Plain data; knows no family and touches no tensor.
 
 In a sequential residual model only the order of the surviving blocks matters, so each attention may be paired with the
 feed-forward blocks that follow it, whatever layers they came from.
@@ -10,8 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from blockpruner.architectures import Architecture
-from blockpruner.blocks import Block, BlockKind, survivors
+from blockpruner.blocks import Block, BlockKind, mha, mlp, survivors
 from blockpruner.errors import ExportError
 
 
@@ -67,39 +66,32 @@ def _layer_indices(blocks: Sequence[Block]) -> tuple[int, ...]:
     return tuple(block.layer_index for block in blocks)
 
 
-def stock_names(architecture: Architecture, packed: PackedModel) -> dict[str, str]:
-    """Old prefix to new prefix of every surviving module, for the family's own layer layout."""
+Places = dict[Block, str]
+"""Where each surviving block goes: the part of its tensors' names behind the layers' prefix, '3' or '3.mlps.0'."""
+
+
+def stock_places(packed: PackedModel) -> Places:
+    """In the family's own layout: both blocks of a layer under its new number."""
     assert packed.is_stock
-    names: dict[str, str] = {}
-    for new, layer in enumerate(packed.layers):
-        names |= _prefixes(architecture, layer.mha, architecture.mha.modules, f"{architecture.layers}.{new}")
-        names |= _prefixes(architecture, layer.mlps[0], architecture.mlp.modules, f"{architecture.layers}.{new}")
-    return names
+    return {
+        block: str(new) for new, layer in enumerate(packed.layers) for block in (mha(layer.mha), mlp(layer.mlps[0]))
+    }
 
 
-def custom_names(architecture: Architecture, packed: PackedModel) -> dict[str, str]:
-    """Old prefix to new prefix of every surviving module, for the layout of one attention and a list of MLPs."""
-    names: dict[str, str] = {}
+def custom_places(packed: PackedModel) -> Places:
+    """In the layout of one attention and a list of feed-forward blocks."""
+    places: Places = {}
     for new, layer in enumerate(packed.layers):
-        prefix = f"{architecture.layers}.{new}"
-        names |= _prefixes(architecture, layer.mha, architecture.mha.modules, prefix)
+        places[mha(layer.mha)] = str(new)
         for role, sources in (("leading_mlps", layer.leading_mlps), ("mlps", layer.mlps)):
-            for position, source in enumerate(sources):
-                names |= _prefixes(architecture, source, architecture.mlp.modules, f"{prefix}.{role}.{position}")
-    return names
+            places |= {mlp(source): f"{new}.{role}.{position}" for position, source in enumerate(sources)}
+    return places
 
 
-def _prefixes(architecture: Architecture, source: int, modules: Iterable[str], target: str) -> dict[str, str]:
-    return {f"{architecture.layers}.{source}.{module}.": f"{target}.{module}." for module in modules}
-
-
-def rename(tensor_name: str, names: dict[str, str]) -> str:
-    """A decoder-layer tensor's name in the smaller model.
-
-    Raises:
-        KeyError: if the tensor belongs to no surviving module.
-    """
-    for old, new in names.items():
-        if tensor_name.startswith(old):
-            return new + tensor_name.removeprefix(old)
-    raise KeyError(tensor_name)
+def whole_layers(num_layers: int, removed: Iterable[Block]) -> tuple[int, ...] | None:
+    """The layers that remain, if every layer lost both of its blocks or none; else None."""
+    remaining = set(survivors(num_layers, removed))
+    kept = [{mha(index), mlp(index)} & remaining for index in range(num_layers)]
+    if any(len(blocks) == 1 for blocks in kept):
+        return None
+    return tuple(index for index, blocks in enumerate(kept) if blocks)

@@ -50,11 +50,22 @@ BlockKinds = Annotated[
     str | None, _setting("block_kinds", "mha|mlp|both", autocompletion=complete_choice("mha", "mlp", "both"))
 ]
 ExportFormat = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--format",
+        "--export-format",
+        metavar="auto|stock|transformers|zeroed",
+        help=SETTINGS["export_format"],
+        autocompletion=complete_choice("auto", "stock", "transformers", "zeroed"),
+    ),
+]
+ExportDtype = Annotated[
     str | None,
-    _setting(
-        "export_format",
-        "auto|stock|transformers",
-        autocompletion=complete_choice("auto", "stock", "transformers"),
+    typer.Option(
+        "--dtype",
+        metavar="float32|bfloat16",
+        help=SETTINGS["export_dtype"],
+        autocompletion=complete_choice("float32", "bfloat16"),
     ),
 ]
 EvalText = Annotated[list[str] | None, _setting("eval_text", "NAME|FILE", autocompletion=complete_text)]

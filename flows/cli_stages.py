@@ -119,7 +119,7 @@ def export(
     sequence_length: options.SequenceLength = None,
     block_kinds: options.BlockKinds = None,
     device: options.Device = None,
-    dtype: options.Dtype = None,
+    export_dtype: options.ExportDtype = None,
     batch_size: options.BatchSize = None,
     metric: options.Metric = None,
     scorer: options.Scorer = None,
@@ -226,6 +226,10 @@ def _run_here(recipe: Recipe, goal: Goal, workspace: Path, output: Path | None) 
         runner = Runner(workspace, reporter)
         record = runner.run(recipe, goal)
         summary = RunSummary.of(record, runner.workspace, reporter.warn, output)
-        if output is not None and summary.export is not None:
-            copy_model(Path(summary.export.path), output)
+        if output is not None:
+            for export in summary.rows.exports:
+                several = len(summary.rows.exports) > 1
+                if several:
+                    output.mkdir(parents=True, exist_ok=True)
+                copy_model(Path(export.path), output / export.format if several else output)
         return summary

@@ -17,7 +17,7 @@ from blockpruner.baichuan import is_foldable
 from blockpruner.blocks import all_blocks
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ConfigurationError
-from blockpruner.export.write import require_exportable
+from blockpruner.export.names import FormatChoice
 from blockpruner.loading import DtypeName, any_meta_model, check_tensors, meta_model, resolve_device, resolve_dtype
 from blockpruner.paths import user_path
 from blockpruner.positions import check_sequence_length
@@ -186,7 +186,10 @@ class Plan:
         if goal in _SEARCHING:
             yield PlannedStage("search", "search", self._search)
         if goal in _EXPORTING:
-            yield PlannedStage("export", "export", self._export)
+            first, *others = dict.fromkeys(self.recipe.export_format)
+            yield PlannedStage("export", "export", partial(self._export, first))
+            for name in others:
+                yield PlannedStage(f"export:{name}", f"export as {name}", partial(self._export, name))
         if goal == "evaluate":
             yield PlannedStage("evaluate:pruned", "evaluate pruned", self._evaluate_pruned)
 
@@ -239,8 +242,9 @@ class Plan:
         inputs = search.SearchInputs(self._model(artifacts), artifacts["calibration"].ref, recipe.trust_remote_code)
         return Job(search.STAGE, config, inputs)
 
-    def _export(self, artifacts: Artifacts) -> Job:
-        config = export.ExportConfig(num_blocks=self.recipe.export_blocks, format=self.recipe.export_format)
+    def _export(self, name: FormatChoice, artifacts: Artifacts) -> Job:
+        recipe = self.recipe
+        config = export.ExportConfig(num_blocks=recipe.export_blocks, format=name, dtype=recipe.export_dtype)
         return Job(export.STAGE, config, export.ExportInputs(self._model(artifacts), artifacts["search"].ref))
 
     def _evaluate_dense(self, artifacts: Artifacts) -> Job:
@@ -289,8 +293,6 @@ def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelS
         ConfigurationError: if the target cannot be reached, or a sequence is longer than the model can read.
     """
     architecture, shapes = meta_model(checkpoint)
-    if goal in _EXPORTING:
-        require_exportable(architecture)
     check_tensors(checkpoint, shapes)
     check_sequence_length(shapes, recipe.sequence_length)
     num_layers, total = len(architecture.decoder_layers(shapes)), num_parameters(shapes)

@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from blockpruner.blocks import BlockKinds
 from blockpruner.errors import ConfigurationError, nearest
+from blockpruner.export.names import FormatChoice
 from blockpruner.memory_size import parse_memory_size
 from blockpruner.paths import user_path
 from blockpruner.scoring.settings import CompileChoice, MetricName, ScorerName, ScorerSettings
@@ -101,9 +102,10 @@ class Recipe(BaseModel):
     ratio: float | None = Field(default=None, gt=0, lt=1, description=SETTINGS["ratio"])
     block_kinds: BlockKinds = Field(default="both", description=SETTINGS["block_kinds"])
     export_blocks: int | None = Field(default=None, ge=1, le=_MOST_BLOCKS, description=SETTINGS["export_blocks"])
-    export_format: Literal["auto", "stock", "transformers"] = Field(
-        default="auto", description=SETTINGS["export_format"]
+    export_format: Annotated[tuple[FormatChoice, ...], BeforeValidator(_split_at_commas)] = Field(
+        default=("auto",), min_length=1, description=SETTINGS["export_format"]
     )
+    export_dtype: Literal["float32", "bfloat16"] | None = Field(default=None, description=SETTINGS["export_dtype"])
     eval_text: Annotated[tuple[NonBlank, ...], BeforeValidator(_as_list)] = Field(
         default=(), description=SETTINGS["eval_text"]
     )

@@ -18,7 +18,7 @@ from rich.text import Text
 from flows.summary import RunSummary
 from flows.wording import count, size, spell_out
 from stages.runs import RunRecord
-from stages.store_schema import EvaluationRow, StepRow
+from stages.store_schema import EvaluationRow, ExportRow, StepRow
 
 KEPT, DROPPED = "■", "·"
 _KINDS = ("mha", "mlp")
@@ -190,12 +190,15 @@ def _steps_table(summary: RunSummary) -> Table:
 
 
 def _export_lines(summary: RunSummary) -> Text:
-    export = summary.export
-    assert export is not None
-    checked = "verified" if export.verified else "not verified"
+    return Text("\n".join(_export_text(summary, export) for export in summary.rows.exports))
+
+
+def _export_text(summary: RunSummary, export: ExportRow) -> str:
+    checked = f"verified with {export.verified_with}" if export.verified else "not verified"
     difference = "" if export.max_logit_difference is None else f", logits differ by {export.max_logit_difference:.1e}"
-    return Text(
-        f"exported model: {summary.export_path}\n"
+    only = len(summary.rows.exports) == 1
+    return (
+        f"exported model: {summary.export_path if only else export.path}\n"
         f"  {export.format} format, {export.num_parameters:,} parameters, {size(export.bytes)}, {checked}{difference}"
     )
 

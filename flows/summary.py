@@ -75,6 +75,7 @@ class RunSummary:
             "pruned_perplexity": _number(self.perplexity("pruned")),
             "export_path": str(self.export_path) if self.export_path else None,
             "export": _plain(self.export._asdict()) if self.export else None,
+            "exports": [_plain(row._asdict()) for row in self.rows.exports],
             "perplexities": [_plain(row._asdict()) for row in self.rows.perplexities],
             "evaluations": [_plain(row._asdict()) for row in self.rows.evaluations],
             "stages": [stage.model_dump(mode="json", exclude={"fingerprint", "started_at"}) for stage in record.stages],

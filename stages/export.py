@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+
+from torch import nn
 
 from blockpruner.architectures import block_sizes, num_parameters
 from blockpruner.blocks import Block
 from blockpruner.checkpoint import COMPANION_FILES, Checkpoint
 from blockpruner.errors import ConfigurationError, ExportError
 from blockpruner.export.card import CardNumbers, write_card
+from blockpruner.export.names import ExportFormat, FormatChoice
 from blockpruner.export.verify import Verification, masked_logits, verification_request, verify
-from blockpruner.export.write import ExportFormat, WrittenExport, write_export
-from blockpruner.loading import DtypeName, load_model, meta_model, release_memory
+from blockpruner.export.write import WrittenExport, write_export
+from blockpruner.loading import DtypeName, load_model, meta_model, release_memory, torch_dtype
 from blockpruner.progress import Progress
 from blockpruner.trace import SearchTrace, read_trace
 from stages.contract import ArtifactRef, Runtime, Stage, StageConfig, StageManifest
@@ -29,8 +31,11 @@ class ExportConfig(StageConfig):
 
     num_blocks: int | None = None
     """How many blocks of the pruning order to remove; None: all of it."""
-    format: Literal["auto", "stock", "transformers"] = "auto"
-    """'auto' writes the family's own format where the surviving blocks alternate, else the one with custom code."""
+    format: FormatChoice = "auto"
+    """'auto' writes the family's own format where the surviving blocks alternate, else the one with custom code, else
+    the one in full shape."""
+    dtype: DtypeName | None = None
+    """Dtype of the weights; None: as they are in the model."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class ExportManifest(StageManifest):
     kept: tuple[Block, ...]
     dropped: tuple[Block, ...]
     verified: bool
+    verified_with: str
+    """What loaded the export for the comparison: an engine, or a reader of our own."""
     max_logit_difference: float
 
 
@@ -76,32 +83,37 @@ def run(config: ExportConfig, inputs: ExportInputs, out_dir: Path, runtime: Runt
             f"give 1 to {len(trace.steps)}, or search further"
         )
     removed = trace.removed(config.num_blocks)
-    written = write_export(inputs.model, removed, out_dir / MODEL_FOLDER, config.format)
+    written = write_export(inputs.model, removed, out_dir / MODEL_FOLDER, config.format, dtype=config.dtype)
     runtime.progress(Progress(1, 2, "phases", "verifying in a fresh process"))
-    verification = _verify(inputs.model, written, runtime.device)
+    verification = _verify(inputs.model, written, runtime.device, config.dtype)
     if not verification.passed:
         raise ExportError(
             f"the exported model differs from the masked original by {verification.max_logit_difference:.3g} in its "
             f"logits (at most {verification.tolerance:.3g}); it was deleted: please report this model's architecture"
         )
-    num_kept = _write_card(inputs, trace, written)
+    num_kept, total = _write_card(inputs, trace, written)
     runtime.progress(Progress(2, 2, "phases", "verified"))
     return ExportManifest(
         format=written.format,
         num_blocks_removed=len(removed),
-        num_parameters=num_kept,
+        num_parameters=num_kept if written.format != "zeroed" else total,
         bytes=sum(file.stat().st_size for file in written.path.iterdir()),
         kept=written.kept,
         dropped=written.dropped,
         verified=True,
+        verified_with=verification.engine,
         max_logit_difference=verification.max_logit_difference,
     )
 
 
-def _verify(checkpoint: Checkpoint, written: WrittenExport, device: str) -> Verification:
+def _verify(
+    checkpoint: Checkpoint, written: WrittenExport, device: str, written_dtype: DtypeName | None
+) -> Verification:
     architecture, shapes = meta_model(checkpoint)
     dtype: DtypeName = "float32" if num_parameters(shapes) <= _FLOAT32_LIMIT else "bfloat16"
-    model = load_model(checkpoint, device=device, dtype=dtype)
+    # Weights that were rounded are compared with the original's, rounded likewise.
+    model = load_model(checkpoint, device=device, dtype=written_dtype or dtype)
+    nn.Module.to(model, torch_dtype(dtype))
     text_config = model.config.get_text_config()
     request = verification_request(text_config.vocab_size, text_config.max_position_embeddings)
     expected = masked_logits(architecture, model, written.dropped, request)
@@ -110,8 +122,8 @@ def _verify(checkpoint: Checkpoint, written: WrittenExport, device: str) -> Veri
     return verify(written.path, request, expected, device=device, dtype=dtype)
 
 
-def _write_card(inputs: ExportInputs, trace: SearchTrace, written: WrittenExport) -> int:
-    """Write the model card and return how many parameters remain."""
+def _write_card(inputs: ExportInputs, trace: SearchTrace, written: WrittenExport) -> tuple[int, int]:
+    """Write the model card and return how many parameters remain, and of how many."""
     architecture, shapes = meta_model(inputs.model)
     sizes = block_sizes(architecture, shapes)
     total = num_parameters(shapes)
@@ -119,9 +131,9 @@ def _write_card(inputs: ExportInputs, trace: SearchTrace, written: WrittenExport
     last = trace.steps[len(written.dropped) - 1]
     calibration = ("the calibration set", trace.summary.dense_perplexity, last.perplexity)
     write_card(written, inputs.model.name, inputs.model.path, CardNumbers(total, num_kept, (calibration,)))
-    return num_kept
+    return num_kept, total
 
 
 STAGE: Stage[ExportConfig, ExportInputs, ExportManifest] = Stage(
-    name="export", version=1, manifest_type=ExportManifest, run=run
+    name="export", version=2, manifest_type=ExportManifest, run=run
 )

@@ -87,6 +87,7 @@ class _Export(BaseModel):
     bytes: int
     verified: bool
     max_logit_difference: float | None = None
+    verified_with: str | None = None
 
 
 FoundT = TypeVar("FoundT")
@@ -114,8 +115,8 @@ class _Found:
     baseline: _Measured
     dense: _Measured
     pruned: _Measured
-    export: _Export | None
-    export_path: str
+    exports: tuple[tuple[_Export, str], ...]
+    """Each with the folder of its model; the first is the one that was evaluated."""
 
 
 def rows_of(record: RunRecord, workspace: Workspace, warn: Warn) -> RunRows:
@@ -132,7 +133,7 @@ def rows_of(record: RunRecord, workspace: Workspace, warn: Warn) -> RunRows:
             for variant, measured in (("dense", found.dense), ("pruned", found.pruned))
             for m in measured.metrics
         ],
-        exports=[_export_row(run_id, found.export, found.export_path)] if found.export else [],
+        exports=[_export_row(run_id, export, path) for export, path in found.exports],
     )
 
 
@@ -160,17 +161,18 @@ def _find(record: RunRecord, workspace: Workspace, warn: Warn) -> _Found:
     search = read(
         "search", lambda folder, envelope: (_Search.model_validate(envelope.manifest), _steps(folder, envelope))
     )
-    export = read(
-        "export", lambda folder, envelope: (_Export.model_validate(envelope.manifest), folder / _MODEL_FOLDER)
-    )
+    roles = dict.fromkeys(stage.role for stage in record.stages if stage.role.partition(":")[0] == "export")
+    exports = [
+        read(role, lambda folder, envelope: (_Export.model_validate(envelope.manifest), str(folder / _MODEL_FOLDER)))
+        for role in roles
+    ]
     return _Found(
         search=search[0] if search else None,
         steps=search[1] if search else (),
         baseline=measured("baseline"),
         dense=measured("evaluate:dense"),
         pruned=measured("evaluate:pruned"),
-        export=export[0] if export else None,
-        export_path=str(export[1]) if export else "",
+        exports=tuple(export for export in exports if export is not None),
     )
 
 
@@ -193,7 +195,7 @@ def _dense_perplexities(run_id: str, found: _Found) -> list[PerplexityRow]:
 def _pruned_perplexities(record: RunRecord, found: _Found) -> list[PerplexityRow]:
     """The evaluation's; where it did not measure the calibration set, the search's at the exported number of blocks."""
     run_id = record.run_id
-    removed = found.export.num_blocks_removed if found.export else record.num_blocks_removed
+    removed = found.exports[0][0].num_blocks_removed if found.exports else record.num_blocks_removed
     if removed is None and found.steps:
         removed = len(found.steps)
     rows = [PerplexityRow(run_id, "pruned", t.text, removed, t.num_tokens, t.perplexity) for t in found.pruned.texts]

@@ -103,6 +103,7 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "bytes": "BIGINT NOT NULL",
         "verified": "BOOLEAN NOT NULL",
         "max_logit_difference": "DOUBLE",
+        "verified_with": "VARCHAR",
     },
 }
 """Column name to SQL type, by table."""
@@ -248,3 +249,4 @@ class ExportRow(NamedTuple):
     bytes: int
     verified: bool
     max_logit_difference: float | None
+    verified_with: str | None = None

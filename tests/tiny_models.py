@@ -127,11 +127,6 @@ TINY_FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
 }
 """Builders by the `model_type` of the family, and after a hyphen the variant."""
 
-EXPORTED_FAMILIES: tuple[str, ...] = tuple(
-    name for name in TINY_FAMILIES if name.partition("-")[0] in ("llama", "mistral", "qwen2", "qwen3")
-)
-"""Those of `TINY_FAMILIES` that can be exported."""
-
 
 def tiny_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random model of `TINY_FAMILIES`: float32, on the CPU, in eval mode, with `overrides` of its configuration.

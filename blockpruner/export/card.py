@@ -12,6 +12,10 @@ from blockpruner import __version__
 from blockpruner.blocks import Block, mha, mlp
 from blockpruner.export.write import WrittenExport
 
+_ZEROED = (
+    "The removed blocks are still in the files, with zeros in their last projections: this form saves neither memory "
+    "nor time."
+)
 _PAPER = "Zhong et al., BlockPruner, Findings of ACL 2025, doi 10.18653/v1/2025.findings-acl.262"
 
 
@@ -36,7 +40,7 @@ def write_card(written: WrittenExport, source: str, source_dir: Path, numbers: C
     )
     name = Path(source).resolve().name if Path(source).exists() else source
     ratio = 1 - numbers.num_parameters / numbers.num_parameters_dense
-    code = "" if written.format == "stock" else ", trust_remote_code=True"
+    code = ", trust_remote_code=True" if written.format == "transformers" else ""
     lines = [
         "---",
         data.to_yaml(),
@@ -45,6 +49,7 @@ def write_card(written: WrittenExport, source: str, source_dir: Path, numbers: C
         "",
         f"Made from `{name}` by blockpruner {__version__}, without training ({_PAPER}).",
         f"{numbers.num_parameters:,} of {numbers.num_parameters_dense:,} parameters remain ({ratio:.2%} removed).",
+        *([_ZEROED] if written.format == "zeroed" else []),
         "",
         "| perplexity on | dense | pruned |",
         "|---|---|---|",

@@ -36,6 +36,8 @@ class Verification:
 
     max_logit_difference: float
     tolerance: float
+    engine: str = "transformers"
+    """What loaded the export."""
 
     @property
     def passed(self) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +15,21 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from blockpruner.checkpoint import Checkpoint
+from blockpruner.checkpoint import Checkpoint, TensorEntry
 
 SHARD_BYTES = 4 * 2**30
 """Size of a shard at most, unless one tensor is larger."""
+
+_TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True)
@@ -29,13 +40,34 @@ class TensorSource:
     num_bytes: int
     read: Callable[[], torch.Tensor]
     """Gives the tensor, when its shard's turn has come."""
+    dtype: torch.dtype
+    """Of what `read` gives."""
+
+    def converted(self, dtype: torch.dtype) -> TensorSource:
+        """The same tensor in another floating-point dtype; integers stay as they are."""
+        if not self.dtype.is_floating_point or self.dtype == dtype:
+            return self
+        num_bytes = self.num_bytes // self.dtype.itemsize * dtype.itemsize
+        return TensorSource(self.name, num_bytes, lambda: self.read().to(dtype), dtype)
+
+    def zeroed(self) -> TensorSource:
+        """Zeros in the place of the tensor."""
+        return replace(self, read=lambda: torch.zeros_like(self.read()))
+
+
+def dtype_of(entry: TensorEntry) -> torch.dtype:
+    """A stored tensor's dtype; one that torch does not know counts as bytes."""
+    return _TORCH_DTYPES.get(entry.dtype, torch.uint8)
 
 
 def copied(checkpoint: Checkpoint, names: Mapping[str, str]) -> list[TensorSource]:
     """The tensors named by `names` (source name to new name), as they are in a checkpoint, in its files' order."""
     entries = checkpoint.tensors
     order = sorted(names, key=lambda name: (str(entries[name].file), name))
-    return [TensorSource(names[name], entries[name].num_bytes, partial(_read, checkpoint, name)) for name in order]
+    return [
+        TensorSource(names[name], entries[name].num_bytes, partial(_read, checkpoint, name), dtype_of(entries[name]))
+        for name in order
+    ]
 
 
 def write_tensors(sources: Iterable[TensorSource], out_dir: Path, shard_bytes: int = SHARD_BYTES) -> None:

@@ -28,12 +28,13 @@ from blockpruner.blocks import Block, all_blocks, mha, mlp
 from blockpruner.checkpoint import Checkpoint, file_digest
 from blockpruner.errors import ExportError, UnsupportedArchitectureError
 from blockpruner.export import fresh_load
+from blockpruner.export.names import FormatChoice
 from blockpruner.export.verify import compare, masked_logits, verification_request, verify
 from blockpruner.export.write import MANIFEST_FILE, WrittenExport, write_export
 from blockpruner.loading import load_model
 from blockpruner.masking import masked
 from tests.oracles import oracle_logits
-from tests.tiny_models import EXPORTED_FAMILIES, VOCAB_SIZE, save_tiny_model, tiny_token_ids
+from tests.tiny_models import TINY_FAMILIES, VOCAB_SIZE, save_tiny_model, tiny_token_ids
 
 TinyFolder = Callable[[str], Path]
 
@@ -52,9 +53,10 @@ REMOVED: Mapping[str, tuple[Block, ...]] = {
     "all but an attention": tuple(block for block in all_blocks(4) if block != mha(1)),
 }
 STOCK = frozenset({"alternating", "first layer", "last layer"})
-CASES = [(family, case) for family in EXPORTED_FAMILIES for case in REMOVED]
+WITH_CODE = frozenset({"gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"})
+CASES = [(family, case) for family in TINY_FAMILIES for case in REMOVED]
 every_case = pytest.mark.parametrize(("family", "case"), CASES)
-every_family = pytest.mark.parametrize("family", EXPORTED_FAMILIES)
+every_family = pytest.mark.parametrize("family", TINY_FAMILIES)
 REQUEST = verification_request(VOCAB_SIZE, 256)
 
 
@@ -70,7 +72,7 @@ class Source:
     def of(cls, folder: Path) -> Source:
         checkpoint = Checkpoint.open(str(folder))
         model = load_model(checkpoint, device="cpu", dtype="float32")
-        return cls(checkpoint, model, architecture_of(checkpoint.model_type))
+        return cls(checkpoint, model, architecture_of(checkpoint.model_type).for_config(model.config))
 
     def masked_logits(self, removed: tuple[Block, ...]) -> dict[str, Tensor]:
         return masked_logits(self.architecture, self.model, removed, REQUEST)
@@ -82,7 +84,7 @@ class Source:
 
 @pytest.fixture(scope="module")
 def sources(tiny_folder: TinyFolder) -> dict[str, Source]:
-    return {family: Source.of(tiny_folder(family)) for family in EXPORTED_FAMILIES}
+    return {family: Source.of(tiny_folder(family)) for family in TINY_FAMILIES}
 
 
 @pytest.fixture(scope="module")
@@ -237,20 +239,40 @@ def test_a_file_has_the_parameters_of_the_surviving_blocks(
     case: str,
 ) -> None:
     source, export = sources[family], exports[family, case]
-    sizes = block_sizes(source.architecture, source.model)
-    expected = num_parameters(source.model) - sum(sizes[block] for block in REMOVED[case])
+    expected = num_parameters(source.model)
+    if export.format != "zeroed":
+        sizes = block_sizes(source.architecture, source.model)
+        expected -= sum(sizes[block] for block in REMOVED[case]) + shared_size(source, REMOVED[case])
     assert sum(tensor.numel() for tensor in load_file(export.path / "model.safetensors").values()) == expected
     assert num_parameters(loaded(family, case)) == expected
 
 
+def shared_size(source: Source, removed: tuple[Block, ...]) -> int:
+    """Parameters of what serves both blocks of a layer, of the layers that lost both."""
+    gone = [index for index in range(4) if {mha(index), mlp(index)} <= set(removed)]
+    layers = [source.architecture.decoder_layers(source.model)[index] for index in gone]
+    shared = [layer.get_submodule(name) for layer in layers for name in source.architecture.shared]
+    return sum(parameter.numel() for module in shared for parameter in module.parameters())
+
+
+def expected_format(source: Source, family: str, case: str) -> str:
+    if family == "gpt2-scaled":  # attention scores are scaled by the layer's number, which only the last may lose
+        return "stock" if case == "last layer" else "zeroed"
+    if source.architecture.is_parallel:
+        return "stock" if case in ("first layer", "last layer") else "zeroed"
+    if case in STOCK:
+        return "stock"
+    return "transformers" if family.partition("-")[0] in WITH_CODE else "zeroed"
+
+
 @every_case
-def test_the_format_is_stock_exactly_where_blocks_alternate(
-    exports: dict[tuple[str, str], WrittenExport], family: str, case: str
+def test_the_format_is_the_smallest_that_can_hold_the_model(
+    sources: dict[str, Source], exports: dict[tuple[str, str], WrittenExport], family: str, case: str
 ) -> None:
     export = exports[family, case]
     config = json.loads((export.path / "config.json").read_text())
-    assert export.format == ("stock" if case in STOCK else "transformers")
-    assert bool(list(export.path.glob("*.py"))) == ("auto_map" in config) == (case not in STOCK)
+    assert export.format == expected_format(sources[family], family, case)
+    assert bool(list(export.path.glob("*.py"))) == ("auto_map" in config) == (export.format == "transformers")
 
 
 @every_family
@@ -258,10 +280,11 @@ def test_a_stock_export_differs_from_its_source_in_the_number_of_layers_only(
     sources: dict[str, Source], exports: dict[tuple[str, str], WrittenExport], family: str
 ) -> None:
     source = dict(sources[family].checkpoint.config)
-    config = json.loads((exports[family, "alternating"].path / "config.json").read_text())
+    config = json.loads((exports[family, "last layer"].path / "config.json").read_text())
     changed = {key for key in source | config if source.get(key) != config.get(key)}
-    assert changed <= {"num_hidden_layers", "layer_types", "max_window_layers"}
-    assert (config["model_type"], config["num_hidden_layers"]) == (source["model_type"], 3)
+    number = sources[family].model.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    assert changed <= {number, "layer_types", "max_window_layers", "decoder_sparse_step", "mlp_only_layers"}
+    assert (config["model_type"], config[number]) == (source["model_type"], 3)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +346,9 @@ def test_the_manifest_is_true(
     assert kept == tuple(block for block in all_blocks(4) if block not in dropped) == export.kept
     assert manifest["source_fingerprint"] == sources[family].checkpoint.fingerprint
     assert manifest["format"] == export.format
-    assert sum(1 + len(layer["leading_mlps"]) + len(layer["mlps"]) for layer in manifest["layers"]) == len(kept)
+    assert ("layers" in manifest) == (export.format != "zeroed" and not sources[family].architecture.is_parallel)
+    if "layers" in manifest:
+        assert sum(1 + len(layer["leading_mlps"]) + len(layer["mlps"]) for layer in manifest["layers"]) == len(kept)
     files = {file.name for file in export.path.iterdir()} - {MANIFEST_FILE}
     assert manifest["files"] == {name: file_digest(export.path / name) for name in files}
 
@@ -392,9 +417,10 @@ def test_stock_that_cannot_be_is_refused_before_anything_is_written(sources: dic
 def test_a_model_without_attention_is_refused_before_anything_is_written(
     sources: dict[str, Source], tmp_path: Path
 ) -> None:
-    with pytest.raises(ExportError, match="no attention block"):
-        write_export(sources["llama"].checkpoint, all_blocks(4, "mha"), tmp_path / "model")
-    assert not (tmp_path / "model").exists()
+    for wanted in ("stock", "transformers"):
+        with pytest.raises(ExportError, match="no attention block"):
+            write_export(sources["llama"].checkpoint, all_blocks(4, "mha"), tmp_path / "model", wanted)
+        assert not (tmp_path / "model").exists()
 
 
 def with_tensors(folder: Path, **tensors: Tensor) -> Checkpoint:
@@ -411,13 +437,24 @@ def test_parts_that_nobody_knows_are_not_left_behind_in_silence(tmp_path: Path) 
         write_export(checkpoint, (mha(0),), tmp_path / "model")
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mixtral", "falcon", "cohere"])
-def test_a_family_that_cannot_be_written_yet_is_refused(tiny_folder: TinyFolder, tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "wanted", "reason"),
+    [
+        ("gpt2", "transformers", "and this is a gpt2"),
+        ("cohere", "stock", "side by side"),
+        ("falcon", "stock", "side by side"),
+        ("falcon", "transformers", "and this is a falcon"),
+        ("gpt2-scaled", "stock", "scale_attn_by_inverse_layer_idx"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused_with_the_reason(
+    tiny_folder: TinyFolder, tmp_path: Path, family: str, wanted: FormatChoice, reason: str
+) -> None:
     checkpoint = Checkpoint.open(str(tiny_folder(family)))
-    with pytest.raises(ExportError, match=f"'{family}' cannot be exported yet, only llama, ") as caught:
-        write_export(checkpoint, (mlp(1), mha(2)), tmp_path / "model")
+    with pytest.raises(ExportError, match=reason) as caught:
+        write_export(checkpoint, (mlp(1), mha(2)), tmp_path / "model", wanted)
     assert len(str(caught.value).splitlines()) == 1
-    assert not (tmp_path / "model").exists()
+    assert "--format" in str(caught.value)
 
 
 def test_layers_beyond_the_configured_ones_are_left_out(tmp_path: Path) -> None:

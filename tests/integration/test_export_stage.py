@@ -195,3 +195,15 @@ def test_what_changes_the_result_changes_the_fingerprint(inputs: ExportInputs, t
     assert STAGE.fingerprint(ExportConfig(num_blocks=2), other) != mine
     assert STAGE.fingerprint(ExportConfig(num_blocks=3), inputs) != mine
     assert STAGE.fingerprint(ExportConfig(num_blocks=2, format="transformers"), inputs) != mine
+
+
+def test_weights_can_be_written_in_another_dtype(inputs: ExportInputs, tmp_path: Path) -> None:
+    """Compared with the original's weights, rounded likewise."""
+    sizes = {}
+    for dtype in ("float32", "bfloat16"):
+        (folder := tmp_path / dtype).mkdir()
+        manifest = run(folder, inputs, dtype=dtype)
+        assert manifest.verified
+        assert manifest.verified_with == "transformers"
+        sizes[dtype] = (folder / "out" / "model" / "model.safetensors").stat().st_size
+    assert sizes["bfloat16"] < 0.6 * sizes["float32"]

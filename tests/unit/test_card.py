@@ -9,8 +9,8 @@ import yaml
 
 from blockpruner.blocks import Block, mha, mlp, survivors
 from blockpruner.export.card import CardNumbers, strips, write_card
-from blockpruner.export.write import ExportFormat, WrittenExport
-from blockpruner.surgery import pack
+from blockpruner.export.names import ExportFormat
+from blockpruner.export.write import WrittenExport
 
 NUMBERS = CardNumbers(
     2_000_000, 1_500_000, (("the calibration set", 5.4711, 11.5149), ("wikitext2", 6.0, float("inf")))
@@ -33,7 +33,7 @@ def card(
     source_dir.mkdir(exist_ok=True)
     if source_card is not None:
         (source_dir / "README.md").write_text(source_card)
-    written = WrittenExport(out_dir, format_, pack(4, dropped), survivors(4, dropped), dropped, 0)
+    written = WrittenExport(out_dir, format_, survivors(4, dropped), dropped, 0)
     write_card(written, source, source_dir, numbers)
     _, metadata, text = (out_dir / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     return yaml.safe_load(metadata), text
@@ -56,11 +56,12 @@ def test_numbers_are_the_given_ones(tmp_path: Path) -> None:
     assert "MHA .###\nMLP ##.#\n" in text
 
 
-@pytest.mark.parametrize(("format_", "needs_code"), [("stock", False), ("transformers", True)])
+@pytest.mark.parametrize(("format_", "needs_code"), [("stock", False), ("transformers", True), ("zeroed", False)])
 def test_the_way_to_load_it_fits_the_format(tmp_path: Path, format_: ExportFormat, needs_code: bool) -> None:
     _, text = card(tmp_path, format_=format_)
     assert 'from_pretrained("."' in text
     assert ("trust_remote_code=True" in text) == needs_code
+    assert ("saves neither memory nor time" in text) == (format_ == "zeroed")
 
 
 def test_a_folder_is_named_and_its_path_kept_private(tmp_path: Path) -> None:

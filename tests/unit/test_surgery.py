@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from blockpruner.architectures import architecture_of
 from blockpruner.blocks import Block, BlockKind, all_blocks, mha, mlp
 from blockpruner.errors import ExportError
-from blockpruner.export.write import choose_format
-from blockpruner.surgery import PackedLayer, PackedModel, custom_names, pack, rename, stock_names
+from blockpruner.surgery import PackedModel, custom_places, pack, stock_places, whole_layers
 
 LLAMA = architecture_of("llama")
 MHA_TENSORS = ("input_layernorm.weight", "self_attn.q_proj.weight", "self_attn.o_proj.weight")
@@ -82,57 +81,45 @@ def test_layouts(
 
 
 @given(removals())
-def test_custom_names_put_every_surviving_tensor_in_its_place(case: tuple[int, frozenset[Block]]) -> None:
+def test_custom_places_put_every_surviving_block_in_its_place(case: tuple[int, frozenset[Block]]) -> None:
     num_layers, removed = case
     packed = pack(num_layers, removed)
-    names = custom_names(LLAMA, packed)
-    renamed = [rename(tensor, names) for block in flattened(packed) for tensor in tensors_of(block)]
-    expected = []
+    expected: list[str] = []
     for new, layer in enumerate(packed.layers):
-        at = f"model.layers.{new}"
-        for position in range(len(layer.leading_mlps)):
-            expected += [f"{at}.leading_mlps.{position}.{name}" for name in MLP_TENSORS]
-        expected += [f"{at}.{name}" for name in MHA_TENSORS]
-        for position in range(len(layer.mlps)):
-            expected += [f"{at}.mlps.{position}.{name}" for name in MLP_TENSORS]
-    assert renamed == expected
+        expected += [f"{new}.leading_mlps.{position}" for position in range(len(layer.leading_mlps))]
+        expected += [str(new), *(f"{new}.mlps.{position}" for position in range(len(layer.mlps)))]
+    places = custom_places(packed)
+    assert [places[block] for block in flattened(packed)] == expected
+    assert set(places) == set(flattened(packed))
 
 
-def test_stock_names_renumber_attention_and_feed_forward_each_from_its_own_layer() -> None:
-    names = stock_names(LLAMA, pack(12, [mlp(1), mha(2), mlp(8), mha(9)]))
-    assert rename("model.layers.2.mlp.up_proj.weight", names) == "model.layers.1.mlp.up_proj.weight"
-    assert rename("model.layers.2.post_attention_layernorm.weight", names).startswith("model.layers.1.post_")
-    assert rename("model.layers.1.self_attn.q_proj.bias", names) == "model.layers.1.self_attn.q_proj.bias"
-    assert rename("model.layers.11.self_attn.q_proj.weight", names) == "model.layers.9.self_attn.q_proj.weight"
-    assert rename("model.layers.11.input_layernorm.weight", names) == "model.layers.9.input_layernorm.weight"
-    assert rename("model.layers.9.mlp.up_proj.weight", names) == "model.layers.7.mlp.up_proj.weight"
+def test_stock_places_renumber_attention_and_feed_forward_each_from_its_own_layer() -> None:
+    places = stock_places(pack(12, [mlp(1), mha(2), mlp(8), mha(9)]))
+    assert (places[mlp(2)], places[mha(1)], places[mha(11)], places[mlp(9)]) == ("1", "1", "9", "7")
+    assert mlp(1) not in places
+    assert mha(2) not in places
 
 
-def test_a_removed_tensor_has_no_new_name() -> None:
-    names = custom_names(LLAMA, pack(3, [mlp(1)]))
-    with pytest.raises(KeyError):
-        rename("model.layers.1.mlp.up_proj.weight", names)
+def test_a_tensor_is_placed_under_whatever_prefix_its_checkpoint_has() -> None:
+    assert LLAMA.placed("model.layers.2.mlp.up_proj.weight", "1") == "model.layers.1.mlp.up_proj.weight"
+    assert LLAMA.placed("model.layers.11.mlp.up_proj.weight", "0.mlps.3") == "model.layers.0.mlps.3.mlp.up_proj.weight"
+    gpt2 = architecture_of("gpt2")
+    assert gpt2.placed("h.10.attn.c_attn.weight", "7") == "h.7.attn.c_attn.weight"
+    assert gpt2.placed("transformer.h.10.ln_2.bias", "7") == "transformer.h.7.ln_2.bias"
+    assert gpt2.block_of_tensor("h.10.attn.c_attn.weight") == mha(10)
+    assert architecture_of("mixtral").block_of_tensor("model.layers.3.block_sparse_moe.experts.0.w1.weight") == mlp(3)
+
+
+@given(removals())
+def test_whole_layers(case: tuple[int, frozenset[Block]]) -> None:
+    num_layers, removed = case
+    halves = [index for index in range(num_layers) if len(removed & {mha(index), mlp(index)}) == 1]
+    kept = [index for index in range(num_layers) if not removed & {mha(index), mlp(index)}]
+    assert whole_layers(num_layers, removed) == (None if halves else tuple(kept))
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_without_any_attention_there_is_no_export(num_layers: int) -> None:
     with pytest.raises(ExportError, match="no attention block is left") as caught:
         pack(num_layers, all_blocks(num_layers, "mha"))
-    assert "\n" not in str(caught.value)
-
-
-STOCK = PackedModel(layers=(PackedLayer(mha=0, mlps=(0,)),))
-CUSTOM = PackedModel(layers=(PackedLayer(mha=0, mlps=(0, 1)),))
-
-
-def test_format_follows_the_layout_unless_one_is_asked_for() -> None:
-    assert choose_format(STOCK, "auto") == "stock"
-    assert choose_format(CUSTOM, "auto") == "transformers"
-    assert choose_format(STOCK, "stock") == "stock"
-    assert choose_format(STOCK, "transformers") == "transformers"
-
-
-def test_stock_is_refused_where_blocks_do_not_alternate() -> None:
-    with pytest.raises(ExportError, match="format stock") as caught:
-        choose_format(CUSTOM, "stock")
     assert "\n" not in str(caught.value)

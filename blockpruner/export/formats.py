@@ -1,0 +1,52 @@
+"""The formats by name: what each can hold, and which one is taken when none is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from blockpruner.errors import ExportError
+from blockpruner.export import custom, stock, zeroed
+from blockpruner.export.names import ExportFormat, FormatChoice
+from blockpruner.export.source import ExportSource
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format."""
+
+    name: ExportFormat
+    check: Callable[[ExportSource], None]
+    """Raises ExportError, with the reason, for what the format cannot hold."""
+    write: Callable[[ExportSource, Path, int], None]
+    """Writes weights and configuration into a folder, in shards of so many bytes."""
+
+
+FORMATS: dict[ExportFormat, Format] = {
+    "stock": Format("stock", stock.check, stock.write),
+    "transformers": Format("transformers", custom.check, custom.write),
+    "zeroed": Format("zeroed", zeroed.check, zeroed.write),
+}
+_PREFERRED: tuple[ExportFormat, ...] = ("stock", "transformers", "zeroed")
+
+
+def format_for(source: ExportSource, wanted: FormatChoice) -> Format:
+    """The format asked for; for 'auto' the first that can hold the model: stock, custom code, zeros.
+
+    Raises:
+        ExportError: with the reason, and the formats that can, if the one asked for cannot hold the model.
+    """
+    if wanted != "auto":
+        FORMATS[wanted].check(source)
+        return FORMATS[wanted]
+    return next(FORMATS[name] for name in _PREFERRED if can_hold(source, name))
+
+
+def can_hold(source: ExportSource, name: ExportFormat) -> bool:
+    """Whether a format can hold a model."""
+    try:
+        FORMATS[name].check(source)
+    except ExportError:
+        return False
+    return True

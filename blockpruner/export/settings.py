@@ -1,0 +1,61 @@
+"""A configuration with fewer layers: every list with an entry a layer follows, or the export is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from blockpruner.errors import ExportError
+from blockpruner.export.source import ExportSource
+
+_BY_ATTENTION = ("layer_types", "no_rope_layers", "no_rope_layer_interval")
+"""Lists with an entry a layer that says how its attention works."""
+_DENSE_LAYERS = "mlp_only_layers"
+_MIXTURE_STEP = "decoder_sparse_step"
+
+
+def fewer_layers(source: ExportSource, attentions: Sequence[int], mlps: Sequence[int | None]) -> dict[str, Any]:
+    """The changes to config.json for layers whose blocks come from these layers of the original.
+
+    Args:
+        source: the model.
+        attentions: for each new layer, the original layer of its attention.
+        mlps: likewise of its feed-forward block; None where it does not matter.
+
+    Raises:
+        ExportError: if a setting depends on the layer's number in a way that cannot be kept.
+    """
+    config = source.config
+    name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    changes: dict[str, Any] = {name: len(attentions)}
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False) and list(attentions) != list(range(len(attentions))):
+        raise ExportError(
+            "attention scores of this GPT-2 are scaled by the layer's number (scale_attn_by_inverse_layer_idx), which "
+            "fewer layers would change; use --format zeroed"
+        )
+    for key in _BY_ATTENTION:
+        values = getattr(config, key, None)  # derived where the source does not list them
+        if isinstance(values, list) and len(values) == source.num_layers:
+            changes[key] = [values[index] for index in attentions]
+    if "layer_types" in changes and "max_window_layers" in source.checkpoint.config:  # read where layer_types is absent
+        changes["max_window_layers"] = min(int(config.max_window_layers), len(attentions))
+    if hasattr(config, _MIXTURE_STEP):
+        changes |= {_MIXTURE_STEP: 1, _DENSE_LAYERS: _dense_layers(config, mlps)}
+    _refuse_unknown_lists(source, changes)
+    return changes
+
+
+def _dense_layers(config: Any, mlps: Sequence[int | None]) -> list[int]:
+    """The new layers whose feed-forward block is no mixture, as Qwen's mixtures decide it."""
+    step, dense = int(getattr(config, _MIXTURE_STEP)), set(getattr(config, _DENSE_LAYERS) or ())
+    is_dense = [mlp is not None and (mlp in dense or (mlp + 1) % step != 0) for mlp in mlps]
+    return [new for new, value in enumerate(is_dense) if value]
+
+
+def _refuse_unknown_lists(source: ExportSource, changes: dict[str, Any]) -> None:
+    for key, value in source.checkpoint.config.items():
+        if isinstance(value, list) and len(value) == source.num_layers and key not in (*changes, "architectures"):
+            raise ExportError(
+                f"config.json has a list {key!r} with an entry a layer, whose meaning is not known here; "
+                "use --format zeroed, which keeps every layer"
+            )

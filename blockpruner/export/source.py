@@ -1,0 +1,97 @@
+"""What an export is made from: a checkpoint, the blocks that go, and what follows from the two. Writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from transformers import AutoConfig
+
+from blockpruner.architectures import Architecture, architecture_of
+from blockpruner.blocks import Block, survivors
+from blockpruner.checkpoint import Checkpoint
+from blockpruner.errors import ExportError
+from blockpruner.export.weights import TensorSource, copied
+from blockpruner.loading import DtypeName, torch_dtype
+from blockpruner.surgery import PackedModel, pack
+
+_DTYPE_SETTINGS = ("dtype", "torch_dtype")
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """A model and the blocks to remove from it."""
+
+    checkpoint: Checkpoint
+    config: Any
+    """transformers' configuration, with what config.json leaves to be derived."""
+    architecture: Architecture
+    removed: tuple[Block, ...]
+    """In the order of their removal."""
+    dtype: DtypeName | None = None
+    """Dtype of the weights that are written; None: as they are."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, removed: Sequence[Block], dtype: DtypeName | None = None) -> ExportSource:
+        """Read the configuration and the table.
+
+        Raises:
+            UnsupportedArchitectureError: if the family is not in the table.
+        """
+        config = AutoConfig.from_pretrained(checkpoint.path)
+        architecture = architecture_of(checkpoint.model_type).for_config(config)
+        return cls(checkpoint, config, architecture, tuple(removed), dtype)
+
+    @property
+    def num_layers(self) -> int:
+        """Of the original."""
+        return int(self.config.num_hidden_layers)
+
+    @cached_property
+    def kept(self) -> tuple[Block, ...]:
+        """The surviving blocks, in stream order."""
+        return survivors(self.num_layers, self.removed)
+
+    @cached_property
+    def packed(self) -> PackedModel:
+        """The surviving blocks, each attention with the feed-forward blocks that follow it.
+
+        Raises:
+            ExportError: if no attention survives, or the two blocks of a layer read the same input, so that they
+                cannot be paired with others.
+        """
+        if self.architecture.is_parallel:
+            family = self.checkpoint.model_type
+            raise ExportError(f"the two blocks of a {family} layer work side by side and cannot be packed with others")
+        return pack(self.num_layers, self.removed)
+
+    def settings(self, **changes: Any) -> dict[str, Any]:
+        """The source's own config.json with changes.
+
+        Other settings stay in the words of the source: engines other than transformers 5 read `rope_theta` at the top
+        level, which `config.to_dict()` drops.
+        """
+        settings = {key: value for key, value in self.checkpoint.config.items() if key != "_name_or_path"}
+        if self.dtype is not None:
+            settings |= {name: self.dtype for name in _DTYPE_SETTINGS if name in settings} or {"dtype": self.dtype}
+        return settings | changes
+
+    def tensors(self, new_name: Callable[[str, Block | None], str | None]) -> list[TensorSource]:
+        """The tensors to write.
+
+        Args:
+            new_name: a tensor's name in the export, from its name and block (None: of no single block); None leaves it
+                out.
+
+        Raises:
+            UnsupportedArchitectureError: if the checkpoint has tensors that belong to no known part.
+        """
+        names = {
+            name: renamed
+            for name in self.checkpoint.tensors
+            if (renamed := new_name(name, self.architecture.block_of_tensor(name))) is not None
+        }
+        sources = copied(self.checkpoint, names)
+        return sources if self.dtype is None else [source.converted(torch_dtype(self.dtype)) for source in sources]
