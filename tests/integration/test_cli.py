@@ -109,7 +109,7 @@ def test_home_folders_are_meant_in_every_path(
 def test_after_an_export_that_failed_latest_is_the_run_before(options: list[object], tmp_path: Path) -> None:
     workspace = ["--workspace", tmp_path / "ws"]
     blockpruner("search", *options, "--num-blocks", 2)
-    failed = blockpruner("export", "latest", *workspace, "--num-blocks", 1, "--export-format", "stock")
+    failed = blockpruner("export", "latest", *workspace, "--num-blocks", 1, "--format", "stock")
     assert failed.status == 2, "the first block of this model leaves an attention without its feed-forward"
     assert blockpruner("show", "latest", *workspace, "--json").json["status"] == "failed"
     exported = blockpruner("export", "latest", *workspace, "--json").json
