@@ -227,7 +227,7 @@ def _recipe_of_run(context: typer.Context, run: str | None, workspace: Path) -> 
 
     store = RunStore(workspace)
     store.workspace.require()
-    record = store.resolve(run)
+    record = store.resolve(run, to_go_on=True)
     if 1 <= given.get("num_blocks", 0) <= len(rows_of(record, store.workspace, log_warning).search_steps):
         given["export_blocks"] = given.pop("num_blocks")
     return make_recipe(record.config).changed(given)

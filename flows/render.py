@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.summary import RunSummary
-from flows.wording import count, size, spell_out
+from flows.wording import count, one_line, printable, size, spell_out
 from stages.runs import RunRecord
 from stages.store_schema import EvaluationRow, ExportRow, SpeedRow, StepRow
 
@@ -74,7 +74,7 @@ def runs_table(records: Sequence[RunRecord]) -> Table:
         done = sum(stage.status == "completed" for stage in record.stages)
         table.add_row(
             record.run_id,
-            _cell(record.name),
+            _cell(one_line(record.name or "")),
             _status(record.status),
             _when(record.created_at),
             _cell(record.model),
@@ -155,7 +155,7 @@ def number(value: float | None) -> str:
 def _headline(record: RunRecord) -> Table:
     table = Table.grid(padding=(0, 2))
     lines = {
-        "run": f"{record.run_id}  {record.name or ''}".rstrip(),
+        "run": f"{record.run_id}  {one_line(record.name or '')}".rstrip(),
         "status": record.status + (f": {record.error}" if record.error else ""),
         "model": record.model or "",
         "size": _size(record),
@@ -165,7 +165,7 @@ def _headline(record: RunRecord) -> Table:
     }
     for name, value in lines.items():
         if value:
-            table.add_row(Text(name, style="dim"), Text(value))
+            table.add_row(Text(name, style="dim"), _cell(value))
     return table
 
 
@@ -243,7 +243,7 @@ def _stages_table(record: RunRecord) -> Table:
 def _table(*columns: str, title: str | None = None) -> Table:
     table = Table(title=title, box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(Text(column), overflow="fold")
+        table.add_column(_cell(column), overflow="fold")
     return table
 
 
@@ -253,8 +253,8 @@ def _status(status: str) -> Text:
 
 
 def _cell(value: object) -> Text:
-    """Any value as plain text: what a user named is no markup."""
-    return Text("" if value is None else str(value))
+    """Any value as plain text: what a user named is no markup, and steers no terminal."""
+    return Text("" if value is None else printable(str(value)))
 
 
 def _with_error(row: EvaluationRow | None) -> str:
