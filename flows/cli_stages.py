@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from flows.recipe import Recipe
     from flows.summary import RunSummary
 
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="Upload the exported model to this private repository of the hub; with several formats, one each.",
+    ),
+]
 Output = Annotated[
     Path | None,
     typer.Option(
@@ -110,6 +118,7 @@ def export(
     context: typer.Context,
     run: options.OptionalRun = None,
     output: Output = None,
+    push_to_hub: PushToHub = None,
     num_blocks: options.NumBlocks = None,
     ratio: options.Ratio = None,
     export_format: options.ExportFormat = None,
@@ -139,7 +148,16 @@ def export(
     """
     if output is not None:
         require_new_folder(output)
-    _run_and_print(_recipe_of_run(context, run, workspace), "export", workspace, as_json, output)
+    if push_to_hub is not None:
+        from blockpruner.hub import check_repository
+
+        check_repository(push_to_hub)
+    summary = _run_here(_recipe_of_run(context, run, workspace), "export", workspace, output)
+    if push_to_hub is not None:
+        _push(summary, push_to_hub)
+    from flows.cli_output import print_result
+
+    print_result(summary, as_json=as_json)
 
 
 def evaluate(
@@ -231,6 +249,16 @@ def _recipe_of_run(context: typer.Context, run: str | None, workspace: Path) -> 
     if 1 <= given.get("num_blocks", 0) <= len(rows_of(record, store.workspace, log_warning).search_steps):
         given["export_blocks"] = given.pop("num_blocks")
     return make_recipe(record.config).changed(given)
+
+
+def _push(summary: RunSummary, repo_id: str) -> None:
+    """Upload a run's exports; with several formats, each to a repository that is named after it."""
+    from blockpruner.hub import push_folder
+
+    several = len(summary.rows.exports) > 1
+    for export in summary.rows.exports:
+        address = push_folder(Path(export.path), f"{repo_id}-{export.format}" if several else repo_id)
+        typer.echo(f"pushed to {address}", err=True)
 
 
 def _run_and_print(recipe: Recipe, goal: Goal, workspace: Path, as_json: bool, output: Path | None = None) -> None:
