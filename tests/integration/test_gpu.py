@@ -31,6 +31,12 @@ SEARCH: tuple[tuple[Block, ...], ...] = ((), (mha(6),), (mha(6), mlp(3)))
 """The removed blocks of three steps."""
 
 
+@pytest.fixture(autouse=True)
+def _memory() -> None:
+    """Give back what other tests' models took."""
+    release_memory()
+
+
 @pytest.fixture(scope="module")
 def tokens() -> Tensor:
     return tiny_token_ids(16, 128, seed=3)
@@ -79,7 +85,6 @@ def test_scores_are_those_of_the_plain_scorer(
 
 def test_a_budget_is_kept_and_given_back(checkpoint: Checkpoint, tokens: Tensor) -> None:
     budget = 256 * 2**20
-    release_memory()  # what other tests' models took
     torch.cuda.reset_peak_memory_stats()
     with device_memory("cuda", budget):
         found, _ = tables(checkpoint, tokens, "float32", "perplexity", memory_budget=budget)
@@ -92,8 +97,9 @@ def test_a_budget_is_kept_and_given_back(checkpoint: Checkpoint, tokens: Tensor)
 def test_running_out_of_memory_changes_no_score(checkpoint: Checkpoint, tokens: Tensor) -> None:
     expected, _ = tables(checkpoint, tokens, "float32", "kl", scorer="plain")
     greedy = SweepPlan(SweepCut(micro_batch=16, branches_per_chunk=100, logit_elements=2**34), 2**40)
-    with device_memory("cuda", 128 * 2**20):
-        found, scorer = tables(checkpoint, tokens, "float32", "kl", plan=greedy)
+    budget = 128 * 2**20
+    with device_memory("cuda", budget):
+        found, scorer = tables(checkpoint, tokens, "float32", "kl", plan=greedy, memory_budget=budget)
     assert scorer.plan != greedy
     torch.testing.assert_close(found[2].divergence_CB, expected[2].divergence_CB, rtol=0, atol=1e-5)
 
