@@ -13,8 +13,9 @@ from blockpruner.blocks import Block
 from blockpruner.checkpoint import COMPANION_FILES, Checkpoint
 from blockpruner.errors import ConfigurationError, ExportError
 from blockpruner.export.card import CardNumbers, write_card
-from blockpruner.export.names import ExportFormat, FormatChoice
-from blockpruner.export.verify import Verification, masked_logits, verification_request, verify
+from blockpruner.export.formats import FORMATS
+from blockpruner.export.names import ExportFormat, FormatChoice, GgufType
+from blockpruner.export.verify import Verification, masked_logits, verification_request
 from blockpruner.export.write import WrittenExport, write_export
 from blockpruner.loading import DtypeName, load_model, meta_model, release_memory, torch_dtype
 from blockpruner.progress import Progress
@@ -36,6 +37,8 @@ class ExportConfig(StageConfig):
     the one in full shape."""
     dtype: DtypeName | None = None
     """Dtype of the weights; None: as they are in the model."""
+    gguf_type: GgufType | None = None
+    """How format gguf stores matrices; None: as the dtype says."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,10 @@ def run(config: ExportConfig, inputs: ExportInputs, out_dir: Path, runtime: Runt
             f"give 1 to {len(trace.steps)}, or search further"
         )
     removed = trace.removed(config.num_blocks)
-    written = write_export(inputs.model, removed, out_dir / MODEL_FOLDER, config.format, dtype=config.dtype)
-    runtime.progress(Progress(1, 2, "phases", "verifying in a fresh process"))
+    written = write_export(
+        inputs.model, removed, out_dir / MODEL_FOLDER, config.format, dtype=config.dtype, gguf_type=config.gguf_type
+    )
+    runtime.progress(Progress(1, 2, "phases", "verifying"))
     verification = _verify(inputs.model, written, runtime.device, config.dtype)
     if not verification.passed:
         raise ExportError(
@@ -114,12 +119,15 @@ def _verify(
     # Weights that were rounded are compared with the original's, rounded likewise.
     model = load_model(checkpoint, device=device, dtype=written_dtype or dtype)
     nn.Module.to(model, torch_dtype(dtype))
+    format_ = FORMATS[written.format]
+    if format_.coarsen is not None:
+        format_.coarsen(model, written.path)
     text_config = model.config.get_text_config()
     request = verification_request(text_config.vocab_size, text_config.max_position_embeddings)
     expected = masked_logits(architecture, model, written.dropped, request)
     del model
     release_memory()  # the fresh process needs it
-    return verify(written.path, request, expected, device=device, dtype=dtype)
+    return format_.verify(written.path, request, expected, device=device, dtype=dtype)
 
 
 def _write_card(inputs: ExportInputs, trace: SearchTrace, written: WrittenExport) -> tuple[int, int]:
@@ -135,5 +143,5 @@ def _write_card(inputs: ExportInputs, trace: SearchTrace, written: WrittenExport
 
 
 STAGE: Stage[ExportConfig, ExportInputs, ExportManifest] = Stage(
-    name="export", version=2, manifest_type=ExportManifest, run=run
+    name="export", version=3, manifest_type=ExportManifest, run=run
 )

@@ -13,6 +13,7 @@ from blockpruner.architectures import Architecture, architecture_of
 from blockpruner.blocks import Block, survivors
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ExportError
+from blockpruner.export.names import GgufType
 from blockpruner.export.weights import TensorSource, copied
 from blockpruner.loading import DtypeName, torch_dtype
 from blockpruner.surgery import PackedModel, pack
@@ -32,9 +33,17 @@ class ExportSource:
     """In the order of their removal."""
     dtype: DtypeName | None = None
     """Dtype of the weights that are written; None: as they are."""
+    gguf_type: GgufType | None = None
+    """How a GGUF file stores its matrices; None: as the dtype says."""
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, removed: Sequence[Block], dtype: DtypeName | None = None) -> ExportSource:
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        removed: Sequence[Block],
+        dtype: DtypeName | None = None,
+        gguf_type: GgufType | None = None,
+    ) -> ExportSource:
         """Read the configuration and the table.
 
         Raises:
@@ -42,7 +51,7 @@ class ExportSource:
         """
         config = AutoConfig.from_pretrained(checkpoint.path)
         architecture = architecture_of(checkpoint.model_type).for_config(config)
-        return cls(checkpoint, config, architecture, tuple(removed), dtype)
+        return cls(checkpoint, config, architecture, tuple(removed), dtype, gguf_type)
 
     @property
     def num_layers(self) -> int:

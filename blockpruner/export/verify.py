@@ -88,26 +88,53 @@ def verify(
     return compare(answer, expected, dtype)
 
 
-def compare(answer: dict[str, Tensor], expected: dict[str, Tensor], dtype: DtypeName) -> Verification:
-    """How two sets of logits compare; a NaN or an infinity anywhere makes the difference NaN or infinite."""
+def compare(
+    answer: dict[str, Tensor], expected: dict[str, Tensor], dtype: DtypeName, relative_tolerance: float = 0.0
+) -> Verification:
+    """How two sets of logits compare; a NaN or an infinity anywhere makes the difference NaN or infinite.
+
+    Args:
+        answer: of the export.
+        expected: of the masked original.
+        dtype: in which the original computed.
+        relative_tolerance: what an engine may differ by, where its arithmetic is coarser.
+    """
     # Tensor.max, unlike Python's, lets no NaN pass; an infinite logit must not make the tolerance infinite.
     difference = torch.stack([(answer[name] - expected[name]).abs().max() for name in expected]).max()
     finite = [tensor[tensor.isfinite()].abs() for tensor in expected.values()]
     largest = float(torch.cat([torch.ones(1), *finite]).max())
-    return Verification(float(difference), _RELATIVE_TOLERANCE[dtype] * largest)
+    return Verification(float(difference), max(_RELATIVE_TOLERANCE[dtype], relative_tolerance) * largest)
 
 
 def _ask_fresh_process(
     export_dir: Path, request: dict[str, Tensor], device: str, dtype: DtypeName
 ) -> dict[str, Tensor]:
+    options = ["--device", device, "--dtype", dtype]
+    return ask_program(_FRESH_LOAD, [str(export_dir)], request, "the export cannot be loaded in a fresh process", options)
+
+
+def ask_program(
+    program: Path, subject: Sequence[str], request: dict[str, Tensor], failure: str, options: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """Run a program that answers a request about an export.
+
+    Args:
+        program: a Python file; its arguments are the subject, a file with the request, one for the answer, the options.
+        subject: what to load.
+        request: tensors by name.
+        failure: what it means when the program fails.
+        options: further arguments.
+
+    Raises:
+        ExportError: if the program fails, with the last line that it wrote.
+    """
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "request.safetensors"), Path(folder, "answer.safetensors")
         save_file(request, asked)
         # -P: the script's own folder must not be searched for modules.
-        command = [sys.executable, "-P", str(_FRESH_LOAD), str(export_dir), str(asked), str(answered)]
-        command += ["--device", device, "--dtype", dtype]
+        command = [sys.executable, "-P", str(program), *subject, str(asked), str(answered), *options]
         finished = subprocess.run(command, capture_output=True, text=True, check=False)
         if finished.returncode != 0:
             reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ExportError(f"the export cannot be loaded in a fresh process: {reason}")
+            raise ExportError(f"{failure}: {reason}")
         return load_file(answered)

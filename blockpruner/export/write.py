@@ -15,9 +15,9 @@ from typing import Any
 
 from blockpruner import __version__
 from blockpruner.blocks import Block
-from blockpruner.checkpoint import COMPANION_FILES, Checkpoint, file_digest
+from blockpruner.checkpoint import Checkpoint, file_digest
 from blockpruner.export.formats import format_for
-from blockpruner.export.names import ExportFormat, FormatChoice
+from blockpruner.export.names import ExportFormat, FormatChoice, GgufType
 from blockpruner.export.source import ExportSource
 from blockpruner.export.weights import SHARD_BYTES
 from blockpruner.loading import DtypeName
@@ -46,6 +46,7 @@ def write_export(
     wanted: FormatChoice = "auto",
     *,
     dtype: DtypeName | None = None,
+    gguf_type: GgufType | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> WrittenExport:
     """Write the checkpoint without the removed blocks into `out_dir`.
@@ -56,17 +57,18 @@ def write_export(
         out_dir: a folder, made if missing.
         wanted: the format; 'auto' chooses.
         dtype: of the weights; None: as they are.
+        gguf_type: how format gguf stores matrices; None: as the dtype says.
         shard_bytes: size of a weights file at most.
 
     Raises:
         ExportError: if the format cannot hold the surviving blocks.
         UnsupportedArchitectureError: if the checkpoint has tensors that belong to no known part.
     """
-    source = ExportSource.of(checkpoint, removed, dtype)
+    source = ExportSource.of(checkpoint, removed, dtype, gguf_type)
     chosen = format_for(source, wanted)
     out_dir.mkdir(parents=True, exist_ok=True)
     chosen.write(source, out_dir, shard_bytes)
-    for name in COMPANION_FILES:
+    for name in chosen.companions:
         if (checkpoint.path / name).is_file():
             shutil.copyfile(checkpoint.path / name, out_dir / name)
     _write_manifest(source, chosen.name, out_dir)
