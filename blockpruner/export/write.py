@@ -17,10 +17,9 @@ from blockpruner import __version__
 from blockpruner.blocks import Block
 from blockpruner.checkpoint import Checkpoint, file_digest
 from blockpruner.export.formats import format_for
-from blockpruner.export.names import ExportFormat, FormatChoice, GgufType
+from blockpruner.export.names import ExportDtype, ExportFormat, FormatChoice
 from blockpruner.export.source import ExportSource
 from blockpruner.export.weights import SHARD_BYTES
-from blockpruner.loading import DtypeName
 
 MANIFEST_FILE = "pruning_manifest.json"
 
@@ -45,8 +44,7 @@ def write_export(
     out_dir: Path,
     wanted: FormatChoice = "auto",
     *,
-    dtype: DtypeName | None = None,
-    gguf_type: GgufType | None = None,
+    dtype: ExportDtype | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> WrittenExport:
     """Write the checkpoint without the removed blocks into `out_dir`.
@@ -57,14 +55,13 @@ def write_export(
         out_dir: a folder, made if missing.
         wanted: the format; 'auto' chooses.
         dtype: of the weights; None: as they are.
-        gguf_type: how format gguf stores matrices; None: as the dtype says.
         shard_bytes: size of a weights file at most.
 
     Raises:
         ExportError: if the format cannot hold the surviving blocks.
         UnsupportedArchitectureError: if the checkpoint has tensors that belong to no known part.
     """
-    source = ExportSource.of(checkpoint, removed, dtype, gguf_type)
+    source = ExportSource.of(checkpoint, removed, dtype)
     chosen = format_for(source, wanted)
     out_dir.mkdir(parents=True, exist_ok=True)
     chosen.write(source, out_dir, shard_bytes)
@@ -86,6 +83,6 @@ def _write_manifest(source: ExportSource, name: ExportFormat, out_dir: Path) -> 
         "dropped_in_order": [block.model_dump(mode="json") for block in source.removed],
         "files": {file.name: file_digest(file) for file in sorted(out_dir.iterdir())},
     }
-    if not source.architecture.is_parallel and name != "zeroed":
+    if not source.architecture.is_parallel and name not in ("gguf", "zeroed"):
         manifest["layers"] = [layer.model_dump(mode="json") for layer in source.packed.layers]
     (out_dir / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

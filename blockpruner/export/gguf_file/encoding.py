@@ -10,31 +10,31 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from gguf.quants import dequantize, quantize
 from torch import Tensor
 
-from blockpruner.export.names import GgufType
+from blockpruner.export.names import ExportDtype
 
-FILE_TYPES: dict[GgufType, LlamaFileType] = {
-    "f32": LlamaFileType.ALL_F32,
-    "f16": LlamaFileType.MOSTLY_F16,
-    "bf16": LlamaFileType.MOSTLY_BF16,
+FILE_TYPES: dict[ExportDtype, LlamaFileType] = {
+    "float32": LlamaFileType.ALL_F32,
+    "float16": LlamaFileType.MOSTLY_F16,
+    "bfloat16": LlamaFileType.MOSTLY_BF16,
     "q8_0": LlamaFileType.MOSTLY_Q8_0,
 }
-_TENSOR_TYPES: dict[GgufType, GGMLQuantizationType] = {
-    "f32": GGMLQuantizationType.F32,
-    "f16": GGMLQuantizationType.F16,
-    "bf16": GGMLQuantizationType.BF16,
+_TENSOR_TYPES: dict[ExportDtype, GGMLQuantizationType] = {
+    "float32": GGMLQuantizationType.F32,
+    "float16": GGMLQuantizationType.F16,
+    "bfloat16": GGMLQuantizationType.BF16,
     "q8_0": GGMLQuantizationType.Q8_0,
 }
 _QUANTIZED_ROW = 32
 """Values that share a scale in Q8_0."""
 
 
-def tensor_type(shape: Sequence[int], wanted: GgufType) -> GGMLQuantizationType:
+def tensor_type(shape: Sequence[int], dtype: ExportDtype) -> GGMLQuantizationType:
     """Norms and biases are F32 always; a matrix whose rows are no multiple of 32 long is F16 where Q8_0 is wanted."""
     if len(shape) == 1:
         return GGMLQuantizationType.F32
-    if wanted == "q8_0" and shape[-1] % _QUANTIZED_ROW:
+    if dtype == "q8_0" and shape[-1] % _QUANTIZED_ROW:
         return GGMLQuantizationType.F16
-    return _TENSOR_TYPES[wanted]
+    return _TENSOR_TYPES[dtype]
 
 
 def encoded(tensor: Tensor, kind: GGMLQuantizationType) -> Any:
@@ -54,9 +54,9 @@ def num_bytes(shape: Sequence[int], kind: GGMLQuantizationType) -> int:
     return count * (4 if kind == GGMLQuantizationType.F32 else 2)
 
 
-def rounded(tensor: Tensor, wanted: GgufType) -> Tensor:
+def rounded(tensor: Tensor, dtype: ExportDtype) -> Tensor:
     """What is left of a weight after it was stored, in its own dtype and on its own device."""
-    kind = tensor_type(tensor.shape, wanted)
+    kind = tensor_type(tensor.shape, dtype)
     if kind == GGMLQuantizationType.Q8_0:
         stored = torch.from_numpy(dequantize(encoded(tensor.cpu(), kind), kind))
         return stored.to(tensor.device, tensor.dtype)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from blockpruner.errors import ConfigurationError
+from blockpruner.errors import CheckpointError, ExportError
 from blockpruner.export.gguf_file.plan import make_plan
 from blockpruner.export.source import ExportSource
 from blockpruner.export.verify import Verification
@@ -19,30 +18,21 @@ COMPANIONS = ("LICENSE", "LICENSE.txt")
 """Tokenizer and chat template are in the file."""
 
 
-def require_package() -> None:
-    """Make sure that the `gguf` package is there.
-
-    Raises:
-        ConfigurationError: if it is not, with the command that installs it.
-    """
-    if find_spec("gguf") is None:
-        raise ConfigurationError(
-            "format gguf needs the package gguf, which is not installed; run: pip install 'gguf>=0.19,<0.20'"
-        )
-
-
 def check(source: ExportSource) -> None:
     """Refuse what this format cannot hold.
 
     Raises:
         ExportError: with the reason.
-        ConfigurationError: if the `gguf` package is not installed.
     """
-    require_package()
+    from blockpruner.export.gguf_file.tensors import file_tensors
     from blockpruner.export.gguf_file.vocabulary import read_vocabulary
 
-    make_plan(source)
-    read_vocabulary(source.checkpoint, int(source.config.vocab_size))
+    for _ in file_tensors(make_plan(source)):  # every one has a name; none is read
+        pass
+    try:
+        read_vocabulary(source.checkpoint, int(source.config.vocab_size))
+    except CheckpointError as error:
+        raise ExportError(f"format gguf holds the tokenizer as well: {error}") from error
 
 
 def write(source: ExportSource, out_dir: Path, shard_bytes: int) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from blockpruner.errors import ExportError
 from blockpruner.export.gguf_file.families import DECI, FAMILIES, LLAMA_AS_DECI, Family, Heads, query_scale
 from blockpruner.export.gguf_file.layers import FileLayer, file_layers
 from blockpruner.export.gguf_file.rotary import Rotary, rotary_of
-from blockpruner.export.names import GgufType
+from blockpruner.export.names import ExportDtype
 from blockpruner.export.settings import fewer_layers
 from blockpruner.export.source import ExportSource
 from blockpruner.export.weights import dtype_of
 
 _LEAST_CONTEXT = 512
-_OTHERS = "use --format stock, transformers or zeroed"
-_WEIGHT_TYPES: dict[str, GgufType] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+_AS_STORED: dict[torch.dtype, ExportDtype] = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class FilePlan:
     family: Family
     layers: tuple[FileLayer, ...]
     rotary: Rotary
-    weight_type: GgufType
+    dtype: ExportDtype
+    """How matrices are stored."""
 
     @property
     def heads(self) -> Heads:
@@ -59,7 +61,6 @@ class FilePlan:
         return [stand_in_width(whole) if layer.mlp is None else whole for layer in self.layers]
 
 
-
 def stand_in_width(intermediate_size: int) -> int:
     """Width of a feed-forward block of zeros.
 
@@ -79,30 +80,23 @@ def make_plan(source: ExportSource) -> FilePlan:
     # Refuses what renumbered layers change, and a model without attention.
     layers = source.packed.layers
     fewer_layers(source, [layer.mha for layer in layers], [None] * len(layers))
-    plan = FilePlan(source, family, file_layers(source.kept), rotary_of(source.config, family), weight_type(source))
+    plan = FilePlan(source, family, file_layers(source.kept), rotary_of(source.config, family), matrix_dtype(source))
     _check_mathematics(plan)
     _check_windows(plan)
     return plan
 
 
-def weight_type(source: ExportSource) -> GgufType:
-    """The type asked for; else the dtype asked for, else that of the source's embedding."""
-    if source.gguf_type is not None:
-        return source.gguf_type
-    if source.dtype is not None:
-        return _WEIGHT_TYPES[source.dtype]
+def matrix_dtype(source: ExportSource) -> ExportDtype:
+    """The dtype asked for, else that of the source's embedding."""
     embedding = source.checkpoint.tensors.get("model.embed_tokens.weight")
-    name = "float32" if embedding is None else str(dtype_of(embedding)).removeprefix("torch.")
-    return _WEIGHT_TYPES.get(name, "f32")
+    stored = "float32" if embedding is None else _AS_STORED.get(dtype_of(embedding), "float32")
+    return source.dtype or stored
 
 
 def _family(source: ExportSource) -> Family:
     model_type = source.checkpoint.model_type
     if model_type not in FAMILIES:
-        raise ExportError(
-            f"format gguf is there for {', '.join(FAMILIES)}, and this is a {model_type}; use --format zeroed, or "
-            "stock where the surviving blocks alternate"
-        )
+        raise ExportError(f"format gguf is there for {', '.join(FAMILIES)}, and this is a {model_type}")
     family = FAMILIES[model_type]
     if all(layer.is_whole for layer in file_layers(source.kept)):
         return family
@@ -110,8 +104,8 @@ def _family(source: ExportSource) -> Family:
         able = ", ".join(name for name, row in FAMILIES.items() if row.as_deci)
         raise ExportError(
             f"llama.cpp runs a {model_type} only where attention and feed-forward blocks alternate, and the surviving "
-            f"ones do not (its arch {DECI!r}, whose layers may lack blocks, can be a {able}); use --format "
-            "transformers or zeroed, or another number of blocks"
+            f"ones do not (its arch {DECI!r}, whose layers may lack blocks, can be a {able}), "
+            "though those of another number of removed blocks may"
         )
     return LLAMA_AS_DECI
 
@@ -138,17 +132,17 @@ def _check_mathematics(plan: FilePlan) -> None:
     }
     for what, is_wrong in wrong.items():
         if is_wrong:
-            raise ExportError(f"llama.cpp's {family.arch} cannot have {what}, as this model has; {_OTHERS}")
+            raise ExportError(f"llama.cpp's {family.arch} cannot have {what}, as this model has")
 
 
 def _check_windows(plan: FilePlan) -> None:
     types = set(getattr(plan.source.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if types:
-        raise ExportError(f"format gguf does not know attention of type {sorted(types)[0]!r}; {_OTHERS}")
+        raise ExportError(f"format gguf does not know attention of type {sorted(types)[0]!r}")
     if not plan.family.has_windows and any(plan.windowed) and context_length(plan) < _LEAST_CONTEXT:
         raise ExportError(
             f"llama.cpp's {plan.family.arch} has no windows, so the context would end at this model's window of "
-            f"{context_length(plan)} tokens; {_OTHERS}"
+            f"{context_length(plan)} tokens"
         )
 
 

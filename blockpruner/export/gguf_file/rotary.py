@@ -48,7 +48,7 @@ def rotary_of(config: Any, family: Family) -> Rotary:
         return Rotary(theta, factors=_factors(config, theta))
     raise ExportError(
         f"format gguf does not write rotary positions of type {kind!r} for this family (linear scaling, and Llama 3's "
-        "for Llama and Mistral, it does); use --format stock, transformers or zeroed"
+        "for Llama and Mistral, it does)"
     )
 
 

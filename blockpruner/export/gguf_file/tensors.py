@@ -11,7 +11,7 @@ Stand-ins, each checked by running llama.cpp (shapes in torch's order; D hidden,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -63,7 +63,8 @@ def file_tensors(plan: FilePlan) -> Iterator[FileTensor]:
             old_names[renamed] = name
         return renamed
 
-    for tensor in source.tensors(new_name):
+    # As stored: what a tensor is rounded to is decided by its shape.
+    for tensor in replace(source, dtype=None).tensors(new_name):
         if not tensor.dtype.is_floating_point:
             raise ExportError(f"format gguf is made from floating-point weights, and {old_names[tensor.name]} is none")
         shape = source.checkpoint.tensors[old_names[tensor.name]].shape
@@ -75,7 +76,7 @@ def file_tensors(plan: FilePlan) -> Iterator[FileTensor]:
 
 
 def _file_tensor(plan: FilePlan, name: str, shape: tuple[int, ...], read: Callable[[], Tensor]) -> FileTensor:
-    return FileTensor(name, shape, tensor_type(shape, plan.weight_type), read)
+    return FileTensor(name, shape, tensor_type(shape, plan.dtype), read)
 
 
 def _name(plan: FilePlan, where: dict[Block, int], name: str, block: Block | None) -> str | None:
@@ -85,13 +86,13 @@ def _name(plan: FilePlan, where: dict[Block, int], name: str, block: Block | Non
     found = plan.source.architecture.layer_of_tensor(name)
     if block is None or found is None:
         if name not in MODEL_TENSORS:
-            raise ExportError(f"format gguf has no name for the tensor {name}; use another --format")
+            raise ExportError(f"format gguf has no name for the tensor {name}")
         return MODEL_TENSORS[name]
     module, _, role = found[2].rpartition(".")
     if block not in where or module in UNWRITTEN_MODULES:
         return None
     if module not in plan.family.tensors or role not in ("weight", "bias"):
-        raise ExportError(f"format gguf has no name for the tensor {name}; use another --format")
+        raise ExportError(f"format gguf has no name for the tensor {name}")
     return f"blk.{where[block]}.{plan.family.tensors[module]}.{role}"
 
 
@@ -104,7 +105,7 @@ def _changed(plan: FilePlan, name: str, read: Callable[[], Tensor]) -> Tensor:
         tensor = tensor * query_scale(plan.family.arch, plan.source.config, len(plan.layers))
     if plan.family.turns_neighbours and part in ("attn_q", "attn_k"):
         heads = plan.heads
-        tensor = neighbours_first(tensor, heads.num_heads if part == "attn_q" else heads.num_key_value_heads)
+        return neighbours_first(tensor, heads.num_heads if part == "attn_q" else heads.num_key_value_heads)
     return tensor
 
 
@@ -115,7 +116,7 @@ def neighbours_first(tensor: Tensor, num_heads: int) -> Tensor:
         tensor: [num_heads * H, ...]; of each head the row i rotates with the row i + H / 2.
         num_heads: how many heads it has.
     """
-    return tensor.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
+    return tensor.reshape(num_heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
 def _stand_ins(plan: FilePlan) -> Iterator[FileTensor]:

@@ -10,28 +10,29 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from blockpruner.errors import ExportError
 from blockpruner.export.gguf_file.encoding import FILE_TYPES, rounded
 from blockpruner.export.gguf_file.reader import GgufModel
-from blockpruner.export.names import GgufType
-from blockpruner.export.verify import Verification, ask_program, compare
+from blockpruner.export.names import ExportDtype
+from blockpruner.export.verify import Verification, ask, compare
 from blockpruner.loading import DtypeName
 
 _PROGRAM = Path(__file__).with_name("fresh_llama_cpp.py")
-_ENGINE_TOLERANCE: dict[GgufType, float] = {"f32": 1e-3, "f16": 1e-2, "bf16": 4e-2, "q8_0": 8e-2}
+_ENGINE_TOLERANCE: dict[ExportDtype, float] = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 4e-2, "q8_0": 8e-2}
 """Of the largest logit. llama.cpp rounds what it multiplies a weight with to the weight's own type, Q8_0 included, and
 looks activations up in tables of half precision: it differs from torch by that much where nothing is wrong."""
 
 
 def round_like(model: PreTrainedModel, path: Path) -> None:
     """Make the original's weights as coarse as a file's, in place: what is left to compare is the arithmetic."""
-    wanted = weight_type_of(GgufModel(path))
+    dtype = matrix_dtype_of(GgufModel(path))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(rounded(parameter, wanted))
+            parameter.copy_(rounded(parameter, dtype))
 
 
-def weight_type_of(model: GgufModel) -> GgufType:
-    """The type of a file's matrices, as the file says."""
+def matrix_dtype_of(model: GgufModel) -> ExportDtype:
+    """How a file stores matrices, as it says itself."""
     found: int = model.general("general.file_type")
     return next(name for name, number in FILE_TYPES.items() if number == found)
 
@@ -51,9 +52,13 @@ def verify_file(
     read = replace(compare(answer(model, request), expected, dtype), engine="reader")
     if not read.passed or find_spec("llama_cpp") is None:
         return read
-    tolerance = _ENGINE_TOLERANCE[weight_type_of(model)]
-    given = ask_program(_PROGRAM, [str(path)], request, "llama.cpp does not load or run the export")
-    return replace(compare(given, expected, dtype, tolerance), engine="llama.cpp")
+    try:
+        given = ask(_PROGRAM, path, request)
+    except ExportError as error:
+        raise ExportError(f"with llama.cpp {error}") from error
+    tolerance = _ENGINE_TOLERANCE[matrix_dtype_of(model)]
+    run = replace(compare(given, expected, dtype, tolerance), engine="llama.cpp")
+    return replace(run, engine=f"{read.engine}, {run.engine}") if run.passed else run
 
 
 def answer(model: GgufModel, request: dict[str, Tensor]) -> dict[str, Tensor]:

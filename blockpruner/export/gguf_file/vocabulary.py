@@ -93,9 +93,7 @@ def read_vocabulary(checkpoint: Checkpoint, vocab_size: int) -> Vocabulary:
 
 
 def _unknown(reason: str) -> ExportError:
-    return ExportError(
-        f"format gguf cannot hold this model's tokenizer ({reason}); use --format stock, transformers or zeroed"
-    )
+    return ExportError(f"format gguf cannot hold this model's tokenizer ({reason})")
 
 
 def _tokens(parts: Mapping[str, Any], vocab_size: int) -> tuple[str, ...]:

@@ -45,8 +45,8 @@ def write_file(source: ExportSource, path: Path) -> None:
 def _add_general(writer: GGUFWriter, plan: FilePlan) -> None:
     name = plan.source.checkpoint.name
     writer.add_name(f"{Path(name).name}, {len(plan.source.removed)} residual blocks removed")
-    writer.add_file_type(FILE_TYPES[plan.weight_type])
-    if plan.weight_type == "q8_0":
+    writer.add_file_type(FILE_TYPES[plan.dtype])
+    if plan.dtype == "q8_0":
         writer.add_quantization_version(GGML_QUANT_VERSION)
 
 
