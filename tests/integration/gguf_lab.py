@@ -47,9 +47,11 @@ LACK_BLOCKS = frozenset({"llama", "mistral", "qwen2"})
 AT_RANDOM: Mapping[str, tuple[Block, ...]] = {
     "at random 1": (mlp(2), mha(1), mlp(0), mha(3)),
     "at random 2": (mha(0), mlp(1), mlp(3), mha(2), mlp(2)),
+    "no window left": (mha(1), mlp(1), mha(3), mlp(3)),
+    "windows alone left": (mha(0), mlp(0), mha(2), mlp(2)),
     "at random 3": (mlp(0), mlp(1), mha(1), mha(2), mlp(3)),
 }
-"""Drawn once."""
+"""Drawn once, and two that leave a Gemma attention of one type."""
 CUTS = REMOVED | AT_RANDOM
 CASES = [(shape, cut) for shape in SHAPES for cut in CUTS]
 

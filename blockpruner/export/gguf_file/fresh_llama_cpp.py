@@ -8,11 +8,15 @@ prompt first and then token by token through its cache.
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 import numpy as np
-from llama_cpp import GGML_TYPE_F32, Llama
 from safetensors.numpy import load_file, save_file
+
+# Else a failed assertion's last lines are a debugger's, and not what failed.
+os.environ["GGML_NO_BACKTRACE"] = "1"
+from llama_cpp import GGML_TYPE_F32, Llama
 
 
 def main() -> None:

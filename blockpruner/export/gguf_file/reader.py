@@ -71,6 +71,8 @@ class GgufModel:
         self.num_layers = int(self.setting("block_count"))
         if not self.of_layer("attention.head_count", 0):
             raise ExportError("llama.cpp loads no file whose first layer has no attention heads")
+        if self.name == "gemma2" and not any(self.setting("attention.sliding_window_pattern", [True])):
+            raise ExportError("llama.cpp aborts over a Gemma 2 without a window in any layer")
 
     def general(self, name: str) -> Any:
         """A setting that is not of the arch."""

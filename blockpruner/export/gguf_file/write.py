@@ -69,14 +69,23 @@ def _add_sizes(writer: GGUFWriter, plan: FilePlan) -> None:
         writer.add_head_count(heads.num_heads)
         writer.add_head_count_kv(heads.num_key_value_heads)
         writer.add_feed_forward_length(int(config.intermediate_size))
-    if plan.family.has_windows and (any(plan.windowed) or plan.family.arch == "gemma2"):
-        # Layer by layer: the pattern that llama.cpp assumes, and for Gemma 2 always, is the unpruned model's.
-        writer.add_sliding_window(int(config.sliding_window or context_length(plan)))
-        writer.add_sliding_window_pattern(plan.windowed)
+    _add_windows(writer, plan)
     if (cap := getattr(config, "attn_logit_softcapping", None)) is not None:
         writer.add_attn_logit_softcapping(float(cap))
     if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
         writer.add_final_logit_softcapping(float(cap))
+
+
+def _add_windows(writer: GGUFWriter, plan: FilePlan) -> None:
+    """Layer by layer: the pattern that llama.cpp assumes where there is none is the unpruned model's."""
+    if not plan.family.has_windows:
+        return
+    if any(plan.windowed):
+        writer.add_sliding_window(int(plan.source.config.sliding_window))
+        writer.add_sliding_window_pattern(plan.windowed)
+    elif plan.family.arch == "gemma2":  # where llama.cpp aborts if no layer has a window: one that is never too short
+        writer.add_sliding_window(context_length(plan))
+        writer.add_sliding_window_pattern([True] * len(plan.layers))
 
 
 def _add_rotary(writer: GGUFWriter, plan: FilePlan) -> None:
