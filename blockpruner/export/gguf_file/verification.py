@@ -18,9 +18,10 @@ from blockpruner.export.verify import Verification, ask, compare
 from blockpruner.loading import DtypeName
 
 _PROGRAM = Path(__file__).with_name("fresh_llama_cpp.py")
-_ENGINE_TOLERANCE: dict[ExportDtype, float] = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 4e-2, "q8_0": 8e-2}
+_ENGINE_TOLERANCE: dict[ExportDtype, float] = {"float32": 1e-2, "float16": 1e-2, "bfloat16": 4e-2, "q8_0": 8e-2}
 """Of the largest logit. llama.cpp rounds what it multiplies a weight with to the weight's own type, Q8_0 included, and
-looks activations up in tables of half precision: it differs from torch by that much where nothing is wrong."""
+looks a Gemma's activations up in a table of half precision: it differs from torch by that much where nothing is wrong
+(in float32 and without that table by 1e-5)."""
 
 
 def round_like(model: PreTrainedModel, path: Path) -> None:
