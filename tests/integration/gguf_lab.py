@@ -126,8 +126,11 @@ def byte_level(cutter: Any, **options: Any) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, **options)
 
 
-def word_starts(prepends: bool = True) -> PreTrainedTokenizerFast:
-    """A BPE tokenizer as those of Llama 2 (`prepends`) and Gemma are made from SentencePiece."""
+def word_starts(*more: Any, prepends: bool = True) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer as those of Llama 2 (`prepends`) and Gemma are made from SentencePiece.
+
+    `more` normalises first.
+    """
     trained = Tokenizer(models.BPE())
     replaced = normalizers.Replace(" ", "▁")
     steps = [normalizers.Prepend("▁"), replaced] if prepends else [replaced]
@@ -139,7 +142,7 @@ def word_starts(prepends: bool = True) -> PreTrainedTokenizerFast:
     tokens = [UNK, BOS, EOS, *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(spelled, key=spelled.__getitem__)]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=UNK, fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.normalizer = normalizers.Sequence([*more, *steps])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=UNK, bos_token=BOS, eos_token=EOS)

@@ -14,6 +14,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from gguf import GGUFReader
+from tokenizers import Regex, normalizers, pre_tokenizers
 from torch import Tensor
 
 from blockpruner.blocks import Block, all_blocks, mha, mlp
@@ -39,6 +40,7 @@ from tests.integration.gguf_lab import (
     is_held,
     make_source,
     with_tokenizer,
+    word_starts,
 )
 from tests.tiny_models import save_tiny_model, tiny_rows
 
@@ -264,11 +266,25 @@ def test_the_tokenizer_is_in_the_file(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_tokenizer_that_cuts_text_in_its_own_way_is_refused(tmp_path: Path) -> None:
-    from tokenizers import pre_tokenizers
-
     cutter = pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(False)])
     source = with_tokenizer(tmp_path / "source", byte_level(cutter))
     with pytest.raises(ExportError, match=r"cuts text into words.*--format"):
+        write_export(source.checkpoint, (mha(0),), tmp_path / "model", "gguf")
+
+
+def test_spaces_that_llama_cpp_keeps_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As SentencePiece's `remove_extra_whitespaces` is in a tokenizer.json."""
+    drops = [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(r" {2,}"), " ")]
+    source = with_tokenizer(tmp_path / "source", word_starts(*drops))
+    write_export(source.checkpoint, (mha(0),), tmp_path / "model", "gguf")
+    assert settings(tmp_path / "model")["tokenizer.ggml.remove_extra_whitespaces"] is True
+    assert "doubled ones, and llama.cpp does not" in caplog.text
+
+
+@pytest.mark.parametrize("step", [normalizers.Lowercase(), normalizers.NFKC(), normalizers.Replace("a", "b")], ids=str)
+def test_text_that_llama_cpp_would_not_change_likewise_is_refused(tmp_path: Path, step: Any) -> None:
+    source = with_tokenizer(tmp_path / "source", word_starts(step))
+    with pytest.raises(ExportError, match="normalises text by a step"):
         write_export(source.checkpoint, (mha(0),), tmp_path / "model", "gguf")
 
 

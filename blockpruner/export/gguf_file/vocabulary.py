@@ -28,6 +28,8 @@ _SPLITS = {
 }
 """The patterns that cut text into words, by llama.cpp's name for each."""
 _WORD_START = "▁"
+_EXTRA_SPACES = re.compile(r"(?:\\A|\\z|\^|\$|[ +|]|\{2,\})+")
+"""A pattern of spaces alone, at the ends of a text or in a row."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -51,6 +53,8 @@ class Vocabulary:
     adds_eos: bool
     adds_space: bool
     """Whether a text begins with a space that is not in it."""
+    drops_spaces: bool
+    """Whether spaces at the ends of a text, and all but one in a row, are left out: llama.cpp does not do that."""
     chat_template: str | None
 
 
@@ -77,6 +81,7 @@ def read_vocabulary(checkpoint: Checkpoint, vocab_size: int) -> Vocabulary:
     tokens = _tokens(parts, vocab_size)
     merges = tuple(" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"])
     adds_bos, adds_eos = _additions(backend, tokenizer)
+    spaces = _spaces(parts) if spells_bytes else _Spaces()
     return Vocabulary(
         model="llama" if spells_bytes else "gpt2",
         pre="default" if spells_bytes else _word_splitting(parts),
@@ -87,7 +92,8 @@ def read_vocabulary(checkpoint: Checkpoint, vocab_size: int) -> Vocabulary:
         special_ids=_special_ids(tokenizer),
         adds_bos=adds_bos,
         adds_eos=adds_eos,
-        adds_space=spells_bytes and _adds_space(parts),
+        adds_space=spaces.adds,
+        drops_spaces=spaces.drops,
         chat_template=_chat_template(tokenizer),
     )
 
@@ -150,16 +156,33 @@ def _word_splitting(parts: Mapping[str, Any]) -> str:
     raise _unknown("it cuts text into words in a way whose name in llama.cpp is not known here")
 
 
-def _adds_space(parts: Mapping[str, Any]) -> bool:
-    """Whether a text begins with a space that is not in it, for a tokenizer that marks the starts of words."""
+@dataclass(frozen=True)
+class _Spaces:
+    """What becomes of spaces before the words are cut."""
+
+    adds: bool = False
+    drops: bool = False
+
+
+def _spaces(parts: Mapping[str, Any]) -> _Spaces:
+    """Read the steps of a tokenizer that marks the starts of words."""
     normalizer, splitting = parts["normalizer"] or {}, parts["pre_tokenizer"] or {}
-    steps = normalizer.get("normalizers", [normalizer])
-    replaced = [step for step in steps if step.get("type") == "Replace" and step.get("content") == _WORD_START]
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
     is_metaspace = splitting.get("type") == "Metaspace" and not splitting.get("split", True)
-    if not replaced and not is_metaspace:
+    marks, adds, drops = is_metaspace, is_metaspace and splitting.get("prepend_scheme") != "never", False
+    for step in steps:
+        pattern = "".join((step.get("pattern") or {}).values())
+        if step["type"] == "Prepend" and step["prepend"] == _WORD_START:
+            adds = True
+        elif step["type"] == "Replace" and (pattern, step["content"]) == (" ", _WORD_START):
+            marks = True
+        elif step["type"] == "Replace" and _EXTRA_SPACES.fullmatch(pattern) and not step["content"].strip(" "):
+            drops = True
+        else:
+            raise _unknown(f"it normalises text by a step {step['type']}, which llama.cpp does not")
+    if not marks:
         raise _unknown("it does not mark the starts of words as SentencePiece does")
-    prepends = [step for step in steps if step.get("type") == "Prepend"]
-    return bool(prepends) or (is_metaspace and splitting.get("prepend_scheme") != "never")
+    return _Spaces(adds, drops)
 
 
 def _additions(backend: Any, tokenizer: Any) -> tuple[bool, bool]:

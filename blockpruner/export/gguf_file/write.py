@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from blockpruner.export.gguf_file.plan import FilePlan, context_length, make_pla
 from blockpruner.export.gguf_file.tensors import file_tensors
 from blockpruner.export.gguf_file.vocabulary import Vocabulary, read_vocabulary
 from blockpruner.export.source import ExportSource
+
+logger = logging.getLogger(__name__)
 
 _NO_DTYPE = np.dtype(np.float32)
 
@@ -118,5 +121,11 @@ def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_add_bos_token(vocabulary.adds_bos)
     writer.add_add_eos_token(vocabulary.adds_eos)
     writer.add_add_space_prefix(vocabulary.adds_space)
+    writer.add_remove_extra_whitespaces(vocabulary.drops_spaces)
+    if vocabulary.drops_spaces:
+        logger.warning(
+            "this model's tokenizer drops spaces at the ends of a text and doubled ones, and llama.cpp does not: "
+            "give it text without them"
+        )
     if vocabulary.chat_template is not None:
         writer.add_chat_template(vocabulary.chat_template)
