@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +112,8 @@ def build_scorer(
     shape, costs = _shape(architecture, model, token_ids_BT)
     compiles = _compiles(settings.compile, compute, shape)
     length = int(token_ids_BT.shape[1])
-    run, nll, divergence = _compiled(metric) if compiles else (run_layer, token_nll, metric.divergence)
+    run, divergence = _compiled(metric) if compiles else (run_layer, metric.divergence)
+    nll = _nll(compute)
     decoder = Decoder(architecture, model, length, residency, run)
     plan = plan_sweep(shape, _machine(compute, settings.memory_budget), batch_size, cut)
     on_plan(plan)
@@ -178,10 +180,19 @@ def _machine(device: torch.device, memory_budget: int | None) -> Machine:
     return Machine(usable, host, plans.CUDA_CHUNK_BYTES, plans.CUDA_LOGIT_ELEMENTS, plans.CUDA_MICRO_BATCH_FLOPS)
 
 
-def _compiled(metric: Metric) -> tuple[RunLayer, NLL, Divergence | None]:
-    from blockpruner.scoring.compiled import compiled_layer, compiled_losses  # importing the compiler takes a second
+def _compiled(metric: Metric) -> tuple[RunLayer, Divergence | None]:
+    from blockpruner.scoring import compiled  # importing the compiler takes seconds
 
-    return compiled_layer(), *compiled_losses(metric.divergence)
+    return compiled.compiled_layer(), compiled.compiled_divergence(metric.divergence) if metric.divergence else None
+
+
+def _nll(device: torch.device) -> NLL:
+    """The token losses of logits on this device."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return token_nll
+    from blockpruner.scoring.nll_kernel import fused_token_nll  # where there is no GPU there is no Triton
+
+    return fused_token_nll
 
 
 def _compiles(choice: CompileChoice, device: torch.device, shape: SweepShape) -> bool:

@@ -1,4 +1,4 @@
-"""torch.compile for the parts of a sweep that are bound by memory: norms, rotary positions, activations, losses.
+"""torch.compile for the parts of a sweep that are bound by memory: norms, rotary positions, activations, divergences.
 
 Matrix products stay with the vendor's library. One compiled function serves all layers of a kind: first for one batch
 size, and if another comes, for all.
@@ -14,7 +14,6 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 
 from blockpruner.scoring.decoder import RunLayer, run_layer
-from blockpruner.scoring.loss import NLL, token_nll
 from blockpruner.scoring.metrics import Divergence
 
 logger = logging.getLogger(__name__)
@@ -27,9 +26,9 @@ def compiled_layer() -> RunLayer:
     return cast(RunLayer, _with_fallback(run_layer))
 
 
-def compiled_losses(divergence: Divergence | None) -> tuple[NLL, Divergence | None]:
-    """`token_nll` and a metric's divergence, compiled: the logits are read, and nothing of their size is written."""
-    return _with_fallback(token_nll), _with_fallback(divergence) if divergence else None
+def compiled_divergence(divergence: Divergence) -> Divergence:
+    """A metric's divergence, compiled: the logits are read, and nothing of their size is written."""
+    return _with_fallback(divergence)
 
 
 def _with_fallback(function: Function) -> Function:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from blockpruner.blocks import Block, all_blocks, mha, mlp
 from blockpruner.checkpoint import Checkpoint
-from blockpruner.loading import DtypeName, load_model
+from blockpruner.loading import DtypeName, load_model, release_memory
 from blockpruner.scoring.build import build_scorer, device_memory
+from blockpruner.scoring.loss import token_nll
 from blockpruner.scoring.metrics import metric_of
 from blockpruner.scoring.plan import SweepCut, SweepPlan
 from blockpruner.scoring.settings import MetricName, ScorerSettings
@@ -78,6 +79,7 @@ def test_scores_are_those_of_the_plain_scorer(
 
 def test_a_budget_is_kept_and_given_back(checkpoint: Checkpoint, tokens: Tensor) -> None:
     budget = 256 * 2**20
+    release_memory()  # what other tests' models took
     torch.cuda.reset_peak_memory_stats()
     with device_memory("cuda", budget):
         found, _ = tables(checkpoint, tokens, "float32", "perplexity", memory_budget=budget)
@@ -94,3 +96,21 @@ def test_running_out_of_memory_changes_no_score(checkpoint: Checkpoint, tokens: 
         found, scorer = tables(checkpoint, tokens, "float32", "kl", plan=greedy)
     assert scorer.plan != greedy
     torch.testing.assert_close(found[2].divergence_CB, expected[2].divergence_CB, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab_size", [100, 4096, 32003])
+def test_the_loss_kernel_gives_the_plain_loss(dtype: torch.dtype, vocab_size: int) -> None:
+    from blockpruner.scoring.nll_kernel import fused_token_nll  # where there is no GPU there is no Triton
+
+    generator = torch.Generator("cuda").manual_seed(vocab_size)
+    logits_MV = (20 * torch.randn(64, vocab_size, generator=generator, device="cuda")).to(dtype)
+    targets_M = torch.randint(vocab_size, (64,), generator=generator, device="cuda")
+    logits_MV[0, : vocab_size // 2] = -torch.inf  # words that a model rules out
+    logits_MV[1, 7], logits_MV[2, 8] = torch.nan, torch.inf
+    targets_M[:3] = vocab_size - 1
+    expected_M = token_nll(logits_MV, targets_M)
+    assert not expected_M[1:3].isfinite().any()
+    torch.testing.assert_close(fused_token_nll(logits_MV, targets_M), expected_M, rtol=1e-6, atol=1e-5, equal_nan=True)
+    strided_MV = logits_MV.t().contiguous().t()
+    torch.testing.assert_close(fused_token_nll(strided_MV, targets_M), expected_M, rtol=1e-6, atol=1e-5, equal_nan=True)

@@ -12,9 +12,9 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from blockpruner.blocks import all_blocks, mha, mlp
 from blockpruner.errors import ConfigurationError
-from blockpruner.scoring.compiled import compiled_losses
+from blockpruner.scoring.compiled import compiled_divergence
 from blockpruner.scoring.decoder import Decoder
-from blockpruner.scoring.loss import token_nll
+from blockpruner.scoring.metrics import kl_divergence
 from blockpruner.scoring.settings import MetricName
 from blockpruner.scoring.table import ScoreTable
 from tests.scorers import filled, plain_scorer, row_of, sweep_scorer
@@ -142,10 +142,10 @@ def test_what_cannot_be_compiled_here_runs_as_it_is(
         raise BackendCompilerFailed(None, RuntimeError("no compiler"), None)
 
     monkeypatch.setattr(torch, "compile", lambda _: no_compiler)
-    nll, _ = compiled_losses(None)
-    logits_MV, targets_M = torch.randn(3, 7), torch.tensor([1, 2, 6])
+    divergence = compiled_divergence(kl_divergence)
+    dense_MV, pruned_MV = torch.randn(3, 7), torch.randn(3, 7)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert torch.equal(nll(logits_MV, targets_M), token_nll(logits_MV, targets_M))
+            assert torch.equal(divergence(dense_MV, pruned_MV), kl_divergence(dense_MV, pruned_MV))
     assert len(caplog.records) == 1
     assert "torch.compile" in caplog.text

@@ -1,0 +1,46 @@
+"""Token losses on a GPU in one reading of the logits: a Triton kernel. Triton comes with PyTorch's GPU builds.
+
+PyTorch's own operations, compiled or not, read the logits more than once; with a vocabulary of 128k the head is a
+third of a small model's work, and reading its logits is what it waits for.
+
+Shapes: `V` vocabulary, `M` tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 4096
+_WARPS = 8
+_LOWEST = -3.0e38
+"""Below any logit, and finite: where all logits so far are -inf the sum of exponentials must be 0, not NaN."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _nll_kernel(logits, targets, losses, row_stride, lowest, vocab_size: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One row of logits for each program: log of the sum of exponentials, kept relative to the largest so far."""
+    row = tl.program_id(0).to(tl.int64)
+    row_logits = logits + row * row_stride
+    largest, total = lowest, 0.0
+    for start in range(0, vocab_size, block):
+        columns = start + tl.arange(0, block)
+        values = tl.load(row_logits + columns, mask=columns < vocab_size, other=float("-inf")).to(tl.float32)
+        largest_now = tl.maximum(largest, tl.max(values, axis=0))
+        total = total * tl.exp(largest - largest_now) + tl.sum(tl.exp(values - largest_now), axis=0)
+        largest = largest_now
+    target = tl.load(row_logits + tl.load(targets + row)).to(tl.float32)
+    tl.store(losses + row, largest + tl.log(total) - target)
+
+
+def fused_token_nll(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
+    """`loss.token_nll` of logits on a GPU: float32 [M], nats."""
+    num_tokens, vocab_size = logits_MV.shape
+    losses_M = torch.empty(num_tokens, dtype=torch.float32, device=logits_MV.device)
+    if num_tokens > 0:
+        logits_MV = logits_MV if logits_MV.stride(1) == 1 else logits_MV.contiguous()
+        sizes = {"vocab_size": vocab_size, "block": _BLOCK, "num_warps": _WARPS}
+        _nll_kernel[(num_tokens,)](logits_MV, targets_M, losses_M, logits_MV.stride(0), _LOWEST, **sizes)
+    return losses_M
