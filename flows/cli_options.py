@@ -54,18 +54,18 @@ ExportFormat = Annotated[
     typer.Option(
         "--format",
         "--export-format",
-        metavar="auto|stock|transformers|zeroed",
+        metavar="auto|stock|transformers|gguf|zeroed",
         help=SETTINGS["export_format"],
-        autocompletion=complete_choice("auto", "stock", "transformers", "zeroed"),
+        autocompletion=complete_choice("auto", "stock", "transformers", "gguf", "zeroed"),
     ),
 ]
 ExportDtype = Annotated[
     str | None,
     typer.Option(
         "--dtype",
-        metavar="float32|bfloat16",
+        metavar="float32|bfloat16|float16|q8_0",
         help=SETTINGS["export_dtype"],
-        autocompletion=complete_choice("float32", "bfloat16"),
+        autocompletion=complete_choice("float32", "bfloat16", "float16", "q8_0"),
     ),
 ]
 EvalText = Annotated[list[str] | None, _setting("eval_text", "NAME|FILE", autocompletion=complete_text)]

@@ -144,7 +144,7 @@ def export(
 ) -> None:
     """Write the pruned model.
 
-    Of a run, or of the search that the options describe, as a folder that transformers loads.
+    Of a run, or of the search that the options describe, as a folder that transformers or another engine loads.
     """
     if output is not None:
         require_new_folder(output)

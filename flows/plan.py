@@ -17,7 +17,7 @@ from blockpruner.baichuan import is_foldable
 from blockpruner.blocks import all_blocks
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ConfigurationError
-from blockpruner.export.names import FormatChoice
+from blockpruner.export.names import FOR_OTHER_ENGINES, FormatChoice, dtypes_of
 from blockpruner.loading import DtypeName, any_meta_model, check_tensors, meta_model, resolve_device, resolve_dtype
 from blockpruner.paths import user_path
 from blockpruner.positions import check_sequence_length
@@ -187,7 +187,7 @@ class Plan:
         if goal in _SEARCHING:
             yield PlannedStage("search", "search", self._search)
         if goal in _EXPORTING:
-            first, *others = dict.fromkeys(self.recipe.export_format)
+            first, *others = self._formats
             yield PlannedStage("export", "export", partial(self._export, first))
             for name in others:
                 yield PlannedStage(f"export:{name}", f"export as {name}", partial(self._export, name))
@@ -195,6 +195,16 @@ class Plan:
             yield PlannedStage("speed", "speed", self._speed)
         if goal == "evaluate":
             yield PlannedStage("evaluate:pruned", "evaluate pruned", self._evaluate_pruned)
+
+    @property
+    def _formats(self) -> list[FormatChoice]:
+        """The formats to write; where the pruned model is to be run here, first one that transformers loads."""
+        asked = list(dict.fromkeys(self.recipe.export_format))
+        if self.goal == "export":
+            return asked
+        # A stable sort: the order that was asked for stays, but for those that only other engines load.
+        first, *others = sorted(asked, key=lambda name: name in FOR_OTHER_ENGINES)
+        return ["auto", first, *others] if first in FOR_OTHER_ENGINES else [first, *others]
 
     def _fold(self, _: Artifacts) -> Job:
         return Job(fold.STAGE, fold.FoldConfig(), fold.FoldInputs(self.checkpoint))
@@ -248,7 +258,8 @@ class Plan:
 
     def _export(self, name: FormatChoice, artifacts: Artifacts) -> Job:
         recipe = self.recipe
-        config = export.ExportConfig(num_blocks=recipe.export_blocks, format=name, dtype=recipe.export_dtype)
+        dtype = recipe.export_dtype if recipe.export_dtype in dtypes_of(name) else None
+        config = export.ExportConfig(num_blocks=recipe.export_blocks, format=name, dtype=dtype)
         return Job(export.STAGE, config, export.ExportInputs(self._model(artifacts), artifacts["search"].ref))
 
     def _speed(self, artifacts: Artifacts) -> Job:

@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from blockpruner.blocks import BlockKinds
 from blockpruner.errors import ConfigurationError, nearest
-from blockpruner.export.names import FormatChoice
+from blockpruner.export.names import ExportDtype, FormatChoice, dtypes_of
 from blockpruner.memory_size import parse_memory_size
 from blockpruner.paths import user_path
 from blockpruner.scoring.settings import CompileChoice, MetricName, ScorerName, ScorerSettings
@@ -90,6 +90,11 @@ def _numbers(value: object) -> object:
     return tuple(map(_number_or_all, parts)) if isinstance(parts, tuple) else parts
 
 
+def _lower(value: object) -> object:
+    """llama.cpp writes Q8_0."""
+    return value.lower() if isinstance(value, str) else value
+
+
 _Count = Annotated[int, Field(ge=1, le=2**20)]
 NonBlank = Annotated[str, Field(min_length=1, pattern=r"\S")]
 
@@ -114,7 +119,9 @@ class Recipe(BaseModel):
     export_format: Annotated[tuple[FormatChoice, ...], BeforeValidator(_split_at_commas)] = Field(
         default=("auto",), min_length=1, description=SETTINGS["export_format"]
     )
-    export_dtype: Literal["float32", "bfloat16"] | None = Field(default=None, description=SETTINGS["export_dtype"])
+    export_dtype: Annotated[ExportDtype | None, BeforeValidator(_lower)] = Field(
+        default=None, description=SETTINGS["export_dtype"]
+    )
     eval_text: Annotated[tuple[NonBlank, ...], BeforeValidator(_as_list)] = Field(
         default=(), description=SETTINGS["eval_text"]
     )
@@ -162,6 +169,17 @@ class Recipe(BaseModel):
             raise PydanticCustomError(
                 "target", "both num_blocks and ratio are given; give one of them (--num-blocks K or --ratio R)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _dtype_of_every_format(self) -> Self:
+        for name in self.export_format:
+            if self.export_dtype is not None and self.export_dtype not in dtypes_of(name):
+                raise PydanticCustomError(
+                    "export_dtype",
+                    "format {name} has no dtype {dtype} (it has {valid}); {dtype} is for format gguf alone",
+                    {"name": name, "dtype": self.export_dtype, "valid": ", ".join(dtypes_of(name))},
+                )
         return self
 
     @property
@@ -310,7 +328,7 @@ def _describe(problem: ErrorDetails) -> str:
     if kind == "literal_error":
         valid = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
         return f"unknown {field} {came!r}; valid are {', '.join(valid)}{nearest(str(came), valid)}"
-    if kind in ("device", "target"):
+    if kind in ("device", "export_dtype", "target"):
         return problem["msg"]
     shown = repr(came)
     or_all = ", or all" if field == "num_samples" else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
@@ -13,8 +14,9 @@ from blockpruner.blocks import Block
 from blockpruner.checkpoint import COMPANION_FILES, Checkpoint
 from blockpruner.errors import ConfigurationError, ExportError
 from blockpruner.export.card import CardNumbers, write_card
-from blockpruner.export.names import ExportFormat, FormatChoice
-from blockpruner.export.verify import Verification, masked_logits, verification_request, verify
+from blockpruner.export.formats import FORMATS, verify_export
+from blockpruner.export.names import ExportDtype, ExportFormat, FormatChoice
+from blockpruner.export.verify import Verification, masked_logits, verification_request
 from blockpruner.export.write import WrittenExport, write_export
 from blockpruner.loading import DtypeName, load_model, meta_model, release_memory, torch_dtype
 from blockpruner.progress import Progress
@@ -34,7 +36,7 @@ class ExportConfig(StageConfig):
     format: FormatChoice = "auto"
     """'auto' writes the family's own format where the surviving blocks alternate, else the one with custom code, else
     the one in full shape."""
-    dtype: DtypeName | None = None
+    dtype: ExportDtype | None = None
     """Dtype of the weights; None: as they are in the model."""
 
 
@@ -65,7 +67,7 @@ class ExportManifest(StageManifest):
     dropped: tuple[Block, ...]
     verified: bool
     verified_with: str
-    """What loaded the export for the comparison: an engine, or a reader of our own."""
+    """What loaded the export for the comparison, one after another: engines, or a reader of our own."""
     max_logit_difference: float
 
 
@@ -84,12 +86,13 @@ def run(config: ExportConfig, inputs: ExportInputs, out_dir: Path, runtime: Runt
         )
     removed = trace.removed(config.num_blocks)
     written = write_export(inputs.model, removed, out_dir / MODEL_FOLDER, config.format, dtype=config.dtype)
-    runtime.progress(Progress(1, 2, "phases", "verifying in a fresh process"))
+    runtime.progress(Progress(1, 2, "phases", "verifying"))
     verification = _verify(inputs.model, written, runtime.device, config.dtype)
     if not verification.passed:
         raise ExportError(
             f"the exported model differs from the masked original by {verification.max_logit_difference:.3g} in its "
-            f"logits (at most {verification.tolerance:.3g}); it was deleted: please report this model's architecture"
+            f"logits with {verification.engine} (at most {verification.tolerance:.3g}); it was deleted: please report "
+            "this model's architecture"
         )
     num_kept, total = _write_card(inputs, trace, written)
     runtime.progress(Progress(2, 2, "phases", "verified"))
@@ -107,19 +110,24 @@ def run(config: ExportConfig, inputs: ExportInputs, out_dir: Path, runtime: Runt
 
 
 def _verify(
-    checkpoint: Checkpoint, written: WrittenExport, device: str, written_dtype: DtypeName | None
+    checkpoint: Checkpoint, written: WrittenExport, device: str, written_dtype: ExportDtype | None
 ) -> Verification:
     architecture, shapes = meta_model(checkpoint)
     dtype: DtypeName = "float32" if num_parameters(shapes) <= _FLOAT32_LIMIT else "bfloat16"
     # Weights that were rounded are compared with the original's, rounded likewise.
-    model = load_model(checkpoint, device=device, dtype=written_dtype or dtype)
-    nn.Module.to(model, torch_dtype(dtype))
+    coarsen = FORMATS[written.format].coarsen
+    if coarsen is None:
+        model = load_model(checkpoint, device=device, dtype=cast("DtypeName | None", written_dtype) or dtype)
+        nn.Module.to(model, torch_dtype(dtype))
+    else:
+        model = load_model(checkpoint, device=device, dtype=dtype)
+        coarsen(model, written.path)
     text_config = model.config.get_text_config()
     request = verification_request(text_config.vocab_size, text_config.max_position_embeddings)
     expected = masked_logits(architecture, model, written.dropped, request)
     del model
     release_memory()  # the fresh process needs it
-    return verify(written.path, request, expected, device=device, dtype=dtype)
+    return verify_export(written.format, written.path, request, expected, device=device, dtype=dtype)
 
 
 def _write_card(inputs: ExportInputs, trace: SearchTrace, written: WrittenExport) -> tuple[int, int]:
@@ -135,5 +143,5 @@ def _write_card(inputs: ExportInputs, trace: SearchTrace, written: WrittenExport
 
 
 STAGE: Stage[ExportConfig, ExportInputs, ExportManifest] = Stage(
-    name="export", version=2, manifest_type=ExportManifest, run=run
+    name="export", version=3, manifest_type=ExportManifest, run=run
 )

@@ -16,6 +16,22 @@ _ZEROED = (
     "The removed blocks are still in the files, with zeros in their last projections: this form saves neither memory "
     "nor time."
 )
+_IN_GGUF = (
+    "Tokenizer and chat template are in the file; transformers does not load it.",
+    "",
+    "```sh",
+    "llama-cli -m model.gguf     # llama.cpp; as a server: llama-server -m model.gguf",
+    "printf 'FROM ./model.gguf\\n' > Modelfile && ollama create pruned -f Modelfile && ollama run pruned",
+    "```",
+    "",
+    "```python",
+    "from llama_cpp import Llama  # pip install llama-cpp-python",
+    "",
+    'model = Llama("model.gguf", n_ctx=0)  # 0: as long as the model reads',
+    "```",
+    "",
+    "LM Studio and other programs that are built on llama.cpp take the same file.",
+)
 _PAPER = "Zhong et al., BlockPruner, Findings of ACL 2025, doi 10.18653/v1/2025.findings-acl.262"
 
 
@@ -32,7 +48,7 @@ class CardNumbers:
 def write_card(written: WrittenExport, source: str, source_dir: Path, numbers: CardNumbers) -> None:
     """Write README.md into the export."""
     data = ModelCardData(
-        library_name="transformers",
+        library_name="gguf" if written.format == "gguf" else "transformers",
         pipeline_tag="text-generation",
         base_model=source if source.count("/") == 1 and not Path(source).exists() else None,
         license=_licence(source_dir),
@@ -63,14 +79,20 @@ def write_card(written: WrittenExport, source: str, source_dir: Path, numbers: C
         f"Removed in this order: {', '.join(map(str, written.dropped))}.",
         "",
         "## Load",
+        *(_IN_GGUF if written.format == "gguf" else _in_transformers(code)),
+    ]
+    ModelCard("\n".join(lines) + "\n").save(written.path / "README.md")
+
+
+def _in_transformers(code: str) -> tuple[str, ...]:
+    return (
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("."{code})',
         'tokenizer = AutoTokenizer.from_pretrained(".")',
         "```",
-    ]
-    ModelCard("\n".join(lines) + "\n").save(written.path / "README.md")
+    )
 
 
 def strips(kept: tuple[Block, ...], dropped: tuple[Block, ...]) -> list[str]:

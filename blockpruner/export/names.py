@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
-ExportFormat = Literal["stock", "transformers", "zeroed"]
-FormatChoice = Literal["auto", "stock", "transformers", "zeroed"]
+ExportFormat = Literal["stock", "transformers", "zeroed", "gguf"]
+FormatChoice = Literal["auto", "stock", "transformers", "zeroed", "gguf"]
 """'auto' takes the first that can hold the model: stock, transformers, zeroed."""
+
+FOR_OTHER_ENGINES: frozenset[FormatChoice] = frozenset({"gguf"})
+"""What transformers does not load, so that it cannot be evaluated here."""
+
+ExportDtype = Literal["float32", "float16", "bfloat16", "q8_0"]
+"""How weights are stored; q8_0: 8 bits a value, and a scale for every 32."""
+
+_OWN_DTYPES: Mapping[FormatChoice, tuple[ExportDtype, ...]] = {"gguf": ("float32", "float16", "bfloat16", "q8_0")}
+
+
+def dtypes_of(name: FormatChoice) -> tuple[ExportDtype, ...]:
+    """The dtypes that a format can be written in."""
+    return _OWN_DTYPES.get(name, ("float32", "bfloat16"))

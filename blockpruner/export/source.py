@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
 from blockpruner.architectures import Architecture, architecture_of
 from blockpruner.blocks import Block, survivors
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ExportError
+from blockpruner.export.names import ExportDtype
 from blockpruner.export.weights import TensorSource, copied
-from blockpruner.loading import DtypeName, torch_dtype
 from blockpruner.surgery import PackedModel, pack
 
 _DTYPE_SETTINGS = ("dtype", "torch_dtype")
@@ -30,11 +31,11 @@ class ExportSource:
     architecture: Architecture
     removed: tuple[Block, ...]
     """In the order of their removal."""
-    dtype: DtypeName | None = None
+    dtype: ExportDtype | None = None
     """Dtype of the weights that are written; None: as they are."""
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, removed: Sequence[Block], dtype: DtypeName | None = None) -> ExportSource:
+    def of(cls, checkpoint: Checkpoint, removed: Sequence[Block], dtype: ExportDtype | None = None) -> ExportSource:
         """Read the configuration and the table.
 
         Raises:
@@ -94,4 +95,4 @@ class ExportSource:
             if (renamed := new_name(name, self.architecture.block_of_tensor(name))) is not None
         }
         sources = copied(self.checkpoint, names)
-        return sources if self.dtype is None else [source.converted(torch_dtype(self.dtype)) for source in sources]
+        return [source.converted(getattr(torch, self.dtype)) for source in sources] if self.dtype else sources

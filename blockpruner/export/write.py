@@ -15,12 +15,11 @@ from typing import Any
 
 from blockpruner import __version__
 from blockpruner.blocks import Block
-from blockpruner.checkpoint import COMPANION_FILES, Checkpoint, file_digest
+from blockpruner.checkpoint import Checkpoint, file_digest
 from blockpruner.export.formats import format_for
-from blockpruner.export.names import ExportFormat, FormatChoice
+from blockpruner.export.names import ExportDtype, ExportFormat, FormatChoice
 from blockpruner.export.source import ExportSource
 from blockpruner.export.weights import SHARD_BYTES
-from blockpruner.loading import DtypeName
 
 MANIFEST_FILE = "pruning_manifest.json"
 
@@ -45,7 +44,7 @@ def write_export(
     out_dir: Path,
     wanted: FormatChoice = "auto",
     *,
-    dtype: DtypeName | None = None,
+    dtype: ExportDtype | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> WrittenExport:
     """Write the checkpoint without the removed blocks into `out_dir`.
@@ -66,7 +65,7 @@ def write_export(
     chosen = format_for(source, wanted)
     out_dir.mkdir(parents=True, exist_ok=True)
     chosen.write(source, out_dir, shard_bytes)
-    for name in COMPANION_FILES:
+    for name in chosen.companions:
         if (checkpoint.path / name).is_file():
             shutil.copyfile(checkpoint.path / name, out_dir / name)
     _write_manifest(source, chosen.name, out_dir)
@@ -84,6 +83,6 @@ def _write_manifest(source: ExportSource, name: ExportFormat, out_dir: Path) -> 
         "dropped_in_order": [block.model_dump(mode="json") for block in source.removed],
         "files": {file.name: file_digest(file) for file in sorted(out_dir.iterdir())},
     }
-    if not source.architecture.is_parallel and name != "zeroed":
+    if not source.architecture.is_parallel and name not in ("gguf", "zeroed"):
         manifest["layers"] = [layer.model_dump(mode="json") for layer in source.packed.layers]
     (out_dir / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -115,7 +115,7 @@ def test_a_stock_export_is_written_verified_and_described(tmp_path: Path, inputs
 def test_as_many_blocks_go_as_asked_for(
     tmp_path: Path, inputs: ExportInputs, monkeypatch: pytest.MonkeyPatch, num_blocks: int | None, format_: str
 ) -> None:
-    monkeypatch.setattr(stages.export, "verify", passes)
+    monkeypatch.setattr(stages.export, "verify_export", passes)
     manifest = run(tmp_path, inputs, num_blocks=num_blocks)
     check_manifest(manifest, num_blocks or 3)
     assert manifest.format == format_
@@ -182,7 +182,7 @@ def test_an_export_of_other_blocks_does_not_count(
 def test_logits_that_are_not_numbers_do_not_count(
     tmp_path: Path, inputs: ExportInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages.export, "verify", lambda *_, **__: Verification(float("nan"), 1e-5))
+    monkeypatch.setattr(stages.export, "verify_export", lambda *_, **__: Verification(float("nan"), 1e-5))
     with pytest.raises(ExportError, match="nan"):
         run(tmp_path, inputs, num_blocks=3)
 
@@ -207,3 +207,50 @@ def test_weights_can_be_written_in_another_dtype(inputs: ExportInputs, tmp_path:
         assert manifest.verified_with == "transformers"
         sizes[dtype] = (folder / "out" / "model" / "model.safetensors").stat().st_size
     assert sizes["bfloat16"] < 0.6 * sizes["float32"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "q8_0"])
+def test_a_gguf_file_is_verified_with_what_is_there(
+    inputs: ExportInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    monkeypatch.setattr("blockpruner.export.gguf_file.verification.find_spec", lambda _: None)
+    manifest = run(tmp_path, inputs, format="gguf", dtype=dtype)
+    check_manifest(manifest, 3)
+    assert (manifest.format, manifest.verified_with) == ("gguf", "reader")
+    assert 0.0 <= manifest.max_logit_difference <= 1e-4
+    model_dir = tmp_path / "out" / MODEL_FOLDER
+    assert {file.name for file in model_dir.iterdir()} == {"README.md", "model.gguf", "pruning_manifest.json"}
+    assert "llama-cli -m model.gguf" in (model_dir / "README.md").read_text()
+
+
+@pytest.mark.parametrize("where", [-4, -2000, 0.6])
+def test_a_gguf_file_with_another_weight_does_not_count(
+    inputs: ExportInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: float
+) -> None:
+    """The last bytes are weights, all of them read."""
+
+    def spoil(*arguments: Any, **options: Any) -> WrittenExport:
+        written = write_export(*arguments, **options)
+        content = bytearray((written.path / "model.gguf").read_bytes())
+        start = int(where * len(content)) if isinstance(where, float) else where
+        start = start % len(content) // 4 * 4
+        content[start : start + 4] = b"\x00\x00\x80\x3f"  # 1.0
+        (written.path / "model.gguf").write_bytes(content)
+        return written
+
+    monkeypatch.setattr(stages.export, "write_export", spoil)
+    with pytest.raises(ExportError, match="differs from the masked original") as caught:
+        run(tmp_path, inputs, num_blocks=2, format="gguf")
+    assert "with reader" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_llama_cpp_does_not_load_does_not_count(
+    inputs: ExportInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever our own reader says."""
+    (program := tmp_path / "program.py").write_text("import sys; sys.exit('GGML_ASSERT(x) failed')")
+    monkeypatch.setattr("blockpruner.export.gguf_file.verification.find_spec", lambda _: "installed")
+    monkeypatch.setattr("blockpruner.export.gguf_file.verification._PROGRAM", program)
+    with pytest.raises(ExportError, match=r"with llama.cpp the export cannot be loaded.*GGML_ASSERT\(x\) failed"):
+        run(tmp_path, inputs, num_blocks=2, format="gguf")

@@ -64,6 +64,14 @@ def test_the_way_to_load_it_fits_the_format(tmp_path: Path, format_: ExportForma
     assert ("saves neither memory nor time" in text) == (format_ == "zeroed")
 
 
+def test_a_gguf_file_is_for_other_engines(tmp_path: Path) -> None:
+    metadata, text = card(tmp_path, format_="gguf")
+    assert metadata["library_name"] == "gguf"
+    assert "from_pretrained" not in text
+    for way in ("llama-cli -m model.gguf", r"printf 'FROM ./model.gguf\n' > Modelfile", 'Llama("model.gguf"'):
+        assert way in text
+
+
 def test_a_folder_is_named_and_its_path_kept_private(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
