@@ -54,9 +54,9 @@ ExportFormat = Annotated[
     typer.Option(
         "--format",
         "--export-format",
-        metavar="auto|stock|transformers|zeroed",
+        metavar="auto|stock|transformers|decilm|zeroed",
         help=SETTINGS["export_format"],
-        autocompletion=complete_choice("auto", "stock", "transformers", "zeroed"),
+        autocompletion=complete_choice("auto", "stock", "transformers", "decilm", "zeroed"),
     ),
 ]
 ExportDtype = Annotated[

@@ -20,8 +20,8 @@ SETTINGS: dict[str, str] = {
     "block_kinds": "Which blocks may be removed: mha (attention), mlp (feed-forward) or both.",
     "export_blocks": "Export without only the first so many blocks of the pruning order; none: without all of them.",
     "export_format": (
-        "auto, stock (the family's own format), transformers (with custom code) or zeroed (full size, any family); "
-        "may be several."
+        "auto, stock (the family's own format), transformers (with custom code), decilm (for vLLM, SGLang, "
+        "TensorRT-LLM and MLX-LM) or zeroed (full size, any family); may be several."
     ),
     "export_dtype": "Dtype of the exported weights: float32 or bfloat16; none: as they are in the model.",
     "eval_text": "Texts to measure perplexity on: wikitext2, c4, ptb, or files. May be given several times.",

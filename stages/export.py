@@ -13,8 +13,9 @@ from blockpruner.blocks import Block
 from blockpruner.checkpoint import COMPANION_FILES, Checkpoint
 from blockpruner.errors import ConfigurationError, ExportError
 from blockpruner.export.card import CardNumbers, write_card
+from blockpruner.export.formats import verify_export
 from blockpruner.export.names import ExportFormat, FormatChoice
-from blockpruner.export.verify import Verification, masked_logits, verification_request, verify
+from blockpruner.export.verify import Verification, masked_logits, verification_request
 from blockpruner.export.write import WrittenExport, write_export
 from blockpruner.loading import DtypeName, load_model, meta_model, release_memory, torch_dtype
 from blockpruner.progress import Progress
@@ -65,7 +66,7 @@ class ExportManifest(StageManifest):
     dropped: tuple[Block, ...]
     verified: bool
     verified_with: str
-    """What loaded the export for the comparison: an engine, or a reader of our own."""
+    """What loaded the export for the comparison, one after another: engines, or a reader of our own."""
     max_logit_difference: float
 
 
@@ -89,14 +90,15 @@ def run(config: ExportConfig, inputs: ExportInputs, out_dir: Path, runtime: Runt
     if not verification.passed:
         raise ExportError(
             f"the exported model differs from the masked original by {verification.max_logit_difference:.3g} in its "
-            f"logits (at most {verification.tolerance:.3g}); it was deleted: please report this model's architecture"
+            f"logits with {verification.engine} (at most {verification.tolerance:.3g}); it was deleted: please report this "
+            "model's architecture"
         )
-    num_kept, total = _write_card(inputs, trace, written)
+    num_parameters_written = _write_card(inputs, trace, written)
     runtime.progress(Progress(2, 2, "phases", "verified"))
     return ExportManifest(
         format=written.format,
         num_blocks_removed=len(removed),
-        num_parameters=num_kept if written.format != "zeroed" else total,
+        num_parameters=num_parameters_written,
         bytes=sum(file.stat().st_size for file in written.path.iterdir()),
         kept=written.kept,
         dropped=written.dropped,
@@ -119,11 +121,11 @@ def _verify(
     expected = masked_logits(architecture, model, written.dropped, request)
     del model
     release_memory()  # the fresh process needs it
-    return verify(written.path, request, expected, device=device, dtype=dtype)
+    return verify_export(written.format, written.path, request, expected, device=device, dtype=dtype)
 
 
-def _write_card(inputs: ExportInputs, trace: SearchTrace, written: WrittenExport) -> tuple[int, int]:
-    """Write the model card and return how many parameters remain, and of how many."""
+def _write_card(inputs: ExportInputs, trace: SearchTrace, written: WrittenExport) -> int:
+    """Write the model card and return how many parameters the files hold."""
     architecture, shapes = meta_model(inputs.model)
     sizes = block_sizes(architecture, shapes)
     total = num_parameters(shapes)
@@ -131,9 +133,9 @@ def _write_card(inputs: ExportInputs, trace: SearchTrace, written: WrittenExport
     last = trace.steps[len(written.dropped) - 1]
     calibration = ("the calibration set", trace.summary.dense_perplexity, last.perplexity)
     write_card(written, inputs.model.name, inputs.model.path, CardNumbers(total, num_kept, (calibration,)))
-    return num_kept, total
+    return num_kept + sum(sizes[block] for block in written.zeros)
 
 
 STAGE: Stage[ExportConfig, ExportInputs, ExportManifest] = Stage(
-    name="export", version=2, manifest_type=ExportManifest, run=run
+    name="export", version=3, manifest_type=ExportManifest, run=run
 )

@@ -16,6 +16,19 @@ _ZEROED = (
     "The removed blocks are still in the files, with zeros in their last projections: this form saves neither memory "
     "nor time."
 )
+_FIRST_ATTENTION = (
+    "The first layer's attention is still in the files, with zeros in its output projection, for engines expect one "
+    "there: it adds nothing to any logit, and costs the memory and the time of an attention block."
+)
+_ENGINES = (
+    "Engines load it by its architecture `DeciLMForCausalLM` (those with trust_remote_code read the configuration only):",
+    "```sh",
+    "vllm serve . --trust-remote-code",
+    "python -m sglang.launch_server --model-path . --trust-remote-code",
+    "trtllm-serve . --trust_remote_code  # not for models with attention biases (Qwen2), which it skips",
+    'mlx_lm.generate --model . --prompt "..."',
+    "```",
+)
 _PAPER = "Zhong et al., BlockPruner, Findings of ACL 2025, doi 10.18653/v1/2025.findings-acl.262"
 
 
@@ -40,7 +53,7 @@ def write_card(written: WrittenExport, source: str, source_dir: Path, numbers: C
     )
     name = Path(source).resolve().name if Path(source).exists() else source
     ratio = 1 - numbers.num_parameters / numbers.num_parameters_dense
-    code = ", trust_remote_code=True" if written.format == "transformers" else ""
+    code = ", trust_remote_code=True" if written.format in ("transformers", "decilm") else ""
     lines = [
         "---",
         data.to_yaml(),
@@ -50,6 +63,7 @@ def write_card(written: WrittenExport, source: str, source_dir: Path, numbers: C
         f"Made from `{name}` by blockpruner {__version__}, without training ({_PAPER}).",
         f"{numbers.num_parameters:,} of {numbers.num_parameters_dense:,} parameters remain ({ratio:.2%} removed).",
         *([_ZEROED] if written.format == "zeroed" else []),
+        *([_FIRST_ATTENTION] if written.format == "decilm" and written.zeros else []),
         "",
         "| perplexity on | dense | pruned |",
         "|---|---|---|",
@@ -69,6 +83,7 @@ def write_card(written: WrittenExport, source: str, source_dir: Path, numbers: C
         f'model = AutoModelForCausalLM.from_pretrained("."{code})',
         'tokenizer = AutoTokenizer.from_pretrained(".")',
         "```",
+        *(_ENGINES if written.format == "decilm" else []),
     ]
     ModelCard("\n".join(lines) + "\n").save(written.path / "README.md")
 

@@ -43,8 +43,7 @@ def check(source: ExportSource) -> None:
     """
     if source.checkpoint.model_type not in _MODELING:
         raise ExportError(
-            f"format transformers is there for {', '.join(_MODELING)}, and this is a {source.checkpoint.model_type}; "
-            "use --format zeroed, or stock where the surviving blocks alternate"
+            f"format transformers is there for {', '.join(_MODELING)}, and this is a {source.checkpoint.model_type}"
         )
     _layer_settings(source)
 

@@ -6,10 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
+from blockpruner.blocks import Block
 from blockpruner.errors import ExportError
-from blockpruner.export import custom, stock, zeroed
+from blockpruner.export import custom, decilm, stock, zeroed
 from blockpruner.export.names import ExportFormat, FormatChoice
 from blockpruner.export.source import ExportSource
+from blockpruner.export.verify import Verification, Verifier, verify
+from blockpruner.export.verify_mlx import verify_with_mlx_lm
+from blockpruner.loading import DtypeName
 
 
 @dataclass(frozen=True)
@@ -21,12 +27,17 @@ class Format:
     """Raises ExportError, with the reason, for what the format cannot hold."""
     write: Callable[[ExportSource, Path, int], None]
     """Writes weights and configuration into a folder, in shards of so many bytes."""
+    zeros: Callable[[ExportSource], tuple[Block, ...]] = lambda _: ()
+    """The removed blocks that stay in the files, with zeros in their last projections."""
+    verify: Verifier = verify
+    """Compares what was written with the masked original."""
 
 
 FORMATS: dict[ExportFormat, Format] = {
     "stock": Format("stock", stock.check, stock.write),
     "transformers": Format("transformers", custom.check, custom.write),
-    "zeroed": Format("zeroed", zeroed.check, zeroed.write),
+    "decilm": Format("decilm", decilm.check, decilm.write, decilm.carried, verify_with_mlx_lm),
+    "zeroed": Format("zeroed", zeroed.check, zeroed.write, lambda source: source.removed),
 }
 _PREFERRED: tuple[ExportFormat, ...] = ("stock", "transformers", "zeroed")
 
@@ -37,10 +48,14 @@ def format_for(source: ExportSource, wanted: FormatChoice) -> Format:
     Raises:
         ExportError: with the reason, and the formats that can, if the one asked for cannot hold the model.
     """
-    if wanted != "auto":
+    if wanted == "auto":
+        return next(FORMATS[name] for name in _PREFERRED if can_hold(source, name))
+    try:
         FORMATS[wanted].check(source)
-        return FORMATS[wanted]
-    return next(FORMATS[name] for name in _PREFERRED if can_hold(source, name))
+    except ExportError as error:
+        able = " or ".join(name for name in FORMATS if can_hold(source, name))
+        raise ExportError(f"{error}; what can hold it: --format {able}") from error
+    return FORMATS[wanted]
 
 
 def can_hold(source: ExportSource, name: ExportFormat) -> bool:
@@ -50,3 +65,20 @@ def can_hold(source: ExportSource, name: ExportFormat) -> bool:
     except ExportError:
         return False
     return True
+
+
+def verify_export(
+    name: ExportFormat,
+    export_dir: Path,
+    request: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    *,
+    device: str,
+    dtype: DtypeName,
+) -> Verification:
+    """Compare an export with the masked original as its format has it done.
+
+    Raises:
+        ExportError: if a fresh process cannot load or run it.
+    """
+    return FORMATS[name].verify(export_dir, request, expected, device=device, dtype=dtype)

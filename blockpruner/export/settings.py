@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from blockpruner.errors import ExportError
@@ -31,7 +31,7 @@ def fewer_layers(source: ExportSource, attentions: Sequence[int], mlps: Sequence
     if getattr(config, "scale_attn_by_inverse_layer_idx", False) and list(attentions) != list(range(len(attentions))):
         raise ExportError(
             "attention scores of this GPT-2 are scaled by the layer's number (scale_attn_by_inverse_layer_idx), which "
-            "fewer layers would change; use --format zeroed"
+            "fewer layers would change"
         )
     for key in _BY_ATTENTION:
         values = getattr(config, key, None)  # derived where the source does not list them
@@ -41,7 +41,7 @@ def fewer_layers(source: ExportSource, attentions: Sequence[int], mlps: Sequence
         changes["max_window_layers"] = min(int(config.max_window_layers), len(attentions))
     if hasattr(config, _MIXTURE_STEP):
         changes |= {_MIXTURE_STEP: 1, _DENSE_LAYERS: _dense_layers(config, mlps)}
-    _refuse_unknown_lists(source, changes)
+    refuse_unknown_lists(source, changes)
     return changes
 
 
@@ -52,10 +52,15 @@ def _dense_layers(config: Any, mlps: Sequence[int | None]) -> list[int]:
     return [new for new, value in enumerate(is_dense) if value]
 
 
-def _refuse_unknown_lists(source: ExportSource, changes: dict[str, Any]) -> None:
+def refuse_unknown_lists(source: ExportSource, known: Container[str]) -> None:
+    """Refuse a source with a list of an entry a layer that nobody here knows what to do with.
+
+    Raises:
+        ExportError: naming the list.
+    """
     for key, value in source.checkpoint.config.items():
-        if isinstance(value, list) and len(value) == source.num_layers and key not in (*changes, "architectures"):
+        if isinstance(value, list) and len(value) == source.num_layers and key != "architectures" and key not in known:
             raise ExportError(
-                f"config.json has a list {key!r} with an entry a layer, whose meaning is not known here; "
-                "use --format zeroed, which keeps every layer"
+                f"config.json has a list {key!r} with an entry a layer, whose meaning is not known here, so that no "
+                "layer can be left out"
             )

@@ -57,13 +57,13 @@ def _layers(source: ExportSource) -> list[tuple[int, int]]:
         if not kept:
             raise ExportError(
                 f"the two blocks of a {source.checkpoint.model_type} layer work side by side, so format stock leaves "
-                "out whole layers only; use --format zeroed"
+                "out whole layers only"
             )
         return [(index, index) for index in kept]
     if not source.packed.is_stock:
         raise ExportError(
-            "format stock needs attention and feed-forward blocks that alternate, and the surviving ones do not; "
-            "use --format transformers or zeroed, or another number of blocks"
+            "format stock needs attention and feed-forward blocks that alternate, and the surviving ones do not, "
+            "though those of another number of removed blocks may"
         )
     return [(layer.mha, layer.mlps[0]) for layer in source.packed.layers]
 

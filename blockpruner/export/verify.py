@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -37,12 +38,21 @@ class Verification:
     max_logit_difference: float
     tolerance: float
     engine: str = "transformers"
-    """What loaded the export."""
+    """What loaded the export; several, with commas between them, where one after another did."""
 
     @property
     def passed(self) -> bool:
         """Whether the export computes the same; a NaN does not."""
         return self.max_logit_difference <= self.tolerance
+
+
+class Verifier(Protocol):
+    """Loads an export in a fresh process and compares; see `verify`, which does it with transformers."""
+
+    def __call__(
+        self, export_dir: Path, request: dict[str, Tensor], expected: dict[str, Tensor], *, device: str, dtype: DtypeName
+    ) -> Verification:
+        """How the export compares."""
 
 
 def verification_request(vocab_size: int, max_positions: int, seed: int = 0) -> dict[str, Tensor]:
@@ -100,12 +110,20 @@ def compare(answer: dict[str, Tensor], expected: dict[str, Tensor], dtype: Dtype
 def _ask_fresh_process(
     export_dir: Path, request: dict[str, Tensor], device: str, dtype: DtypeName
 ) -> dict[str, Tensor]:
+    return ask(_FRESH_LOAD, export_dir, request, "--device", device, "--dtype", dtype)
+
+
+def ask(program: Path, export_dir: Path, request: dict[str, Tensor], *options: str) -> dict[str, Tensor]:
+    """Run a program that loads an export and answers a request, such as `fresh_load`, in a process of its own.
+
+    Raises:
+        ExportError: if it fails, with the last line that it wrote.
+    """
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "request.safetensors"), Path(folder, "answer.safetensors")
         save_file(request, asked)
         # -P: the script's own folder must not be searched for modules.
-        command = [sys.executable, "-P", str(_FRESH_LOAD), str(export_dir), str(asked), str(answered)]
-        command += ["--device", device, "--dtype", dtype]
+        command = [sys.executable, "-P", str(program), str(export_dir), str(asked), str(answered), *options]
         finished = subprocess.run(command, capture_output=True, text=True, check=False)
         if finished.returncode != 0:
             reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]

@@ -115,7 +115,7 @@ def test_a_stock_export_is_written_verified_and_described(tmp_path: Path, inputs
 def test_as_many_blocks_go_as_asked_for(
     tmp_path: Path, inputs: ExportInputs, monkeypatch: pytest.MonkeyPatch, num_blocks: int | None, format_: str
 ) -> None:
-    monkeypatch.setattr(stages.export, "verify", passes)
+    monkeypatch.setattr(stages.export, "verify_export", passes)
     manifest = run(tmp_path, inputs, num_blocks=num_blocks)
     check_manifest(manifest, num_blocks or 3)
     assert manifest.format == format_
@@ -182,7 +182,7 @@ def test_an_export_of_other_blocks_does_not_count(
 def test_logits_that_are_not_numbers_do_not_count(
     tmp_path: Path, inputs: ExportInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages.export, "verify", lambda *_, **__: Verification(float("nan"), 1e-5))
+    monkeypatch.setattr(stages.export, "verify_export", lambda *_, **__: Verification(float("nan"), 1e-5))
     with pytest.raises(ExportError, match="nan"):
         run(tmp_path, inputs, num_blocks=3)
 
