@@ -90,8 +90,8 @@ def run(config: ExportConfig, inputs: ExportInputs, out_dir: Path, runtime: Runt
     if not verification.passed:
         raise ExportError(
             f"the exported model differs from the masked original by {verification.max_logit_difference:.3g} in its "
-            f"logits with {verification.engine} (at most {verification.tolerance:.3g}); it was deleted: please report this "
-            "model's architecture"
+            f"logits with {verification.engine} (at most {verification.tolerance:.3g}); it was deleted: please report "
+            "this model's architecture"
         )
     num_parameters_written = _write_card(inputs, trace, written)
     runtime.progress(Progress(2, 2, "phases", "verified"))

@@ -21,7 +21,7 @@ _FIRST_ATTENTION = (
     "there: it adds nothing to any logit, and costs the memory and the time of an attention block."
 )
 _ENGINES = (
-    "Engines load it by its architecture `DeciLMForCausalLM` (those with trust_remote_code read the configuration only):",
+    "Engines load it as a `DeciLMForCausalLM`; of the code in this folder they run the configuration's only:",
     "```sh",
     "vllm serve . --trust-remote-code",
     "python -m sglang.launch_server --model-path . --trust-remote-code",

@@ -1,15 +1,17 @@
-"""Format `decilm` (`model_type: nemotron-nas`): Llama's layers, each with what is left of it, for vLLM, SGLang,
-TensorRT-LLM and MLX-LM; with a few lines of model code (`auto_map`) it loads in transformers as well.
+"""Format `decilm` (`nemotron-nas`): Llama's layers, each with what is left of it, for engines other than transformers.
 
-A layer of which nothing is left is left out, and a missing block has neither weights nor a norm. There is one exception:
-the first layer must have an attention, because vLLM and SGLang begin the residual stream there. If it has lost it, its
-attention stays with zeros in the output projection, which changes no logit and costs that attention's memory and time;
-repacking cannot help, for what comes first is a feed-forward block either way.
+vLLM, SGLang, TensorRT-LLM and MLX-LM read it; with a few lines of model code (`auto_map`) it loads in transformers too.
 
-What is refused is what some engine of the four would compute otherwise in silence. MLX-LM knows no windows, and takes
-the heads' size from `hidden_size`; SGLang and TensorRT-LLM skip the biases of feed-forward blocks. TensorRT-LLM skips
-those of attention too: models that have them (Qwen2) are for the other three. A Qwen2 gets zeros for the bias of the
-output projection, which it has not and these engines expect together with the other three.
+A layer of which nothing is left is left out, and a missing block has neither weights nor a norm. There is one
+exception: the first layer must have an attention, for vLLM and SGLang begin the residual stream there. Where it has
+lost it, that attention stays, with zeros in its output projection: it changes no logit, and costs its memory and time.
+Repacking would not help, since what comes first is a feed-forward block either way. All attentions keep the same number
+of key-value heads, because SGLang knows no other case.
+
+What is refused is what one of the four engines would compute otherwise, or not load. MLX-LM knows no windows and takes
+the heads' size from `hidden_size`; SGLang and TensorRT-LLM skip the biases of feed-forward blocks in silence. With the
+biases of attention only TensorRT-LLM does so: models that have them, all Qwen2, are for the other three, and their card
+says it. A Qwen2 has no bias in its output projection, where these engines expect one: it gets zeros.
 """
 
 from __future__ import annotations

@@ -50,7 +50,13 @@ class Verifier(Protocol):
     """Loads an export in a fresh process and compares; see `verify`, which does it with transformers."""
 
     def __call__(
-        self, export_dir: Path, request: dict[str, Tensor], expected: dict[str, Tensor], *, device: str, dtype: DtypeName
+        self,
+        export_dir: Path,
+        request: dict[str, Tensor],
+        expected: dict[str, Tensor],
+        *,
+        device: str,
+        dtype: DtypeName,
     ) -> Verification:
         """How the export compares."""
 

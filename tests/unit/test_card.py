@@ -26,6 +26,7 @@ def card(
     dropped: tuple[Block, ...] = DROPPED,
     numbers: CardNumbers = NUMBERS,
     source_card: str | None = None,
+    zeros: tuple[Block, ...] = (),
 ) -> tuple[dict[str, object], str]:
     """Write a card and return its metadata and its text."""
     out_dir, source_dir = folder / "export", folder / "source"
@@ -33,7 +34,7 @@ def card(
     source_dir.mkdir(exist_ok=True)
     if source_card is not None:
         (source_dir / "README.md").write_text(source_card)
-    written = WrittenExport(out_dir, format_, survivors(4, dropped), dropped, 0)
+    written = WrittenExport(out_dir, format_, survivors(4, dropped), dropped, 0, zeros)
     write_card(written, source, source_dir, numbers)
     _, metadata, text = (out_dir / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     return yaml.safe_load(metadata), text
@@ -56,12 +57,21 @@ def test_numbers_are_the_given_ones(tmp_path: Path) -> None:
     assert "MHA .###\nMLP ##.#\n" in text
 
 
-@pytest.mark.parametrize(("format_", "needs_code"), [("stock", False), ("transformers", True), ("zeroed", False)])
+@pytest.mark.parametrize(
+    ("format_", "needs_code"), [("stock", False), ("transformers", True), ("decilm", True), ("zeroed", False)]
+)
 def test_the_way_to_load_it_fits_the_format(tmp_path: Path, format_: ExportFormat, needs_code: bool) -> None:
     _, text = card(tmp_path, format_=format_)
     assert 'from_pretrained("."' in text
     assert ("trust_remote_code=True" in text) == needs_code
     assert ("saves neither memory nor time" in text) == (format_ == "zeroed")
+    assert ("vllm serve . --trust-remote-code" in text) == (format_ == "decilm")
+
+
+@pytest.mark.parametrize("zeros", [(), (mha(0),)])
+def test_an_attention_that_stays_is_owned_up_to(tmp_path: Path, zeros: tuple[Block, ...]) -> None:
+    _, text = card(tmp_path, format_="decilm", zeros=zeros)
+    assert ("first layer's attention is still in the files" in text) == bool(zeros)
 
 
 def test_a_folder_is_named_and_its_path_kept_private(tmp_path: Path) -> None:
