@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, cast
@@ -20,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from blockpruner.architectures import Architecture, architecture_of
+from blockpruner.architectures import KNOWN_MODEL_TYPES, Architecture, architecture_of
 from blockpruner.baichuan import check, is_foldable, llama_settings
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import CheckpointError, ConfigurationError
@@ -28,6 +29,9 @@ from blockpruner.errors import CheckpointError, ConfigurationError
 logger = logging.getLogger(__name__)
 
 DtypeName = Literal["float32", "bfloat16"]
+
+_NUM_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+"""How families call the number of layers in config.json."""
 
 _DTYPES: dict[DtypeName, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -138,10 +142,11 @@ def meta_model(checkpoint: Checkpoint) -> tuple[Architecture, PreTrainedModel]:
 
     Raises:
         UnsupportedArchitectureError: if the family is not in the table, or this model of it can lose no block.
-        CheckpointError: if config.json does not describe a model.
+        CheckpointError: if config.json does not describe a model, or one with layers that the weights lack.
     """
     folded = llama_settings(checkpoint.config) if is_foldable(checkpoint) else None
     architecture = architecture_of("llama" if folded else checkpoint.model_type)
+    _check_num_layers(checkpoint, architecture)
     try:
         config = LlamaConfig(**folded) if folded else AutoConfig.from_pretrained(checkpoint.path)
         with torch.device("meta"):
@@ -152,9 +157,15 @@ def meta_model(checkpoint: Checkpoint) -> tuple[Architecture, PreTrainedModel]:
 
 
 def any_meta_model(checkpoint: Checkpoint) -> PreTrainedModel | None:
-    """The modules of a model of any family; None where only its own code, or a library that is not here, knows them."""
+    """The modules of a model of any family; None where only its own code, or a library that is not here, knows them.
+
+    Raises:
+        CheckpointError: if config.json describes a model with layers that the weights lack.
+    """
     if is_foldable(checkpoint):
         return meta_model(checkpoint)[1]
+    if checkpoint.model_type in KNOWN_MODEL_TYPES:
+        _check_num_layers(checkpoint, architecture_of(checkpoint.model_type))
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
         with torch.device("meta"):
@@ -162,6 +173,28 @@ def any_meta_model(checkpoint: Checkpoint) -> PreTrainedModel | None:
     except Exception as error:  # noqa: BLE001  # of many types; `load_model` has the last word
         logger.debug("%s is not known before it is loaded: %s", checkpoint.name, error)
         return None
+
+
+def _check_num_layers(checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """Compare the number of layers with the names of the tensors: building thousands of layers to see it takes long."""
+    stated = [checkpoint.config[name] for name in _NUM_LAYERS if type(checkpoint.config.get(name)) is int]
+    if not stated:  # left to the family's default, or no number, which is for transformers to refuse
+        return
+    asked = stated[0]
+    if asked < 1:
+        raise CheckpointError(
+            f"config.json of {checkpoint.name} says that it has {asked} layers (num_hidden_layers); a model has 1 or "
+            "more: download it again"
+        )
+    list_name = architecture.layers.rpartition(".")[2]
+    of_layer = re.compile(rf"(?:^|\.){re.escape(list_name)}\.(\d+)\.")
+    held = {int(found[1]) for name in checkpoint.tensors if (found := of_layer.search(name))}
+    if held and max(held) + 1 < asked:
+        lacks = f"layer {asked - 1}" if max(held) + 2 == asked else f"layers {max(held) + 1} to {asked - 1}"
+        raise CheckpointError(
+            f"{checkpoint.name} lacks the weights of {lacks} that its config.json asks for; "
+            "config and weights do not belong together: download the model again"
+        )
 
 
 def check_tensors(checkpoint: Checkpoint, shapes: PreTrainedModel) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from blockpruner.errors import ConfigurationError
 from blockpruner.journal import SearchJournal
 from blockpruner.perplexity import perplexity
 from blockpruner.progress import Progress, ProgressCallback, Throughput, silent
+from blockpruner.repackable import Repackable
 from blockpruner.scoring.interface import Scorer
 from blockpruner.scoring.metrics import Metric, metric_of
 from blockpruner.scoring.table import ScoreTable
@@ -29,12 +31,21 @@ from blockpruner.trace import CandidateScore, SearchStep
 logger = logging.getLogger(__name__)
 
 
+Choose = Callable[[Mapping[Block, float]], Block]
+"""Chooses the block to remove by every candidate's score in nats a token."""
+
+
 @dataclass(frozen=True)
 class SearchTarget:
-    """When a search is done: after `num_blocks` removals, or at the first step whose ratio reaches `ratio`."""
+    """When a search is done: after `num_blocks` removals, or at the first step whose ratio reaches `ratio`.
+
+    With `repackable`, the model must then be one that can be repacked into an unchanged model of its family: removals
+    are chosen so that it will be, and a search for a ratio goes on until it is.
+    """
 
     num_blocks: int | None = None
     ratio: float | None = None
+    repackable: Repackable | None = None
 
     def __post_init__(self) -> None:
         if (self.num_blocks is None) == (self.ratio is None):
@@ -47,7 +58,7 @@ class SearchTarget:
             raise ConfigurationError(f"ratio is {self.ratio}; it must lie between 0 and 1, both excluded")
 
     def check(self, sizes: Mapping[Block, int], total: int) -> None:
-        """Refuse a target that leaves no candidate block.
+        """Refuse a target that leaves no candidate block, or that no choice of blocks can end in.
 
         Args:
             sizes: parameters of every block that may be removed.
@@ -61,6 +72,8 @@ class SearchTarget:
                 f"num_blocks is {self.num_blocks}, but only {len(sizes)} blocks may be removed and one must stay; "
                 f"give at most {len(sizes) - 1}"
             )
+        if self.repackable is not None:
+            self.repackable.check(sizes, self.num_blocks)
         reachable = (sum(sizes.values()) - max(sizes.values())) / total
         if self.ratio is not None and self.ratio > reachable:
             raise ConfigurationError(
@@ -72,7 +85,9 @@ class SearchTarget:
         """The first steps that reach the target, or None if they do not reach it yet."""
         for count, step in enumerate(steps, start=1):
             if count == self.num_blocks or (self.ratio is not None and step.ratio >= self.ratio):
-                return tuple(steps[:count])
+                reached = tuple(steps[:count])
+                if self.repackable is None or self.repackable.is_done([each.block for each in reached]):
+                    return reached
         return None
 
     def num_steps(self, steps: Sequence[SearchStep], mean_ratio: float) -> int:
@@ -84,11 +99,14 @@ class SearchTarget:
         return len(steps) + max(1, math.ceil((self.ratio - reached) / mean_ratio))
 
 
-def rank(table: ScoreTable, metric: Metric, noise_nats: float = 0.0) -> tuple[CandidateScore, ...]:
-    """Rank the candidates of a complete table by score, least important first.
+def rank(
+    table: ScoreTable, metric: Metric, noise_nats: float = 0.0, choose: Choose | None = None
+) -> tuple[CandidateScore, ...]:
+    """Rank the candidates of a complete table by score, least important first, and choose.
 
-    Ties go to the block that comes first in the stream; scores that are not finite rank last. A candidate whose score
-    is within `noise_nats` of the best one's is marked as tied: on another machine it might have been chosen.
+    Ties go to the block that comes first in the stream; scores that are not finite rank last. The first is chosen,
+    unless `choose` chooses another. A candidate whose score is within `noise_nats` of the chosen one's is marked as
+    tied: on another machine it might have been chosen.
     """
     means = [metric.mean_nats(nll_B, divergence_B) for nll_B, divergence_B in _rows(table)]
     scores = [metric.score(nll_B, divergence_B) for nll_B, divergence_B in _rows(table)]
@@ -97,15 +115,16 @@ def rank(table: ScoreTable, metric: Metric, noise_nats: float = 0.0) -> tuple[Ca
         key=lambda i: (not math.isfinite(scores[i]), scores[i] if math.isfinite(scores[i]) else 0.0, i),
     )
     ranks = {index: position for position, index in enumerate(order, start=1)}
-    best = means[order[0]]
+    nats = dict(zip(table.candidates, means, strict=True))
+    chosen = order[0] if choose is None else table.candidates.index(choose(nats))
     return tuple(
         CandidateScore(
             block=block,
             score=scores[index],
             perplexity=perplexity(table.nll_CB[index]),
             rank=ranks[index],
-            chosen=ranks[index] == 1,
-            tied=ranks[index] != 1 and abs(means[index] - best) <= noise_nats,
+            chosen=index == chosen,
+            tied=index != chosen and abs(means[index] - means[chosen]) <= noise_nats,
         )
         for index, block in enumerate(table.candidates)
     )
@@ -170,11 +189,20 @@ class GreedySearch:
         self._scorer.fill(removed, table, on_update)
         self._candidates_before += len(candidates)
         work_saved = self._scorer.meter.share_saved_since(work_before)
-        return self._choose(steps, table, time.monotonic() - started, work_saved)
+        return self._choose(steps, table, time.monotonic() - started, work_saved, target)
 
-    def _choose(self, steps: Sequence[SearchStep], table: ScoreTable, seconds: float, work_saved: float) -> SearchStep:
+    def _choose(
+        self,
+        steps: Sequence[SearchStep],
+        table: ScoreTable,
+        seconds: float,
+        work_saved: float,
+        target: SearchTarget,
+    ) -> SearchStep:
         assert table.is_complete
-        ranked = rank(table, self._metric, self._noise_nats)
+        removed_so_far = [step.block for step in steps]
+        choose = partial(target.repackable.choose, removed_so_far) if target.repackable else None
+        ranked = rank(table, self._metric, self._noise_nats, choose)
         _say_broken(len(steps) + 1, ranked)
         best = next(candidate for candidate in ranked if candidate.chosen)
         removed = (steps[-1].num_parameters_removed if steps else 0) + self._sizes[best.block]

@@ -88,6 +88,17 @@ Metric = Annotated[
 Scorer = Annotated[str | None, _setting("scorer", "sweep|plain", autocompletion=complete_choice("sweep", "plain"))]
 MemoryBudget = Annotated[str | None, _setting("memory_budget", "SIZE")]
 Compile = Annotated[str | None, _setting("compile", "auto|on|off", autocompletion=complete_choice("auto", "on", "off"))]
+StockCompatible = Annotated[
+    bool | None, typer.Option("--stock-compatible", help=SETTINGS["stock_compatible"], show_default=False)
+]
+SpeedBatchSizes = Annotated[
+    str | None, typer.Option("--batch-sizes", metavar="A,B", help=SETTINGS["speed_batch_sizes"])
+]
+SpeedPromptTokens = Annotated[
+    str | None, typer.Option("--prompt-tokens", metavar="A,B", help=SETTINGS["speed_prompt_tokens"])
+]
+SpeedNewTokens = Annotated[int | None, typer.Option("--new-tokens", metavar="N", help=SETTINGS["speed_new_tokens"])]
+SpeedRepeats = Annotated[int | None, typer.Option("--repeats", metavar="N", help=SETTINGS["speed_repeats"])]
 TrustRemoteCode = Annotated[bool | None, typer.Option("--trust-remote-code", help=SETTINGS["trust_remote_code"])]
 Name = Annotated[str | None, _setting("name", "TEXT")]
 

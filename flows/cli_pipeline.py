@@ -28,6 +28,7 @@ def run(
     num_blocks: options.NumBlocks = None,
     ratio: options.Ratio = None,
     block_kinds: options.BlockKinds = None,
+    stock_compatible: options.StockCompatible = None,
     export_format: options.ExportFormat = None,
     tasks: options.Tasks = None,
     task_dir: options.TaskDir = None,

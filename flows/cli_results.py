@@ -9,6 +9,7 @@ import typer
 
 from blockpruner.errors import ConfigurationError
 from flows import cli_options as options
+from flows.wording import one_line
 
 if TYPE_CHECKING:
     from stages.runs import RunStore
@@ -105,4 +106,4 @@ def _one_format(as_json: bool, as_csv: bool) -> None:
 
 
 def _warn(line: str) -> None:
-    typer.echo(f"Warning: {line}", err=True)
+    typer.echo(f"Warning: {one_line(line)}", err=True)

@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from flows.recipe import Recipe
     from flows.summary import RunSummary
 
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="Upload the exported model to this private repository of the hub; with several formats, one each.",
+    ),
+]
 Output = Annotated[
     Path | None,
     typer.Option(
@@ -85,6 +93,7 @@ def search(
     num_blocks: options.NumBlocks = None,
     ratio: options.Ratio = None,
     block_kinds: options.BlockKinds = None,
+    stock_compatible: options.StockCompatible = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     batch_size: options.BatchSize = None,
@@ -109,6 +118,7 @@ def export(
     context: typer.Context,
     run: options.OptionalRun = None,
     output: Output = None,
+    push_to_hub: PushToHub = None,
     num_blocks: options.NumBlocks = None,
     ratio: options.Ratio = None,
     export_format: options.ExportFormat = None,
@@ -118,6 +128,7 @@ def export(
     num_samples: options.NumSamples = None,
     sequence_length: options.SequenceLength = None,
     block_kinds: options.BlockKinds = None,
+    stock_compatible: options.StockCompatible = None,
     device: options.Device = None,
     export_dtype: options.ExportDtype = None,
     batch_size: options.BatchSize = None,
@@ -137,7 +148,16 @@ def export(
     """
     if output is not None:
         require_new_folder(output)
-    _run_and_print(_recipe_of_run(context, run, workspace), "export", workspace, as_json, output)
+    if push_to_hub is not None:
+        from blockpruner.hub import check_repository
+
+        check_repository(push_to_hub)
+    summary = _run_here(_recipe_of_run(context, run, workspace), "export", workspace, output)
+    if push_to_hub is not None:
+        _push(summary, push_to_hub)
+    from flows.cli_output import print_result
+
+    print_result(summary, as_json=as_json)
 
 
 def evaluate(
@@ -157,6 +177,7 @@ def evaluate(
     num_blocks: options.NumBlocks = None,
     ratio: options.Ratio = None,
     block_kinds: options.BlockKinds = None,
+    stock_compatible: options.StockCompatible = None,
     export_format: options.ExportFormat = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -178,6 +199,28 @@ def evaluate(
     recipe = _recipe_of_run(context, run, workspace)
     prunes = run is not None or recipe.num_blocks is not None or recipe.ratio is not None
     _run_and_print(recipe, "evaluate" if prunes else "measure", workspace, as_json)
+
+
+def speed(
+    context: typer.Context,
+    run: options.Run,
+    num_blocks: options.NumBlocks = None,
+    export_format: options.ExportFormat = None,
+    speed_batch_sizes: options.SpeedBatchSizes = None,
+    speed_prompt_tokens: options.SpeedPromptTokens = None,
+    speed_new_tokens: options.SpeedNewTokens = None,
+    speed_repeats: options.SpeedRepeats = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    name: options.Name = None,
+    workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE,
+    as_json: options.Json = False,
+) -> None:
+    """Time a run's dense and pruned model on this machine.
+
+    Prefill, decoding, peak memory and KV cache, in transformers, each model in a process of its own.
+    """
+    _run_and_print(_recipe_of_run(context, run, workspace), "speed", workspace, as_json)
 
 
 def _recipe(context: typer.Context, source: str | None) -> Recipe:
@@ -202,10 +245,20 @@ def _recipe_of_run(context: typer.Context, run: str | None, workspace: Path) -> 
 
     store = RunStore(workspace)
     store.workspace.require()
-    record = store.resolve(run)
+    record = store.resolve(run, to_go_on=True)
     if 1 <= given.get("num_blocks", 0) <= len(rows_of(record, store.workspace, log_warning).search_steps):
         given["export_blocks"] = given.pop("num_blocks")
     return make_recipe(record.config).changed(given)
+
+
+def _push(summary: RunSummary, repo_id: str) -> None:
+    """Upload a run's exports; with several formats, each to a repository that is named after it."""
+    from blockpruner.hub import push_folder
+
+    several = len(summary.rows.exports) > 1
+    for export in summary.rows.exports:
+        address = push_folder(Path(export.path), f"{repo_id}-{export.format}" if several else repo_id)
+        typer.echo(f"pushed to {address}", err=True)
 
 
 def _run_and_print(recipe: Recipe, goal: Goal, workspace: Path, as_json: bool, output: Path | None = None) -> None:

@@ -21,21 +21,22 @@ from blockpruner.export.names import FormatChoice
 from blockpruner.loading import DtypeName, any_meta_model, check_tensors, meta_model, resolve_device, resolve_dtype
 from blockpruner.paths import user_path
 from blockpruner.positions import check_sequence_length
+from blockpruner.repackable import Repackable
 from blockpruner.search import SearchTarget
 from flows.recipe import Recipe
-from stages import baseline, calibrate, evaluate, export, fold, search
+from stages import baseline, calibrate, evaluate, export, fold, search, speed
 from stages.artifacts import Artifact
 from stages.contract import ArtifactRef, Stage, StageConfig, StageInputs
 from stages.lm_tasks import TaskSpec, resolve_tasks
 from stages.runs import RunDescription
 from stages.text_sources import Purpose, resolve_text
 
-Goal = Literal["calibrate", "baseline", "search", "export", "evaluate", "measure"]
+Goal = Literal["calibrate", "baseline", "search", "export", "evaluate", "measure", "speed"]
 """How far to go: to the stage of this name with all that it needs ('evaluate' is the whole pipeline); 'measure'
 evaluates the model as it is and prunes nothing."""
 
-_SEARCHING: frozenset[Goal] = frozenset({"search", "export", "evaluate"})
-_EXPORTING: frozenset[Goal] = frozenset({"export", "evaluate"})
+_SEARCHING: frozenset[Goal] = frozenset({"search", "export", "evaluate", "speed"})
+_EXPORTING: frozenset[Goal] = frozenset({"export", "evaluate", "speed"})
 
 _FOLDED = "fold"
 """Role of the artifact that holds a model folded into a Llama."""
@@ -176,7 +177,7 @@ class Plan:
             yield PlannedStage(_FOLDED, "fold into a Llama", self._fold)
         if goal != "measure":
             yield PlannedStage("calibration", "calibrate", self._calibration)
-        if goal not in ("search", "export"):
+        if goal not in ("search", "export", "speed"):
             for name, typed in self.texts.items():
                 yield PlannedStage(f"text:{name}", f"calibrate {name}", partial(self._text, typed))
         if goal == "measure" or (goal == "evaluate" and self.tasks):
@@ -190,6 +191,8 @@ class Plan:
             yield PlannedStage("export", "export", partial(self._export, first))
             for name in others:
                 yield PlannedStage(f"export:{name}", f"export as {name}", partial(self._export, name))
+        if goal == "speed":
+            yield PlannedStage("speed", "speed", self._speed)
         if goal == "evaluate":
             yield PlannedStage("evaluate:pruned", "evaluate pruned", self._evaluate_pruned)
 
@@ -238,6 +241,7 @@ class Plan:
             ratio=recipe.ratio,
             dtype=self.dtype,
             metric=recipe.metric,
+            stock_compatible_at=recipe.stock_compatible_at,
         )
         inputs = search.SearchInputs(self._model(artifacts), artifacts["calibration"].ref, recipe.trust_remote_code)
         return Job(search.STAGE, config, inputs)
@@ -246,6 +250,20 @@ class Plan:
         recipe = self.recipe
         config = export.ExportConfig(num_blocks=recipe.export_blocks, format=name, dtype=recipe.export_dtype)
         return Job(export.STAGE, config, export.ExportInputs(self._model(artifacts), artifacts["search"].ref))
+
+    def _speed(self, artifacts: Artifacts) -> Job:
+        recipe = self.recipe
+        config = speed.SpeedConfig(
+            batch_sizes=recipe.speed_batch_sizes,
+            prompt_tokens=recipe.speed_prompt_tokens,
+            new_tokens=recipe.speed_new_tokens,
+            num_repeats=recipe.speed_repeats,
+            dtype=self.dtype,
+            machine=speed.machine(self.device),
+        )
+        exported = Checkpoint.open(str(artifacts["export"].path / export.MODEL_FOLDER))
+        inputs = speed.SpeedInputs(self._model(artifacts), exported, recipe.trust_remote_code)
+        return Job(speed.STAGE, config, inputs)
 
     def _evaluate_dense(self, artifacts: Artifacts) -> Job:
         """The dense model on the tasks; on the texts as well where no baseline measures them."""
@@ -284,10 +302,9 @@ def _folded_model(folder: Path, name: str) -> Checkpoint:
 
 
 def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelShape:
-    """The model's size, and whether it has as many blocks to remove as the recipe wants and can be exported if it must.
+    """The model's size, and whether it has as many blocks to remove as the recipe wants.
 
     Raises:
-        ExportError: if the goal includes an export, and the model's family cannot be exported.
         UnsupportedArchitectureError: if the model's family is not in the table.
         CheckpointError: if the weights are not those of the model that config.json describes.
         ConfigurationError: if the target cannot be reached, or a sequence is longer than the model can read.
@@ -299,7 +316,8 @@ def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelS
     sizes = block_sizes(architecture, shapes)
     candidates = {block: sizes[block] for block in all_blocks(num_layers, recipe.block_kinds)}
     _check_num_blocks(recipe, len(candidates))
-    SearchTarget(recipe.num_blocks, recipe.ratio).check(candidates, total)
+    repackable = Repackable(num_layers, architecture.is_parallel) if recipe.stock_compatible else None
+    SearchTarget(recipe.num_blocks, recipe.ratio, repackable).check(candidates, total)
     if recipe.export_blocks is not None and recipe.num_blocks is not None and recipe.export_blocks > recipe.num_blocks:
         raise ConfigurationError(
             f"export_blocks is {recipe.export_blocks}, but num_blocks is {recipe.num_blocks}; "

@@ -21,13 +21,20 @@ import flows.prefect_settings  # noqa: F401  # isort: skip  # before Prefect is 
 import prefect
 from prefect.client.base import ServerType, determine_server_type
 from prefect.server.api.server import SubprocessASGIServer
-from prefect.settings import get_current_settings
+from prefect.settings import PREFECT_HOME, get_current_settings
 
+from blockpruner.errors import ConfigurationError
+from flows.wording import one_line
+
+_TRIES = 3
 _LIFELINE = Path(__file__).with_name("prefect_lifeline.py")
 
 
 def start_shielded_server() -> None:
     """Start the temporary server that flows of this process will use, unless PREFECT_API_URL names one.
+
+    Raises:
+        ConfigurationError: if it cannot start.
 
     A signal that is blocked stays blocked in a child, whatever handler it installs. Blocked in this thread alone, it
     still reaches the command itself, also while that waits for the server.
@@ -40,6 +47,8 @@ def start_shielded_server() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             _WatchingServer().start()
+        except RuntimeError as error:  # Prefect's, when it has waited long enough
+            started.set_exception(_no_server(one_line(str(error))))
         except Exception as error:  # noqa: BLE001  # raised where it is waited for
             started.set_exception(error)
         else:
@@ -49,14 +58,28 @@ def start_shielded_server() -> None:
     started.result()
 
 
+def _no_server(reason: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"Prefect's temporary server cannot be started ({reason}); see that {PREFECT_HOME.value()} can be written and "
+        "has space, or search, export and evaluate with the commands of these names, which need no Prefect"
+    )
+
+
 class _WatchingServer(SubprocessASGIServer):
     """Prefect's server with a lifeline. Prefect keeps one server a process, and finds this one for its flows."""
 
     _lifeline: int | None = None
     """The end of the pipe that closes with this process; no child inherits it."""
+    _num_started = 0
 
     def _run_uvicorn_command(self) -> subprocess.Popen[Any]:
-        """As Prefect 3.8 has it, with our program in uvicorn's place."""
+        """As Prefect 3.8 has it, with our program in uvicorn's place.
+
+        Prefect calls it again whenever the server ends at its start, for it might be that the port was taken.
+        """
+        self._num_started += 1
+        if self._num_started > _TRIES:
+            raise _no_server(f"ended {_TRIES} times at its start")
         watched, lifeline = os.pipe()
         try:
             server = subprocess.Popen(

@@ -33,7 +33,7 @@ from flows.recipe import Recipe
 from flows.reporter import Reporter
 from flows.runner import Runner, StageCall
 from flows.summary import RunSummary
-from flows.wording import one_line
+from flows.wording import in_plain_words, one_line
 from stages.artifacts import Artifact
 from stages.workspace import Workspace
 
@@ -181,13 +181,13 @@ def _markdown(summary: RunSummary) -> str:
 
 
 class _OneLine(logging.Filter):
-    """Takes the traceback out of a log record whose error is the user's."""
+    """Takes the traceback out of a log record whose error is the user's or the machine's."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Change the record; keep it."""
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, BlockPrunerError):
-            record.msg, record.args, record.exc_info = one_line(str(error)), (), None
+        if error is not None and (words := in_plain_words(error)) is not None:
+            record.msg, record.args, record.exc_info = words, (), None
         return True
 
 

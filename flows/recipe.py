@@ -82,6 +82,15 @@ def _on_or_off(value: object) -> object:
     return ("off", "on")[value] if isinstance(value, bool) else value
 
 
+def _numbers(value: object) -> object:
+    """'1,8' means the list of 1 and 8, and a number a list of one."""
+    if isinstance(value, int):
+        return (value,)
+    parts = _split_at_commas(value)
+    return tuple(map(_number_or_all, parts)) if isinstance(parts, tuple) else parts
+
+
+_Count = Annotated[int, Field(ge=1, le=2**20)]
 NonBlank = Annotated[str, Field(min_length=1, pattern=r"\S")]
 
 
@@ -119,6 +128,7 @@ class Recipe(BaseModel):
     device: Annotated[str, BeforeValidator(_known_device)] = Field(default="auto", description=SETTINGS["device"])
     dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description=SETTINGS["dtype"])
     batch_size: int | None = Field(default=None, ge=1, le=_MOST_SEQUENCES_AT_ONCE, description=SETTINGS["batch_size"])
+    stock_compatible: bool = Field(default=False, description=SETTINGS["stock_compatible"])
     metric: MetricName = Field(default="perplexity", description=SETTINGS["metric"])
     scorer: ScorerName = Field(default="sweep", description=SETTINGS["scorer"])
     memory_budget: Annotated[NonBlank | None, BeforeValidator(_amount_of_memory)] = Field(
@@ -127,6 +137,14 @@ class Recipe(BaseModel):
     compile: Annotated[CompileChoice, BeforeValidator(_on_or_off)] = Field(
         default="auto", description=SETTINGS["compile"]
     )
+    speed_batch_sizes: Annotated[tuple[_Count, ...], BeforeValidator(_numbers)] = Field(
+        default=(1, 8), min_length=1, description=SETTINGS["speed_batch_sizes"]
+    )
+    speed_prompt_tokens: Annotated[tuple[_Count, ...], BeforeValidator(_numbers)] = Field(
+        default=(128, 512), min_length=1, description=SETTINGS["speed_prompt_tokens"]
+    )
+    speed_new_tokens: int = Field(default=32, ge=1, le=2**20, description=SETTINGS["speed_new_tokens"])
+    speed_repeats: int = Field(default=5, ge=1, le=1000, description=SETTINGS["speed_repeats"])
     trust_remote_code: bool = Field(default=False, description=SETTINGS["trust_remote_code"])
     name: NonBlank | None = Field(default=None, description=SETTINGS["name"])
 
@@ -145,6 +163,12 @@ class Recipe(BaseModel):
                 "target", "both num_blocks and ratio are given; give one of them (--num-blocks K or --ratio R)"
             )
         return self
+
+    @property
+    def stock_compatible_at(self) -> str | None:
+        """Where the search must end with what can be repacked: its target, as text."""
+        target = f"{self.num_blocks} blocks" if self.num_blocks is not None else f"ratio {self.ratio}"
+        return target if self.stock_compatible else None
 
     @property
     def scoring(self) -> ScorerSettings:

@@ -16,9 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.summary import RunSummary
-from flows.wording import count, size, spell_out
+from flows.wording import count, one_line, printable, size, spell_out
 from stages.runs import RunRecord
-from stages.store_schema import EvaluationRow, ExportRow, StepRow
+from stages.store_schema import EvaluationRow, ExportRow, SpeedRow, StepRow
 
 KEPT, DROPPED = "■", "·"
 _KINDS = ("mha", "mlp")
@@ -60,6 +60,8 @@ def run_view(summary: RunSummary) -> RenderableType:
         parts.append(task_table(summary.rows.evaluations))
     if summary.export:
         parts.append(_export_lines(summary))
+    if summary.rows.speed:
+        parts.append(speed_table(summary.rows.speed))
     parts.append(_stages_table(record))
     spaced = [element for part in parts for element in (part, Text())]
     return Group(*spaced[:-1])
@@ -72,7 +74,7 @@ def runs_table(records: Sequence[RunRecord]) -> Table:
         done = sum(stage.status == "completed" for stage in record.stages)
         table.add_row(
             record.run_id,
-            _cell(record.name),
+            _cell(one_line(record.name or "")),
             _status(record.status),
             _when(record.created_at),
             _cell(record.model),
@@ -105,6 +107,27 @@ def task_table(evaluations: Sequence[EvaluationRow]) -> Table:
     return table
 
 
+def speed_table(rows: Sequence[SpeedRow]) -> Table:
+    """Dense and pruned side by side: speeds as measured, and how many times the dense model's."""
+    table = _table("batch", "prompt", "prefill ms", "times", "decode tokens/s", "times", "memory", "cache B/token")
+    dense = {(row.batch_size, row.prompt_tokens): row for row in rows if row.variant == "dense"}
+    for row in rows:
+        before = dense.get((row.batch_size, row.prompt_tokens))
+        if row.variant != "pruned" or before is None:
+            continue
+        table.add_row(
+            str(row.batch_size),
+            str(row.prompt_tokens),
+            f"{before.prefill_ms:.4g} -> {row.prefill_ms:.4g}",
+            f"{before.prefill_ms / row.prefill_ms:.2f}",
+            f"{before.decode_tokens_per_s:.4g} -> {row.decode_tokens_per_s:.4g}",
+            f"{row.decode_tokens_per_s / before.decode_tokens_per_s:.2f}",
+            f"{size(before.peak_memory_bytes)} -> {size(row.peak_memory_bytes)}",
+            f"{before.kv_cache_bytes_per_token:.0f} -> {row.kv_cache_bytes_per_token:.0f}",
+        )
+    return table
+
+
 def query_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     """A query's answer."""
     table = _table(*columns)
@@ -132,7 +155,7 @@ def number(value: float | None) -> str:
 def _headline(record: RunRecord) -> Table:
     table = Table.grid(padding=(0, 2))
     lines = {
-        "run": f"{record.run_id}  {record.name or ''}".rstrip(),
+        "run": f"{record.run_id}  {one_line(record.name or '')}".rstrip(),
         "status": record.status + (f": {record.error}" if record.error else ""),
         "model": record.model or "",
         "size": _size(record),
@@ -142,7 +165,7 @@ def _headline(record: RunRecord) -> Table:
     }
     for name, value in lines.items():
         if value:
-            table.add_row(Text(name, style="dim"), Text(value))
+            table.add_row(Text(name, style="dim"), _cell(value))
     return table
 
 
@@ -220,7 +243,7 @@ def _stages_table(record: RunRecord) -> Table:
 def _table(*columns: str, title: str | None = None) -> Table:
     table = Table(title=title, box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(Text(column), overflow="fold")
+        table.add_column(_cell(column), overflow="fold")
     return table
 
 
@@ -230,8 +253,8 @@ def _status(status: str) -> Text:
 
 
 def _cell(value: object) -> Text:
-    """Any value as plain text: what a user named is no markup."""
-    return Text("" if value is None else str(value))
+    """Any value as plain text: what a user named is no markup, and steers no terminal."""
+    return Text("" if value is None else printable(str(value)))
 
 
 def _with_error(row: EvaluationRow | None) -> str:

@@ -16,7 +16,7 @@ from rich.progress import Progress as Bar
 
 from blockpruner.progress import Progress, ProgressCallback, Throughput
 from flows.eta import RemainingTime
-from flows.wording import spell_out
+from flows.wording import in_units, printable, spell_out
 
 _LINE_EVERY_S = 15.0
 """How often a log file hears of a stage that takes long."""
@@ -31,7 +31,7 @@ class Reporter:
 
     def say(self, line: str, style: str | None = None) -> None:
         """One line of information."""
-        self.console.print(line, style=style, markup=False)
+        self.console.print(printable(line), style=style, markup=False)
 
     def warn(self, line: str) -> None:
         """One line that a person should know."""
@@ -67,9 +67,9 @@ def describe(progress: Progress, remaining_s: float | None) -> str:
 
 
 def _speed(throughput: Throughput) -> str:
-    """'12.5M tokens at 312 TFLOP/s, MFU 0.61'."""
+    """'12.5 M tokens at 312 TFLOP/s, MFU 0.61'."""
     mfu = f", MFU {throughput.mfu:.2f}" if throughput.mfu is not None else ""
-    return f"{throughput.tokens / 1e6:.1f}M tokens at {throughput.flops_per_s / 1e12:.3g} TFLOP/s{mfu}"
+    return f"{in_units(throughput.tokens).rstrip()} tokens at {in_units(throughput.flops_per_s)}FLOP/s{mfu}"
 
 
 class _BarProgress:

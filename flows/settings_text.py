@@ -33,6 +33,10 @@ SETTINGS: dict[str, str] = {
     "device": "auto, cpu, cuda or cuda:N; auto takes the GPU where there is one.",
     "dtype": "auto, float32 or bfloat16; auto is float32 on a CPU and bfloat16 on a GPU.",
     "batch_size": "Sequences in one forward pass; none: chosen for the device. Changes no result.",
+    "stock_compatible": (
+        "Remove blocks in pairs, so that the result can be repacked into an unchanged model of its family, which every "
+        "engine loads; an even number of blocks."
+    ),
     "metric": (
         "What a block's removal is judged by: perplexity (the paper), or kl or js, the divergence of the model's "
         "predictions from the dense model's."
@@ -40,6 +44,10 @@ SETTINGS: dict[str, str] = {
     "scorer": "sweep (all candidates in one walk) or plain (a forward pass for each). Changes no result.",
     "memory_budget": "How much of the device's memory a search may use, weights included: 8GiB, 80GB.",
     "compile": "auto, on or off: compile parts of the model for the search (GPU); auto where it saves time.",
+    "speed_batch_sizes": "How many sequences side by side to time, separated by commas.",
+    "speed_prompt_tokens": "Lengths of the prompts to time, in tokens, separated by commas.",
+    "speed_new_tokens": "Tokens to decode after each prompt.",
+    "speed_repeats": "Repetitions of each measurement; the median counts.",
     "trust_remote_code": "Run the Python code that comes with the model. Only for models whose code you have read.",
     "name": "A name for the run, by which `show` and others find it.",
 }

@@ -77,6 +77,7 @@ class RunSummary:
             "export": _plain(self.export._asdict()) if self.export else None,
             "exports": [_plain(row._asdict()) for row in self.rows.exports],
             "perplexities": [_plain(row._asdict()) for row in self.rows.perplexities],
+            "speed": [_plain(row._asdict()) for row in self.rows.speed],
             "evaluations": [_plain(row._asdict()) for row in self.rows.evaluations],
             "stages": [stage.model_dump(mode="json", exclude={"fingerprint", "started_at"}) for stage in record.stages],
             "workspace": str(self.workspace.path),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import unicodedata
 
 from blockpruner.errors import BlockPrunerError, is_disk_full
 from blockpruner.paths import shortened
@@ -13,6 +14,8 @@ _REMEDIES = {
     errno.EROFS: "give a path that can be written",
     errno.ENAMETOOLONG: "give a shorter path",
 }
+_JOINERS = "\u200c\u200d"
+"""Characters of category Cf that are parts of words and of emoji."""
 _NO_SPACE = "free some space and give the same command again: all that was finished is kept"
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
@@ -40,8 +43,31 @@ def _file_of(error: BaseException) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text without its line breaks."""
-    return " ".join(text.split())
+    """The text without its line breaks, fit to be shown."""
+    return printable(" ".join(text.split()))
+
+
+def printable(text: str) -> str:
+    """The text with an escape for every character that would steer a terminal; line breaks and tabs stay."""
+    return "".join(_escaped(character) if _steers(character) else character for character in text)
+
+
+def _steers(character: str) -> bool:
+    if character in "\n\t" or character in _JOINERS:
+        return False
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def in_units(number: float) -> str:
+    """The number in the unit that fits, which the word for what it counts follows: '12.5 M', '314 G', '87 '."""
+    power = next((power for power in (4, 3, 2, 1) if abs(number) >= 1000**power), 0)
+    scaled = number / 1000**power
+    digits = 0 if scaled >= 100 or not power else 1 if scaled >= 10 else 2
+    return f"{scaled:.{digits}f} {('', 'k', 'M', 'G', 'T')[power]}"
 
 
 def spell_out(seconds: float) -> str:

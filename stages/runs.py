@@ -106,6 +106,12 @@ class RunRecord(RunDescription):
         """Whether the run failed before any of its stages began: a model, text or setting that could not be used."""
         return self.status == "failed" and not self.stages
 
+    @property
+    def failed_for_nothing(self) -> bool:
+        """Whether the run failed and found no pruning order of its own: its settings are those that do not work."""
+        searched = self.stage("search")
+        return self.status == "failed" and (searched is None or searched.cached)
+
     def stage(self, role: str) -> StageRun | None:
         """The last completed stage with this role."""
         done = [stage for stage in self.stages if stage.role == role and stage.status == "completed"]
@@ -194,12 +200,14 @@ class RunStore:
                 self._warn(str(error))
         return sorted(records, key=lambda record: (record.created_at, record.run_id), reverse=True)
 
-    def resolve(self, text: str) -> RunRecord:
+    def resolve(self, text: str, *, to_go_on: bool = False) -> RunRecord:
         """The run that a user means: 'latest', an id, a name (the newest run of that name), or a unique start of an id.
 
         A run that was refused is kept like any other that failed, and an id finds it; 'latest' and a name mean the
         newest run that was not refused, and one that was only where there is no other: a slip of the pen must not come
-        between a user and the run before it.
+        between a user and the run before it. Who wants to go on from a run (`to_go_on`) and take its settings means no
+        run that failed either, unless it found a pruning order before: an export or an evaluation that did not work
+        must not come between a user and the run that it was of. One that was cancelled or crashed goes on.
 
         Raises:
             ArtifactError: if there is none, or several; the message lists them.
@@ -210,10 +218,10 @@ class RunStore:
         if not records:
             raise ArtifactError(f"no runs in the workspace {self.workspace.path} yet; give `blockpruner demo` for one")
         if text == "latest":
-            return _newest(records)
+            return _newest(records, to_go_on)
         exact = [record for record in records if record.run_id == text] or [r for r in records if r.name == text]
         if exact:
-            return _newest(exact)
+            return _newest(exact, to_go_on)
         begun = [record for record in records if record.run_id.startswith(text)]
         if len(begun) > 1:
             raise ArtifactError(f"run {text!r} is ambiguous, it begins {_listing(begun)}; give more of the id")
@@ -277,9 +285,11 @@ class RunStore:
             lock.release()
 
 
-def _newest(records: Records) -> RunRecord:
-    """Of records in the order of `RunStore.list`, the first that was not refused; else the first."""
-    return next((record for record in records if not record.was_refused), records[0])
+def _newest(records: Records, to_go_on: bool) -> RunRecord:
+    """Of records in the order of `RunStore.list`, the first that a user means; else the first."""
+    begun = [record for record in records if not record.was_refused]
+    useful = [record for record in begun if not record.failed_for_nothing] if to_go_on else []
+    return next(iter([*useful, *begun, *records]))
 
 
 def process_start(pid: int) -> str | None:

@@ -24,6 +24,7 @@ from blockpruner.errors import ConfigurationError
 from blockpruner.journal import SearchJournal
 from blockpruner.loading import DtypeName, load_model, meta_model, torch_dtype
 from blockpruner.perplexity import perplexity
+from blockpruner.repackable import Repackable
 from blockpruner.scoring.build import build_scorer, device_memory, is_streamed, made_for
 from blockpruner.scoring.interface import Scorer, TableCallback
 from blockpruner.scoring.metrics import metric_of
@@ -53,6 +54,9 @@ class SearchConfig(StageConfig):
     """Dtype of weights and activations; losses are float32 or wider."""
     metric: MetricName = "perplexity"
     """What a block's removal is judged by."""
+    stock_compatible_at: str | None = None
+    """Where the result must be one that can be repacked into an unchanged model of its family: `num_blocks` or `ratio`
+    once more, as text, for such a search is no prefix of a longer one. None: anywhere, and no matter."""
     strategy: Literal["blockpruner"] = "blockpruner"
 
 
@@ -177,10 +181,11 @@ def run(config: SearchConfig, inputs: SearchInputs, out_dir: Path, runtime: Runt
         ConfigurationError: if the target is not valid for this model, or it does not know a token of the set.
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
-    target = SearchTarget(config.num_blocks, config.ratio)
     architecture, shapes = meta_model(inputs.model)
     sizes, total = block_sizes(architecture, shapes), num_parameters(shapes)
     num_layers = len(architecture.decoder_layers(shapes))
+    repackable = Repackable(num_layers, architecture.is_parallel) if config.stock_compatible_at else None
+    target = SearchTarget(config.num_blocks, config.ratio, repackable)
     candidates = {block: sizes[block] for block in all_blocks(num_layers, config.block_kinds)}
     target.check(candidates, total)
     check_vocabulary(shapes, "calibration", load_token_ids(inputs.calibration.path))
@@ -231,7 +236,7 @@ def _without_candidates(step: SearchStep) -> PruningStep:
 
 STAGE: Stage[SearchConfig, SearchInputs, SearchManifest] = Stage(
     name="search",
-    version=2,
+    version=3,
     manifest_type=SearchManifest,
     run=run,
     not_resume_fields=frozenset({"num_blocks", "ratio"}),

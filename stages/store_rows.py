@@ -12,14 +12,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from blockpruner.errors import ArtifactError
 from stages.artifacts import Envelope, read_envelope, read_file
 from stages.runs import RunRecord, StageRun
-from stages.store_schema import EvaluationRow, ExportRow, PerplexityRow, RunRow, ScoreRow, StageRow, StepRow
+from stages.store_schema import (
+    EvaluationRow,
+    ExportRow,
+    PerplexityRow,
+    RunRow,
+    ScoreRow,
+    SpeedRow,
+    StageRow,
+    StepRow,
+)
 from stages.workspace import Warn, Workspace
 
 _CALIBRATION = "calibration"
@@ -90,6 +99,11 @@ class _Export(BaseModel):
     verified_with: str | None = None
 
 
+class _Speeds(BaseModel):
+    machine: str
+    speeds: tuple[dict[str, Any], ...]
+
+
 FoundT = TypeVar("FoundT")
 
 
@@ -104,6 +118,7 @@ class RunRows:
     perplexities: Sequence[PerplexityRow]
     evaluations: Sequence[EvaluationRow]
     exports: Sequence[ExportRow]
+    speed: Sequence[SpeedRow]
 
 
 @dataclass(frozen=True)
@@ -117,6 +132,7 @@ class _Found:
     pruned: _Measured
     exports: tuple[tuple[_Export, str], ...]
     """Each with the folder of its model; the first is the one that was evaluated."""
+    speeds: _Speeds | None
 
 
 def rows_of(record: RunRecord, workspace: Workspace, warn: Warn) -> RunRows:
@@ -134,6 +150,7 @@ def rows_of(record: RunRecord, workspace: Workspace, warn: Warn) -> RunRows:
             for m in measured.metrics
         ],
         exports=[_export_row(run_id, export, path) for export, path in found.exports],
+        speed=_speed_rows(run_id, found.speeds),
     )
 
 
@@ -173,6 +190,7 @@ def _find(record: RunRecord, workspace: Workspace, warn: Warn) -> _Found:
         dense=measured("evaluate:dense"),
         pruned=measured("evaluate:pruned"),
         exports=tuple(export for export in exports if export is not None),
+        speeds=read("speed", lambda _, envelope: _Speeds.model_validate(envelope.manifest)),
     )
 
 
@@ -249,6 +267,15 @@ def _score_row(run_id: str, step: int, candidate: _Candidate) -> ScoreRow:
         chosen=candidate.chosen,
         tied=candidate.tied,
     )
+
+
+def _speed_rows(run_id: str, found: _Speeds | None) -> list[SpeedRow]:
+    if found is None:
+        return []
+    names = set(SpeedRow._fields) - {"run_id", "machine"}
+    return [
+        SpeedRow(run_id=run_id, machine=found.machine, **{name: row[name] for name in names}) for row in found.speeds
+    ]
 
 
 def _export_row(run_id: str, export: _Export, path: str) -> ExportRow:

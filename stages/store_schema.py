@@ -105,6 +105,18 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "max_logit_difference": "DOUBLE",
         "verified_with": "VARCHAR",
     },
+    "speed": {
+        "run_id": "VARCHAR NOT NULL",
+        "variant": "VARCHAR NOT NULL",
+        "batch_size": "BIGINT NOT NULL",
+        "prompt_tokens": "BIGINT NOT NULL",
+        "new_tokens": "BIGINT NOT NULL",
+        "prefill_ms": "DOUBLE NOT NULL",
+        "decode_tokens_per_s": "DOUBLE NOT NULL",
+        "peak_memory_bytes": "BIGINT NOT NULL",
+        "kv_cache_bytes_per_token": "DOUBLE NOT NULL",
+        "machine": "VARCHAR NOT NULL",
+    },
 }
 """Column name to SQL type, by table."""
 
@@ -250,3 +262,18 @@ class ExportRow(NamedTuple):
     verified: bool
     max_logit_difference: float | None
     verified_with: str | None = None
+
+
+class SpeedRow(NamedTuple):
+    """One timing of the dense or the pruned model."""
+
+    run_id: str
+    variant: str
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+    prefill_ms: float
+    decode_tokens_per_s: float
+    peak_memory_bytes: int
+    kv_cache_bytes_per_token: float
+    machine: str

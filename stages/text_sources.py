@@ -192,7 +192,7 @@ def _resolve_hub(text: str, purpose: Purpose, column: str | None) -> TextSource:
             problem = "is empty" if field in _HUB_FIELDS else "is not known"
             valid = ", ".join(_HUB_FIELDS)
             raise TextSourceError(f"{field!r} in {text!r} {problem}; valid are {valid}{nearest(field, _HUB_FIELDS)}")
-    if not path:
+    if not path.strip("/. "):
         raise TextSourceError(f"{text!r} names no dataset; write hub://OWNER/NAME?split=train&column=text")
     chosen = {"split": "train" if purpose == "calibration" else "test", **({"column": column} if column else {})}
     return TextSource(path, HubSource.model_validate({"path": path, **chosen, **fields}))

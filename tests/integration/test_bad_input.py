@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tests.integration.command_line import Outcome, blockpruner, in_a_process
 from tests.tiny_models import save_tiny_model, tiny_rows
@@ -82,10 +83,12 @@ def unknown_architecture(lab: Lab) -> Outcome:
     return lab.search()
 
 
-def weights_of_another_model(lab: Lab) -> Outcome:
+def layers_asked(lab: Lab, num_layers: int, command: str = "search") -> Outcome:
+    """A model of four layers whose config.json says something else."""
     config = lab.model / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 6}))
-    return lab.search()
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": num_layers}))
+    target = ["--num-blocks", 1] if command == "search" else []
+    return lab.call(command, *lab.good, *target)
 
 
 def quantized(lab: Lab, command: str) -> Outcome:
@@ -147,7 +150,19 @@ CASES: dict[str, tuple[Callable[[Lab], Outcome], str]] = {
     "model without weights": (lambda lab: lab.search("--model", lab.model_without("model.safetensors")), "safetensors"),
     "model without tokenizer": (lambda lab: lab.search("--model", lab.model_without("tokenizer.json")), "tokenizer"),
     "truncated weights": (truncated, "truncated"),
-    "weights of another model": (weights_of_another_model, "lacks"),
+    **{
+        f"{command} of {num_layers} layers": (
+            lambda lab, num_layers=num_layers, command=command: layers_asked(lab, num_layers, command),
+            said,
+        )
+        for command in ("search", "baseline")
+        for num_layers, said in (
+            (6, "lacks the weights of layers 4 to 5 that its config.json asks for"),
+            (2_000_000_000, "lacks the weights of layers 4 to 1999999999"),
+            (0, "says that it has 0 layers"),
+            (-1, "says that it has -1 layers"),
+        )
+    },
     "quantized model, searched": (lambda lab: quantized(lab, "search"), "needs a library that is not installed"),
     "quantized model, measured": (lambda lab: quantized(lab, "baseline"), "needs a library that is not installed"),
     "unknown architecture": (unknown_architecture, "qwen3, qwen3_moe; did you mean 'llama'"),
@@ -160,6 +175,7 @@ CASES: dict[str, tuple[Callable[[Lab], Outcome], str]] = {
     "calibration name misspelt": (lambda lab: lab.search("--calibration", "alpacca"), "did you mean 'alpaca'"),
     "calibration of the hub while offline": (lambda lab: lab.search("--calibration", "wikitext2"), "local file"),
     "hub dataset with an unknown field": (lambda lab: lab.search("--calibration", "hub://a/b?splt=x"), "'split'"),
+    "hub dataset without a name": (lambda lab: lab.search("--calibration", "hub:///"), "names no dataset"),
     "calibration file empty": (lambda lab: spoiled_file(lab, "e.txt", b""), "is empty"),
     "calibration of blank lines": (lambda lab: spoiled_file(lab, "b.txt", b"\n \n"), "b.txt"),
     "calibration not UTF-8": (lambda lab: spoiled_file(lab, "l.txt", b"caf\xe9\n" * 50), "UTF-8"),
@@ -428,16 +444,18 @@ def test_tasks_whose_data_is_not_there_are_found_before_the_search(lab: Lab) -> 
     assert [stage["role"] for stage in lab.records()[0]["stages"]] == ["calibration", "evaluate:dense"]
 
 
-def test_weights_of_another_model_are_one_line_for_every_stage(lab: Lab) -> None:
+def test_weights_that_lack_a_tensor_are_one_line_for_every_stage(lab: Lab) -> None:
     """`baseline` prunes nothing and takes models of any family, so that only loading them tells."""
-    config = lab.model / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 6}))
+    weights = lab.model / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, weights, {"format": "pt"})
     outcome = in_a_process("baseline", *lab.good, "--workspace", lab.workspace)
     assert outcome.status == 2
     calibrated, error = outcome.stderr.splitlines()
     assert calibrated.startswith("calibrate ")
     assert error.startswith("Error: ")
-    assert "lacks 18 tensors" in error
+    assert "lacks 1 tensors" in error
     (run,) = lab.records()
     assert lab.search().status == 2
     refused, _ = lab.records()

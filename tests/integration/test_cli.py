@@ -106,6 +106,17 @@ def test_home_folders_are_meant_in_every_path(
     assert (tmp_path / "ws" / "runs").is_dir()
 
 
+def test_after_an_export_that_failed_latest_is_the_run_before(options: list[object], tmp_path: Path) -> None:
+    workspace = ["--workspace", tmp_path / "ws"]
+    blockpruner("search", *options, "--num-blocks", 2)
+    failed = blockpruner("export", "latest", *workspace, "--num-blocks", 1, "--format", "stock")
+    assert failed.status == 2, "the first block of this model leaves an attention without its feed-forward"
+    assert blockpruner("show", "latest", *workspace, "--json").json["status"] == "failed"
+    exported = blockpruner("export", "latest", *workspace, "--json").json
+    assert exported["export"]["num_blocks_removed"] == 2
+    assert exported["export"]["format"] == "transformers"
+
+
 def test_a_model_is_evaluated_as_it_is(options: list[object], texts: Path) -> None:
     dense = blockpruner("baseline", *options, "--eval-text", texts / "eval.txt").json
     model = [*options[:2], *options[6:]]

@@ -92,6 +92,20 @@ def test_a_database_without_space_is_no_half_one(folder: Path) -> None:
     assert len(blockpruner("sql", "FROM runs", *workspace, "--json").json) == 1
 
 
+@pytest.mark.slow
+def test_a_disk_without_space_for_prefects_database(folder: Path) -> None:
+    """Prefect starts its server anew as long as it is told to wait, three minutes."""
+    fresh = {"PREFECT_HOME": str(folder / "prefect")}
+    command = ["run", *search_in(folder)[1:], "--workspace", folder / "ws"]
+    outcome = in_a_process(*command, before=with_files_of(300_000), **fresh)
+    assert outcome.status == 2
+    said = [line for line in outcome.stderr.splitlines() if line != "starting Prefect"]
+    assert [line.startswith("Error: Prefect's temporary server cannot be started (ended 3 times") for line in said] == [
+        True
+    ]
+    assert f"see that {folder}/prefect can be written and has space" in said[0]
+
+
 def test_a_full_standard_output_is_an_error(folder: Path) -> None:
     blockpruner(*search_in(folder), "--workspace", folder / "ws")
     for command in (["runs"], ["show", "latest", "--json"], ["--version"]):

@@ -382,9 +382,12 @@ def test_every_familys_own_weights_fit(family: str, tiny_folder: TinyFolder) -> 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_hidden_layers": 6}, "lacks 18 tensors that its config.json asks for, model.layers.4."),
+        ({"num_hidden_layers": 6}, "lacks the weights of layers 4 to 5 that its config.json asks for"),
         ({"intermediate_size": 64}, "has 12 of another shape than it asks for, model.layers.0.mlp."),
-        ({"num_hidden_layers": 5, "vocab_size": 64}, "lacks 9 tensors"),
+        ({"num_hidden_layers": 5, "vocab_size": 64}, "lacks the weights of layer 4 that"),
+        ({"num_hidden_layers": 2_000_000_000}, "lacks the weights of layers 4 to 1999999999"),
+        ({"num_hidden_layers": 0}, "says that it has 0 layers"),
+        ({"attention_bias": True}, "lacks 16 tensors that its config.json asks for, model.layers.0."),
         ({"tie_word_embeddings": True}, None),
         ({"num_hidden_layers": 3}, None),
         ({"quantization_config": {}, "vocab_size": 64}, None),

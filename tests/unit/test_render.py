@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
-from blockpruner.progress import Progress
+from blockpruner.progress import Progress, Throughput
 from flows.demo import unigram_perplexity
 from flows.eta import RemainingTime
 from flows.render import csv_text, number, order_line, query_table, run_view, runs_table, strip
 from flows.reporter import Reporter, describe
 from flows.summary import RunSummary, dump_json
-from flows.wording import count, size, spell_out
+from flows.wording import count, one_line, size, spell_out
 from stages.runs import RunRecord, StageRun
 from stages.store_rows import RunRows
 from stages.store_schema import EvaluationRow, ExportRow, PerplexityRow, RunRow, StepRow
@@ -68,6 +68,7 @@ def summary(run: RunRecord) -> RunSummary:
             EvaluationRow("r", "pruned", "t", "acc", 0.25, None, 0, 10),
         ],
         exports=[ExportRow("r", "stock", "/x/model", 1, 900, 1234567, True, 1e-6)],
+        speed=[],
     )
     return RunSummary(run, rows, Workspace(Path("/nowhere")))
 
@@ -113,6 +114,37 @@ def test_values_of_a_query_are_shown_as_they_are() -> None:
     assert "[red]b" in shown
     assert "[bold]x" in shown
     assert csv_text(["a", "b"], [[1, 'x,"y']]) == 'a,b\n1,"x,""y"\n'
+
+
+def test_what_a_user_named_steers_no_terminal() -> None:
+    named = record(name="a\x1b[2J\nb\u202e", model="m\x07", error="e\x9b", status="failed")
+    for view in (runs_table([named]), run_view(summary(named)), query_table(["c\x1b"], [["v\x1b"], ["two\nlines"]])):
+        shown = text_of(view, width=200)
+        assert not set(shown) & set("\x1b\x07\x9b\u202e")
+        assert "\\x1b" in shown
+    assert "a\\x1b[2J b\\u202e" in text_of(runs_table([named]), width=200)
+    assert (
+        one_line("family: \U0001f468\u200d\U0001f469, caf\xe9, a\xa0b")
+        == "family: \U0001f468\u200d\U0001f469, caf\xe9, a b"
+    )
+    console = Console(file=io.StringIO(), width=120)
+    Reporter(console).warn("no file \x1b]0;x\udcff")
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == "Warning: no file \\x1b]0;x\\udcff\n"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "flops_per_s", "words"),
+    [
+        (640, 3.67e9, "640 tokens at 3.67 GFLOP/s"),
+        (5_120, 8.1e8, "5.12 k tokens at 810 MFLOP/s"),
+        (12_500_000, 3.12e14, "12.5 M tokens at 312 TFLOP/s"),
+        (999_700, 2.5e15, "1000 k tokens at 2500 TFLOP/s"),
+    ],
+)
+def test_speeds_are_in_units_that_fit(tokens: int, flops_per_s: float, words: str) -> None:
+    progress = Progress(1, 4, "candidates", throughput=Throughput(tokens, flops_per_s, None))
+    assert describe(progress, None) == f"candidates, {words}"
 
 
 @pytest.mark.parametrize(

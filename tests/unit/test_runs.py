@@ -214,6 +214,26 @@ def test_latest_and_names_pass_over_what_was_refused(runs: Runs) -> None:
     assert runs.store.resolve("latest").run_id == "cancelled-at-once"
 
 
+def test_nobody_goes_on_from_what_failed_for_nothing(runs: Runs) -> None:
+    searched = {"stage": "search", "label": "search", "role": "search", "status": "completed"}
+    failed = {"stage": "export", "label": "export", "role": "export", "status": "failed"}
+
+    def to_go_on(text: str) -> str:
+        return runs.store.resolve(text, to_go_on=True).run_id
+
+    runs.add("export-failed", age_s=60, status="failed", name="n", stages=[{**searched, "cached": True}, failed])
+    assert to_go_on("latest") == "export-failed"  # better than nothing
+    runs.add("good", age_s=50, name="n")
+    runs.add("export-failed-again", age_s=40, status="failed", name="n", stages=[{**searched, "cached": True}, failed])
+    assert (to_go_on("latest"), to_go_on("n")) == ("good", "good")
+    assert to_go_on("export-failed-again") == "export-failed-again"  # by its id
+    assert runs.store.resolve("latest").run_id == "export-failed-again"  # to look at
+    runs.add("failed-after-its-search", age_s=30, status="failed", stages=[searched, failed])
+    assert to_go_on("latest") == "failed-after-its-search"
+    runs.add("crashed", age_s=20, status="crashed", stages=[{**searched, "status": "failed"}])
+    assert to_go_on("latest") == "crashed"
+
+
 def test_resolve_without_runs(runs: Runs) -> None:
     with pytest.raises(ArtifactError, match=r"no runs in the workspace .* yet"):
         runs.store.resolve("latest")

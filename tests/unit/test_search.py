@@ -18,6 +18,7 @@ from blockpruner.blocks import Block, BlockKinds, all_blocks, mha, mlp
 from blockpruner.errors import ConfigurationError
 from blockpruner.journal import SearchJournal
 from blockpruner.progress import Progress
+from blockpruner.repackable import Repackable
 from blockpruner.scoring.interface import TableCallback
 from blockpruner.scoring.metrics import metric_of
 from blockpruner.scoring.table import ScoreTable
@@ -331,3 +332,39 @@ def test_progress_counts_up_to_its_total_and_says_what_was_taken_over(tmp_path: 
     assert {report.total for report in reports} == {8 + 7 + 6}
     assert {report.resumed for report in reports} == {11}
     assert (reports[0].note, reports[-1].note) == ("step 2", "step 3")
+
+
+@pytest.mark.parametrize("is_parallel", [False, True])
+@pytest.mark.parametrize("num_blocks", [2, 4, 6])
+def test_a_search_held_to_it_ends_with_what_can_be_repacked(tmp_path: Path, num_blocks: int, is_parallel: bool) -> None:
+    repackable = Repackable(4, is_parallel)
+    steps = search(tmp_path, FakeScorer(random_nll(3))).run(SearchTarget(num_blocks, repackable=repackable))
+    removed: list[Block] = []
+    for number, step in enumerate(steps, start=1):
+        nats = {c.block: math.log(c.score) for c in step.candidates}
+        assert step.block == repackable.choose(removed, nats)
+        assert [c.block for c in step.candidates if c.chosen] == [step.block]
+        assert sorted(c.rank for c in step.candidates) == list(range(1, len(step.candidates) + 1))
+        removed.append(step.block)
+        assert repackable.is_done(removed) == (number % 2 == 0)
+
+
+def test_a_ratio_goes_on_until_the_model_can_be_repacked(tmp_path: Path) -> None:
+    repackable = Repackable(4, is_parallel=False)
+    free = search(tmp_path / "free", FakeScorer(random_nll(5))).run(SearchTarget(ratio=0.025))
+    assert not repackable.is_done([step.block for step in free]), "else this shows nothing"
+    steps = search(tmp_path / "held", FakeScorer(random_nll(5))).run(SearchTarget(ratio=0.025, repackable=repackable))
+    assert repackable.is_done([step.block for step in steps])
+    assert steps[-1].ratio >= 0.025
+    assert not any(
+        repackable.is_done([step.block for step in steps[:count]]) and steps[count - 1].ratio >= 0.025
+        for count in range(1, len(steps))
+    ), "it stops at the first step that is both"
+
+
+@pytest.mark.parametrize(("num_blocks", "kinds"), [(3, "both"), (2, "mha")])
+def test_what_cannot_end_repackable_is_refused(num_blocks: int, kinds: BlockKinds) -> None:
+    sizes = dict.fromkeys(all_blocks(4, kinds), 10)
+    with pytest.raises(ConfigurationError, match="stock_compatible") as caught:
+        SearchTarget(num_blocks, repackable=Repackable(4, is_parallel=False)).check(sizes, 1000)
+    assert "\n" not in str(caught.value)
