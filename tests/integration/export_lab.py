@@ -41,6 +41,9 @@ REMOVED: Mapping[str, tuple[Block, ...]] = {
     "all feed-forwards": all_blocks(4, "mlp"),
     "all but an attention": tuple(block for block in all_blocks(4) if block != mha(1)),
 }
+WIDTHS = {"hidden_size": 64, "intermediate_size": 256}
+"""Of a tiny model that the engines' arithmetic of widths can hold."""
+YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
 STOCK = frozenset({"alternating", "first layer", "last layer"})
 WITH_CODE = frozenset({"gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"})
 CASES = [(family, case) for family in TINY_FAMILIES for case in REMOVED]
