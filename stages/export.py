@@ -132,7 +132,10 @@ def _write_card(inputs: ExportInputs, trace: SearchTrace, written: WrittenExport
     num_kept = total - sum(sizes[block] for block in written.dropped)
     last = trace.steps[len(written.dropped) - 1]
     calibration = ("the calibration set", trace.summary.dense_perplexity, last.perplexity)
-    write_card(written, inputs.model.name, inputs.model.path, CardNumbers(total, num_kept, (calibration,)))
+    num_bytes_dense = sum(entry.num_bytes for entry in inputs.model.tensors.values())
+    num_bytes = sum(file.stat().st_size for file in written.path.glob("*.safetensors"))
+    numbers = CardNumbers(total, num_kept, num_bytes_dense, num_bytes, (calibration,))
+    write_card(written, inputs.model.name, inputs.model.path, numbers)
     return num_kept + sum(sizes[block] for block in written.zeros)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from blockpruner import __version__
-from blockpruner.blocks import Block, mha, mlp
+from blockpruner.blocks import Block, BlockKind, mha, mlp
+from blockpruner.export.names import ExportFormat
 from blockpruner.export.write import WrittenExport
 
 _ZEROED = (
@@ -20,15 +22,25 @@ _FIRST_ATTENTION = (
     "The first layer's attention is still in the files, with zeros in its output projection, for engines expect one "
     "there: it adds nothing to any logit, and costs the memory and the time of an attention block."
 )
-_ENGINES = (
-    "Engines load it as a `DeciLMForCausalLM`; of the code in this folder they run the configuration's only:",
+_DECILM_ENGINES = (
+    "Other engines load it as a `DeciLMForCausalLM`; of the code in this folder they run no more than the "
+    "configuration's:",
     "```sh",
+    'mlx_lm.generate --model . --trust-remote-code --prompt "..."',
     "vllm serve . --trust-remote-code",
     "python -m sglang.launch_server --model-path . --trust-remote-code",
-    "trtllm-serve . --trust_remote_code  # not for models with attention biases (Qwen2), which it skips",
-    'mlx_lm.generate --model . --prompt "..."',
+    "trtllm-serve . --trust_remote_code  # not where attentions have biases (Qwen2), which it skips",
     "```",
 )
+_SAME_ENGINES = ("To other engines it is a model like the original, only smaller: what loads that loads this.",)
+_FULL_SHAPE_ENGINES = ("To other engines it is a model like the original: what loads that loads this.",)
+_ENGINES: Mapping[ExportFormat, tuple[str, ...]] = {
+    "stock": _SAME_ENGINES,
+    "decilm": _DECILM_ENGINES,
+    "zeroed": _FULL_SHAPE_ENGINES,
+}
+"""How engines other than transformers load a format, where any does."""
+_WITH_CODE: tuple[ExportFormat, ...] = ("transformers", "decilm")
 _PAPER = "Zhong et al., BlockPruner, Findings of ACL 2025, doi 10.18653/v1/2025.findings-acl.262"
 
 
@@ -38,6 +50,10 @@ class CardNumbers:
 
     num_parameters_dense: int
     num_parameters: int
+    num_bytes_dense: int
+    """Of the weights."""
+    num_bytes: int
+    """Likewise, as written; zeros count."""
     perplexities: tuple[tuple[str, float, float], ...]
     """(text, dense, pruned)."""
 
@@ -53,7 +69,8 @@ def write_card(written: WrittenExport, source: str, source_dir: Path, numbers: C
     )
     name = Path(source).resolve().name if Path(source).exists() else source
     ratio = 1 - numbers.num_parameters / numbers.num_parameters_dense
-    code = ", trust_remote_code=True" if written.format in ("transformers", "decilm") else ""
+    # Without it transformers asks before it reads the tokenizer, too.
+    code = ", trust_remote_code=True" if written.format in _WITH_CODE else ""
     lines = [
         "---",
         data.to_yaml(),
@@ -65,9 +82,7 @@ def write_card(written: WrittenExport, source: str, source_dir: Path, numbers: C
         *([_ZEROED] if written.format == "zeroed" else []),
         *([_FIRST_ATTENTION] if written.format == "decilm" and written.zeros else []),
         "",
-        "| perplexity on | dense | pruned |",
-        "|---|---|---|",
-        *(f"| {text} | {dense:.3f} | {pruned:.3f} |" for text, dense, pruned in numbers.perplexities),
+        *_table(written, numbers),
         "",
         "## Blocks",
         "One column a layer of the original; `#` kept, `.` removed.",
@@ -81,11 +96,27 @@ def write_card(written: WrittenExport, source: str, source_dir: Path, numbers: C
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("."{code})',
-        'tokenizer = AutoTokenizer.from_pretrained(".")',
+        f'tokenizer = AutoTokenizer.from_pretrained("."{code})',
         "```",
-        *(_ENGINES if written.format == "decilm" else []),
+        *_ENGINES.get(written.format, ()),
     ]
     ModelCard("\n".join(lines) + "\n").save(written.path / "README.md")
+
+
+def _table(written: WrittenExport, numbers: CardNumbers) -> list[str]:
+    """Dense against pruned."""
+    blocks = [*written.kept, *written.dropped]
+    counts = [
+        (f"{name} blocks", *(f"{sum(block.block_kind is kind for block in some)}" for some in (blocks, written.kept)))
+        for name, kind in (("attention", BlockKind.MHA), ("feed-forward", BlockKind.MLP))
+    ]
+    rows = [
+        ("parameters", f"{numbers.num_parameters_dense:,}", f"{numbers.num_parameters:,}"),
+        *counts,
+        ("weights on disk, MB", f"{numbers.num_bytes_dense / 1e6:,.1f}", f"{numbers.num_bytes / 1e6:,.1f}"),
+        *((f"perplexity on {text}", f"{dense:.3f}", f"{pruned:.3f}") for text, dense, pruned in numbers.perplexities),
+    ]
+    return ["| | dense | pruned |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def strips(kept: tuple[Block, ...], dropped: tuple[Block, ...]) -> list[str]:

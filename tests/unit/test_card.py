@@ -12,9 +12,8 @@ from blockpruner.export.card import CardNumbers, strips, write_card
 from blockpruner.export.names import ExportFormat
 from blockpruner.export.write import WrittenExport
 
-NUMBERS = CardNumbers(
-    2_000_000, 1_500_000, (("the calibration set", 5.4711, 11.5149), ("wikitext2", 6.0, float("inf")))
-)
+PERPLEXITIES = (("the calibration set", 5.4711, 11.5149), ("wikitext2", 6.0, float("inf")))
+NUMBERS = CardNumbers(2_000_000, 1_500_000, 8_000_000, 6_012_345, PERPLEXITIES)
 DROPPED = (mlp(2), mha(0))
 
 
@@ -50,8 +49,12 @@ def test_metadata_says_where_the_model_comes_from(tmp_path: Path) -> None:
 def test_numbers_are_the_given_ones(tmp_path: Path) -> None:
     _, text = card(tmp_path)
     assert "1,500,000 of 2,000,000 parameters remain (25.00% removed)" in text
-    assert "| the calibration set | 5.471 | 11.515 |" in text
-    assert "| wikitext2 | 6.000 | inf |" in text
+    assert "| | dense | pruned |\n|---|---|---|\n| parameters | 2,000,000 | 1,500,000 |" in text
+    assert "| attention blocks | 4 | 3 |" in text
+    assert "| feed-forward blocks | 4 | 3 |" in text
+    assert "| weights on disk, MB | 8.0 | 6.0 |" in text
+    assert "| perplexity on the calibration set | 5.471 | 11.515 |" in text
+    assert "| perplexity on wikitext2 | 6.000 | inf |" in text
     assert "# Llama-2-7b-hf, 2 residual blocks removed" in text
     assert "Removed in this order: mlp:2, mha:0." in text
     assert "MHA .###\nMLP ##.#\n" in text
@@ -63,7 +66,8 @@ def test_numbers_are_the_given_ones(tmp_path: Path) -> None:
 def test_the_way_to_load_it_fits_the_format(tmp_path: Path, format_: ExportFormat, needs_code: bool) -> None:
     _, text = card(tmp_path, format_=format_)
     assert 'from_pretrained("."' in text
-    assert ("trust_remote_code=True" in text) == needs_code
+    assert text.count('".", trust_remote_code=True') == (2 if needs_code else 0)
+    assert ("what loads that loads this" in text) == (format_ in ("stock", "zeroed"))
     assert ("saves neither memory nor time" in text) == (format_ == "zeroed")
     assert ("vllm serve . --trust-remote-code" in text) == (format_ == "decilm")
 
