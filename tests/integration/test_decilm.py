@@ -363,6 +363,11 @@ def test_the_entries_of_block_configs_are_attributes_as_well(loaded: Callable[[s
     assert not hasattr(block.ffn, "hidden_act")
 
 
+def test_the_rotary_base_is_an_attribute_as_well(loaded: Callable[[str, str], PreTrainedModel]) -> None:
+    """SGLang reads `getattr(config, "rope_theta", 10000)`, where transformers 5 leaves no such attribute."""
+    assert [loaded(family, IN_A_ROW).config.rope_theta for family in ("llama-3", "qwen2")] == [500.0, 10000.0]
+
+
 @pytest.mark.parametrize("family", ["llama", "llama-3", "llama-yarn", "qwen2"])
 def test_what_is_loaded_can_be_saved_and_loaded_again(
     exports: Exports, loaded: Callable[[str, str], PreTrainedModel], tmp_path: Path, family: str
