@@ -54,9 +54,9 @@ ExportFormat = Annotated[
     typer.Option(
         "--format",
         "--export-format",
-        metavar="auto|stock|transformers|gguf|zeroed",
+        metavar="auto|stock|transformers|decilm|gguf|zeroed",
         help=SETTINGS["export_format"],
-        autocompletion=complete_choice("auto", "stock", "transformers", "gguf", "zeroed"),
+        autocompletion=complete_choice("auto", "stock", "transformers", "decilm", "gguf", "zeroed"),
     ),
 ]
 ExportDtype = Annotated[
