@@ -148,6 +148,7 @@ def test_lm_eval_tasks_for_dense_and_pruned(options: list[object], tmp_path: Pat
     assert all(row["stderr"] is not None for row in result.json["evaluations"])
 
 
+@pytest.mark.slow
 def test_the_dense_models_tasks_are_scored_once_for_all_runs(
     options: list[object], texts: Path, tmp_path: Path
 ) -> None:

@@ -102,7 +102,7 @@ def test_a_batch_size_of_auto_is_left_to_the_device() -> None:
     given = make_recipe({"model": "m", "batch_size": "4"})
     assert given.batch_size == 4
     assert given.changed({"batch_size": "auto"}).batch_size is None
-    with pytest.raises(ConfigurationError, match="batch_size is 'all': it should be a valid integer.*, or auto"):
+    with pytest.raises(ConfigurationError, match=r"batch_size is .all.: it should be a valid integer.*, or auto"):
         make_recipe({"model": "m", "batch_size": "all"})
 
 
