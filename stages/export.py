@@ -148,5 +148,5 @@ def _write_card(inputs: ExportInputs, trace: SearchTrace, written: WrittenExport
 
 
 STAGE: Stage[ExportConfig, ExportInputs, ExportManifest] = Stage(
-    name="export", version=3, manifest_type=ExportManifest, run=run
+    name="export", version=4, manifest_type=ExportManifest, run=run
 )

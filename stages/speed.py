@@ -53,7 +53,9 @@ class SpeedInputs:
     dense: Checkpoint
     pruned: Checkpoint
     trust_remote_code: bool = False
-    """For the dense model; the exported one's code is our own."""
+    """For the dense model."""
+    pruned_has_code: bool = False
+    """Whether the exporter has put code into the pruned one: no other code of it is run."""
 
     def fingerprints(self) -> Mapping[str, str]:
         """Both models, by content."""
@@ -89,7 +91,7 @@ def run(config: SpeedConfig, inputs: SpeedInputs, out_dir: Path, runtime: Runtim
     speeds: list[VariantSpeed] = []
     variants: tuple[tuple[Literal["dense", "pruned"], Checkpoint, bool], ...] = (
         ("dense", inputs.dense, inputs.trust_remote_code),
-        ("pruned", inputs.pruned, True),
+        ("pruned", inputs.pruned, inputs.pruned_has_code),
     )
     for done, (variant, checkpoint, trusts) in enumerate(variants):
         runtime.progress(Progress(done, len(variants), "models", variant))

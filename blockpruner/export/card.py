@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from blockpruner import __version__
 from blockpruner.blocks import Block, BlockKind, mha, mlp
 from blockpruner.export.engines import how_to_load
+from blockpruner.export.formats import FORMATS
 from blockpruner.export.write import WrittenExport
 
 _ZEROED = (
@@ -41,7 +42,7 @@ class CardNumbers:
 def write_card(written: WrittenExport, source: str, source_dir: Path, numbers: CardNumbers) -> None:
     """Write README.md into the export."""
     data = ModelCardData(
-        library_name="gguf" if written.format == "gguf" else "transformers",
+        library_name="transformers" if FORMATS[written.format].in_transformers else written.format,
         pipeline_tag="text-generation",
         base_model=source if source.count("/") == 1 and not Path(source).exists() else None,
         license=_licence(source_dir),

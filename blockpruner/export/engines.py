@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from blockpruner.export.formats import FORMATS
 from blockpruner.export.names import ExportFormat
-
-_WITH_CODE: tuple[ExportFormat, ...] = ("transformers", "decilm")
 
 _DECILM = (
     "Other engines load it as a `DeciLMForCausalLM`; of the code in this folder they run no more than the "
@@ -59,13 +58,13 @@ def how_to_load(name: ExportFormat) -> tuple[str, ...]:
 
 
 def _in_transformers(name: ExportFormat) -> tuple[str, ...]:
-    # Without it transformers asks before it reads the tokenizer, too.
-    code = ", trust_remote_code=True" if name in _WITH_CODE else ""
+    # Without a word transformers asks before it reads the tokenizer, too, which needs none of the code.
+    code, no_code = (", trust_remote_code=True", ", trust_remote_code=False") if FORMATS[name].has_code else ("", "")
     return (
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("."{code})',
-        f'tokenizer = AutoTokenizer.from_pretrained("."{code})',
+        f'tokenizer = AutoTokenizer.from_pretrained("."{no_code})',
         "```",
     )

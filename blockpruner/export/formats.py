@@ -16,7 +16,7 @@ from blockpruner.export import custom, decilm, stock, zeroed
 from blockpruner.export.gguf_file import format as gguf_file
 from blockpruner.export.names import ExportFormat, FormatChoice, dtypes_of
 from blockpruner.export.source import ExportSource
-from blockpruner.export.verify import Verification, Verifier, verify
+from blockpruner.export.verify import Loading, Verification, Verifier, verify
 from blockpruner.export.verify_mlx import verify_with_mlx_lm
 from blockpruner.loading import DtypeName
 
@@ -30,6 +30,10 @@ class Format:
     """Raises ExportError, with the reason, for what the format cannot hold."""
     write: Callable[[ExportSource, Path, int], None]
     """Writes weights and configuration into a folder, in shards of so many bytes."""
+    has_code: bool = False
+    """Whether the exporter writes model code into the folder, so that it must be trusted where the model is loaded."""
+    in_transformers: bool = True
+    """Whether transformers loads it, so that it can be evaluated and timed here."""
     companions: tuple[str, ...] = COMPANION_FILES
     """Files of the source that go with it."""
     zeros: Callable[[ExportSource], tuple[Block, ...]] = lambda _: ()
@@ -42,12 +46,15 @@ class Format:
 
 FORMATS: dict[ExportFormat, Format] = {
     "stock": Format("stock", stock.check, stock.write),
-    "transformers": Format("transformers", custom.check, custom.write),
-    "decilm": Format("decilm", decilm.check, decilm.write, zeros=decilm.carried, verify=verify_with_mlx_lm),
+    "transformers": Format("transformers", custom.check, custom.write, has_code=True),
+    "decilm": Format(
+        "decilm", decilm.check, decilm.write, has_code=True, zeros=decilm.carried, verify=verify_with_mlx_lm
+    ),
     "gguf": Format(
         "gguf",
         gguf_file.check,
         gguf_file.write,
+        in_transformers=False,
         companions=gguf_file.COMPANIONS,
         verify=gguf_file.verify,
         coarsen=gguf_file.coarsen,
@@ -107,4 +114,5 @@ def verify_export(
     Raises:
         ExportError: if a fresh process cannot load or run it.
     """
-    return FORMATS[name].verify(export_dir, request, expected, device=device, dtype=dtype)
+    format_ = FORMATS[name]
+    return format_.verify(export_dir, request, expected, Loading(device, dtype, has_code=format_.has_code))

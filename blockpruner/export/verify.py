@@ -46,17 +46,22 @@ class Verification:
         return self.max_logit_difference <= self.tolerance
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How a fresh process is to load an export."""
+
+    device: str
+    dtype: DtypeName
+    """Of the computation, which is the masked original's too."""
+    has_code: bool = False
+    """Whether the exporter has put model code into the folder: no other code is ever run."""
+
+
 class Verifier(Protocol):
     """Loads an export in a fresh process and compares; see `verify`, which does it with transformers."""
 
     def __call__(
-        self,
-        export_dir: Path,
-        request: dict[str, Tensor],
-        expected: dict[str, Tensor],
-        *,
-        device: str,
-        dtype: DtypeName,
+        self, export_dir: Path, request: dict[str, Tensor], expected: dict[str, Tensor], loading: Loading
     ) -> Verification:
         """How the export compares."""
 
@@ -92,16 +97,14 @@ def masked_logits(
     return {"plain_logits": plain.float().cpu(), "cached_logits": padded[:, first:].float().cpu()}
 
 
-def verify(
-    export_dir: Path, request: dict[str, Tensor], expected: dict[str, Tensor], *, device: str, dtype: DtypeName
-) -> Verification:
+def verify(export_dir: Path, request: dict[str, Tensor], expected: dict[str, Tensor], loading: Loading) -> Verification:
     """Load the export in a fresh process and compare.
 
     Raises:
         ExportError: if the fresh process cannot load or run it.
     """
-    answer = _ask_fresh_process(export_dir, request, device, dtype)
-    return compare(answer, expected, dtype)
+    answer = _ask_fresh_process(export_dir, request, loading)
+    return compare(answer, expected, loading.dtype)
 
 
 def compare(
@@ -122,10 +125,9 @@ def compare(
     return Verification(float(difference), max(_RELATIVE_TOLERANCE[dtype], engine_tolerance) * largest)
 
 
-def _ask_fresh_process(
-    export_dir: Path, request: dict[str, Tensor], device: str, dtype: DtypeName
-) -> dict[str, Tensor]:
-    return ask(_FRESH_LOAD, export_dir, request, "--device", device, "--dtype", dtype)
+def _ask_fresh_process(export_dir: Path, request: dict[str, Tensor], loading: Loading) -> dict[str, Tensor]:
+    code = ["--has-code"] if loading.has_code else []
+    return ask(_FRESH_LOAD, export_dir, request, "--device", loading.device, "--dtype", loading.dtype, *code)
 
 
 def ask(program: Path, export_dir: Path, request: dict[str, Tensor], *options: str) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from blockpruner.blocks import Block, all_blocks, mha, mlp
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ExportError
 from blockpruner.export import fresh_load, verify_mlx
-from blockpruner.export.verify import Verification
+from blockpruner.export.verify import Loading, Verification
 from blockpruner.export.verify_mlx import is_installed, verify_with_mlx_lm
 from blockpruner.export.write import MANIFEST_FILE, WrittenExport, write_export
 from blockpruner.masking import masked
@@ -420,9 +420,12 @@ def transformers_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_mlx, "verify", lambda *_, **__: Verification(0.0, 1e-5))
 
 
+CODE = Loading("cpu", "float32", has_code=True)
+
+
 def gate(source: Source, export: WrittenExport) -> Any:
     expected = source.masked_logits(export.dropped)
-    return verify_with_mlx_lm(export.path, REQUEST, expected, device="cpu", dtype="float32")
+    return verify_with_mlx_lm(export.path, REQUEST, expected, CODE)
 
 
 @needs_mlx
@@ -452,7 +455,7 @@ def test_what_mlx_lm_alone_computes_otherwise_does_not_pass(
     config = json.loads((folder / "config.json").read_text()) | {"rope_theta": 77.0}
     (folder / "config.json").write_text(json.dumps(config))
     expected = sources["llama"].masked_logits(CASES[LEADING])
-    result = verify_with_mlx_lm(folder, REQUEST, expected, device="cpu", dtype="float32")
+    result = verify_with_mlx_lm(folder, REQUEST, expected, CODE)
     assert not result.passed
     assert result.engine == "mlx-lm"
 
@@ -467,7 +470,5 @@ def test_what_mlx_lm_does_not_load_is_an_error_of_one_line(
     config["block_configs"][0]["ffn"]["unknown"] = 1
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ExportError, match=r"cannot be loaded.*unknown") as caught:
-        verify_with_mlx_lm(
-            folder, REQUEST, sources["llama"].masked_logits(CASES[LEADING]), device="cpu", dtype="float32"
-        )
+        verify_with_mlx_lm(folder, REQUEST, sources["llama"].masked_logits(CASES[LEADING]), CODE)
     assert len(str(caught.value).splitlines()) == 1

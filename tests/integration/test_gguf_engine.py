@@ -18,6 +18,7 @@ from blockpruner.blocks import Block, mha
 from blockpruner.export.formats import FORMATS
 from blockpruner.export.gguf_file.format import MODEL_FILE
 from blockpruner.export.names import ExportDtype
+from blockpruner.export.verify import Loading
 from blockpruner.export.write import write_export
 from blockpruner.masking import masked
 from tests.integration.export_lab import NUM_NEW, PROMPTS, REQUEST, Source, greedy, logits
@@ -50,7 +51,7 @@ def test_llama_cpp_computes_and_generates_what_the_masked_original_does(
     source, removed = source_of(shape), CUTS[cut]
     write_export(source.checkpoint, removed, tmp_path, "gguf", dtype="float32")
     verify, expected = FORMATS["gguf"].verify, source.masked_logits(removed)
-    verification = verify(tmp_path, REQUEST, expected, device="cpu", dtype="float32")
+    verification = verify(tmp_path, REQUEST, expected, Loading("cpu", "float32"))
     assert verification.engine == "reader, llama.cpp"
     # Gemma's activations are looked up in tables of half precision.
     assert verification.max_logit_difference <= (5e-3 if shape.startswith("gemma") else 5e-5)
@@ -90,7 +91,7 @@ def test_llama_cpp_takes_every_dtype(
     assert format_.coarsen is not None
     format_.coarsen(source.model, tmp_path / "model")
     expected = source.masked_logits(CUTS[cut])
-    assert format_.verify(tmp_path / "model", REQUEST, expected, device="cpu", dtype="float32").passed
+    assert format_.verify(tmp_path / "model", REQUEST, expected, Loading("cpu", "float32")).passed
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 from blockpruner.errors import CheckpointError, ExportError
 from blockpruner.export.gguf_file.plan import make_plan
 from blockpruner.export.source import ExportSource
-from blockpruner.export.verify import Verification
-from blockpruner.loading import DtypeName
+from blockpruner.export.verify import Loading, Verification
 
 MODEL_FILE = "model.gguf"
 COMPANIONS = ("LICENSE", "LICENSE.txt")
@@ -49,10 +48,8 @@ def coarsen(model: PreTrainedModel, export_dir: Path) -> None:
     round_like(model, export_dir / MODEL_FILE)
 
 
-def verify(
-    export_dir: Path, request: dict[str, Tensor], expected: dict[str, Tensor], *, device: str, dtype: DtypeName
-) -> Verification:
+def verify(export_dir: Path, request: dict[str, Tensor], expected: dict[str, Tensor], loading: Loading) -> Verification:
     """Compare the file's logits with the masked original's."""
     from blockpruner.export.gguf_file.verification import verify_file
 
-    return verify_file(export_dir / MODEL_FILE, request, expected, device=device, dtype=dtype)
+    return verify_file(export_dir / MODEL_FILE, request, expected, loading)
