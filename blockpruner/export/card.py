@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from blockpruner import __version__
 from blockpruner.blocks import Block, BlockKind, mha, mlp
-from blockpruner.export.engines import how_to_load
+from blockpruner.export.engines import how_to_load, remark_on_windows
 from blockpruner.export.formats import FORMATS
 from blockpruner.export.write import WrittenExport
 
@@ -72,8 +73,15 @@ def write_card(written: WrittenExport, source: str, source_dir: Path, numbers: C
         "",
         "## Load",
         *how_to_load(written.format),
+        *_on_windows(written),
     ]
     ModelCard("\n".join(lines) + "\n").save(written.path / "README.md")
+
+
+def _on_windows(written: WrittenExport) -> tuple[str, ...]:
+    if written.format != "stock":  # the only one whose layers have other numbers, and that other engines load by them
+        return ()
+    return remark_on_windows(json.loads((written.path / "config.json").read_text(encoding="utf-8")))
 
 
 def _table(written: WrittenExport, numbers: CardNumbers) -> list[str]:

@@ -90,7 +90,8 @@ def test_a_stock_export_differs_from_its_source_in_the_number_of_layers_only(
     config = json.loads((exports[family, "last layer"].path / "config.json").read_text())
     changed = {key for key in source | config if source.get(key) != config.get(key)}
     number = sources[family].model.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    assert changed <= {number, "layer_types", "max_window_layers", "decoder_sparse_step", "mlp_only_layers"}
+    lists = {"layer_types", "max_window_layers", "sliding_window_pattern", "decoder_sparse_step", "mlp_only_layers"}
+    assert changed <= {number, *lists}
     assert (config["model_type"], config[number]) == (source["model_type"], 3)
 
 
@@ -124,9 +125,9 @@ def test_layer_types_that_the_source_only_implies_are_written_out(tmp_path: Path
     (folder / "config.json").write_text(json.dumps(config))
     source, removed = Source.of(folder), (mha(0), mlp(0))
     export = write_export(source.checkpoint, removed, tmp_path / "model")
-    assert json.loads((export.path / "config.json").read_text())["layer_types"] == [
-        "full_attention", "sliding_attention", "sliding_attention",
-    ]  # fmt: skip
+    written = json.loads((export.path / "config.json").read_text())
+    assert written["layer_types"] == ["full_attention", "sliding_attention", "sliding_attention"]
+    assert written["max_window_layers"] == 1, "who reads this number must find the same"
     expected = source.masked_logits(removed)["plain_logits"]
     assert (logits(load(export.path), REQUEST["plain_ids"]) - expected).abs().max() <= 1e-5
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ def card(
     numbers: CardNumbers = NUMBERS,
     source_card: str | None = None,
     zeros: tuple[Block, ...] = (),
+    config: dict[str, object] | None = None,
 ) -> tuple[dict[str, object], str]:
     """Write a card and return its metadata and its text."""
     out_dir, source_dir = folder / "export", folder / "source"
@@ -33,6 +35,7 @@ def card(
     source_dir.mkdir(exist_ok=True)
     if source_card is not None:
         (source_dir / "README.md").write_text(source_card)
+    (out_dir / "config.json").write_text(json.dumps({"model_type": "llama"} | (config or {})))
     written = WrittenExport(out_dir, format_, survivors(4, dropped), dropped, 0, zeros)
     write_card(written, source, source_dir, numbers)
     _, metadata, text = (out_dir / "README.md").read_text(encoding="utf-8").split("---\n", 2)
@@ -77,6 +80,28 @@ def test_the_way_to_load_it_fits_the_format(tmp_path: Path, format_: ExportForma
 def test_an_attention_that_stays_is_owned_up_to(tmp_path: Path, zeros: tuple[Block, ...]) -> None:
     _, text = card(tmp_path, format_="decilm", zeros=zeros)
     assert ("first layer's attention is still in the files" in text) == bool(zeros)
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("format_", "config", "engine"),
+    [
+        ("stock", {"model_type": "gemma3_text", "layer_types": [SLIDING, FULL] * 2, "sliding_window_pattern": 2}, None),
+        ("stock", {"model_type": "gemma3_text", "layer_types": [FULL, SLIDING], "sliding_window_pattern": None}, "MLX"),
+        ("stock", {"model_type": "cohere2", "layer_types": [FULL, SLIDING], "sliding_window_pattern": None}, "MLX"),
+        ("stock", {"model_type": "gemma2", "layer_types": [SLIDING, FULL, SLIDING]}, None),
+        ("stock", {"model_type": "gemma2", "layer_types": [SLIDING, SLIDING, FULL]}, "SGLang"),
+        ("zeroed", {"model_type": "gemma2", "layer_types": [FULL, SLIDING]}, None),
+    ],
+)
+def test_engines_that_number_the_windows_are_named_where_they_would_err(
+    tmp_path: Path, format_: ExportFormat, config: dict[str, object], engine: str | None
+) -> None:
+    _, text = card(tmp_path, format_=format_, config=config)
+    assert ("no rule by the layer's number" in text) == (engine is not None)
+    assert engine is None or engine in text
 
 
 def test_a_gguf_file_is_for_other_engines(tmp_path: Path) -> None:
