@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
-
-from torch import nn
 
 from blockpruner.architectures import block_sizes, num_parameters
 from blockpruner.blocks import Block
@@ -18,7 +15,7 @@ from blockpruner.export.formats import FORMATS, verify_export
 from blockpruner.export.names import ExportDtype, ExportFormat, FormatChoice
 from blockpruner.export.verify import Verification, masked_logits, verification_request
 from blockpruner.export.write import WrittenExport, write_export
-from blockpruner.loading import DtypeName, load_model, meta_model, release_memory, torch_dtype
+from blockpruner.loading import DtypeName, load_model, meta_model, release_memory
 from blockpruner.progress import Progress
 from blockpruner.trace import SearchTrace, read_trace
 from stages.contract import ArtifactRef, Runtime, Stage, StageConfig, StageManifest
@@ -116,13 +113,8 @@ def _verify(
     architecture, shapes = meta_model(checkpoint)
     dtype: DtypeName = "float32" if num_parameters(shapes) <= _FLOAT32_LIMIT else "bfloat16"
     # Weights that were rounded are compared with the original's, rounded likewise.
-    coarsen = FORMATS[written.format].coarsen
-    if coarsen is None:
-        model = load_model(checkpoint, device=device, dtype=cast("DtypeName | None", written_dtype) or dtype)
-        nn.Module.to(model, torch_dtype(dtype))
-    else:
-        model = load_model(checkpoint, device=device, dtype=dtype)
-        coarsen(model, written.path)
+    model = load_model(checkpoint, device=device, dtype=dtype)
+    FORMATS[written.format].coarsen(model, written.path, written_dtype)
     text_config = model.config.get_text_config()
     request = verification_request(text_config.vocab_size, text_config.max_position_embeddings)
     expected = masked_logits(architecture, model, written.dropped, request)

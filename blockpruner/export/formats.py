@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -14,11 +15,17 @@ from blockpruner.checkpoint import COMPANION_FILES
 from blockpruner.errors import ExportError
 from blockpruner.export import custom, decilm, stock, zeroed
 from blockpruner.export.gguf_file import format as gguf_file
-from blockpruner.export.names import ExportFormat, FormatChoice, dtypes_of
+from blockpruner.export.names import ExportDtype, ExportFormat, FormatChoice, dtypes_of
 from blockpruner.export.source import ExportSource
-from blockpruner.export.verify import Loading, Verification, Verifier, verify
+from blockpruner.export.verify import Loading, Verification, Verifier, round_weights, verify
 from blockpruner.export.verify_mlx import verify_with_mlx_lm
 from blockpruner.loading import DtypeName
+
+
+def round_to_dtype(model: PreTrainedModel, export_dir: Path, dtype: ExportDtype | None) -> None:
+    """Round weights to one of torch's dtypes, in place."""
+    if dtype is not None:
+        round_weights(model, getattr(torch, dtype))
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,9 @@ class Format:
     """The removed blocks that stay in the files, with zeros in their last projections."""
     verify: Verifier = verify
     """Compares what was written with the masked original."""
-    coarsen: Callable[[PreTrainedModel, Path], None] | None = None
-    """Rounds the original's weights as those in the folder are, where no dtype of torch says how."""
+    coarsen: Callable[[PreTrainedModel, Path, ExportDtype | None], None] = round_to_dtype
+    """Rounds the original's weights, in place, as those in the folder are, which were to have this dtype (None: their
+    own)."""
 
 
 FORMATS: dict[ExportFormat, Format] = {

@@ -81,6 +81,17 @@ def verification_request(vocab_size: int, max_positions: int, seed: int = 0) -> 
     }
 
 
+def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round what a checkpoint stores of a model, in place; what the model computes with keeps its dtype.
+
+    Loading it in `dtype` would also round what a checkpoint does not store, such as Gemma's scale of embeddings.
+    """
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.to(dtype))
+
+
 @torch.inference_mode()
 def masked_logits(
     architecture: Architecture, model: PreTrainedModel, removed: Sequence[Block], request: dict[str, Tensor]

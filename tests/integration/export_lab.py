@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +147,16 @@ def ask_many(
     finished = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, cwd=folder, check=False)
     assert finished.returncode == 0, finished.stderr
     return {key: load_file(path) for key, path in answers.items()}
+
+
+def ask_here(program: Path, export_dir: Path, request: Mapping[str, Tensor], *options: str) -> dict[str, Tensor]:
+    """In place of `verify.ask`, without the seconds that a process of its own takes to start."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        asked, answered = f"{folder}/request.safetensors", f"{folder}/answer.safetensors"
+        save_file(dict(request), asked)
+        patch.setattr(sys, "argv", [str(program), str(export_dir), asked, answered, *options])
+        runpy.run_path(str(program), run_name="__main__")
+        return load_file(answered)
 
 
 def _code(program: ModuleType, folder: Path) -> list[str]:

@@ -21,7 +21,7 @@ from blockpruner.loading import load_model, meta_model
 from blockpruner.progress import Progress
 from stages.contract import ArtifactRef, Runtime
 from stages.export import MODEL_FOLDER, STAGE, ExportConfig, ExportInputs, ExportManifest
-from tests.integration.export_lab import finished_search, run
+from tests.integration.export_lab import ask_here, every_family, finished_search, load, run
 from tests.oracles import oracle_logits
 from tests.tiny_models import tiny_model, tiny_token_ids
 
@@ -178,6 +178,18 @@ def test_weights_can_be_written_in_another_dtype(inputs: ExportInputs, tmp_path:
         assert manifest.verified_with == "transformers"
         sizes[dtype] = (folder / "out" / "model" / "model.safetensors").stat().st_size
     assert sizes["bfloat16"] < 0.6 * sizes["float32"]
+
+
+@every_family
+def test_weights_of_every_family_can_be_rounded(
+    tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Weights alone: what a family computes from its configuration, such as Gemma's scale of embeddings, is not."""
+    monkeypatch.setattr("blockpruner.export.verify.ask", ask_here)
+    manifest = run(tmp_path, finished_search(tiny_folder(family), ORDER[:2], tmp_path), dtype="bfloat16")
+    assert manifest.verified
+    model = load(tmp_path / "out" / MODEL_FOLDER, dtype="auto")
+    assert model.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", ["float32", "q8_0"])

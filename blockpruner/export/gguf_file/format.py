@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from blockpruner.errors import CheckpointError, ExportError
 from blockpruner.export.gguf_file.plan import make_plan
+from blockpruner.export.names import ExportDtype
 from blockpruner.export.source import ExportSource
 from blockpruner.export.verify import Loading, Verification
 
@@ -41,8 +42,8 @@ def write(source: ExportSource, out_dir: Path, shard_bytes: int) -> None:
     write_file(source, out_dir / MODEL_FILE)
 
 
-def coarsen(model: PreTrainedModel, export_dir: Path) -> None:
-    """Round the original's weights as the file's are."""
+def coarsen(model: PreTrainedModel, export_dir: Path, dtype: ExportDtype | None) -> None:
+    """Round the original's weights as the file's are, which says itself how."""
     from blockpruner.export.gguf_file.verification import round_like
 
     round_like(model, export_dir / MODEL_FILE)
