@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import torch
@@ -74,9 +75,21 @@ def torch_dtype(dtype: DtypeName) -> torch.dtype:
 
 
 def load_model(
-    checkpoint: Checkpoint, *, device: str, dtype: DtypeName, trust_remote_code: bool = False
+    checkpoint: Checkpoint,
+    *,
+    device: str,
+    dtype: DtypeName,
+    trust_remote_code: bool = False,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> PreTrainedModel:
     """Load a causal LM in eval mode on a device.
+
+    Args:
+        checkpoint: the files.
+        device: a torch device.
+        dtype: of weights and activations.
+        trust_remote_code: whether to run code that the files bring along.
+        settings: what counts in place of config.json's own.
 
     Raises:
         CheckpointError: if the model cannot be built, needs a library that is not here, or lacks tensors
@@ -92,6 +105,7 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                **settings,
             )
         model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     except ImportError as error:

@@ -13,7 +13,7 @@ from blockpruner.errors import ConfigurationError, ExportError
 from blockpruner.export.card import CardNumbers, write_card
 from blockpruner.export.formats import FORMATS, verify_export
 from blockpruner.export.names import ExportDtype, ExportFormat, FormatChoice
-from blockpruner.export.verify import Verification, masked_logits, verification_request
+from blockpruner.export.verify import Verification, masked_logits, shorter_window, verification_request
 from blockpruner.export.write import WrittenExport, write_export
 from blockpruner.loading import DtypeName, load_model, meta_model, release_memory
 from blockpruner.progress import Progress
@@ -113,14 +113,16 @@ def _verify(
     architecture, shapes = meta_model(checkpoint)
     dtype: DtypeName = "float32" if num_parameters(shapes) <= _FLOAT32_LIMIT else "bfloat16"
     # Weights that were rounded are compared with the original's, rounded likewise.
-    model = load_model(checkpoint, device=device, dtype=dtype)
-    FORMATS[written.format].coarsen(model, written.path, written_dtype)
-    text_config = model.config.get_text_config()
+    text_config = shapes.config.get_text_config()
     request = verification_request(text_config.vocab_size, text_config.max_position_embeddings)
+    window = shorter_window(written.window, request)
+    settings = {} if window is None else {"sliding_window": window}
+    model = load_model(checkpoint, device=device, dtype=dtype, settings=settings)
+    FORMATS[written.format].coarsen(model, written.path, written_dtype)
     expected = masked_logits(architecture, model, written.dropped, request)
     del model
     release_memory()  # the fresh process needs it
-    return verify_export(written.format, written.path, request, expected, device=device, dtype=dtype)
+    return verify_export(written.format, written.path, request, expected, device=device, dtype=dtype, window=window)
 
 
 def _write_card(inputs: ExportInputs, trace: SearchTrace, written: WrittenExport) -> int:

@@ -14,6 +14,7 @@ from blockpruner.blocks import Block
 from blockpruner.checkpoint import COMPANION_FILES
 from blockpruner.errors import ExportError
 from blockpruner.export import custom, decilm, stock, zeroed
+from blockpruner.export.attention import window
 from blockpruner.export.gguf_file import format as gguf_file
 from blockpruner.export.names import ExportDtype, ExportFormat, FormatChoice, dtypes_of
 from blockpruner.export.source import ExportSource
@@ -45,6 +46,8 @@ class Format:
     """Files of the source that go with it."""
     zeros: Callable[[ExportSource], tuple[Block, ...]] = lambda _: ()
     """The removed blocks that stay in the files, with zeros in their last projections."""
+    window: Callable[[ExportSource], int | None] = window
+    """How many tokens a token sees where an attention in the files has a window; None: none has."""
     verify: Verifier = verify
     """Compares what was written with the masked original."""
     coarsen: Callable[[PreTrainedModel, Path, ExportDtype | None], None] = round_to_dtype
@@ -64,6 +67,7 @@ FORMATS: dict[ExportFormat, Format] = {
         gguf_file.write,
         in_transformers=False,
         companions=gguf_file.COMPANIONS,
+        window=gguf_file.window,
         verify=gguf_file.verify,
         coarsen=gguf_file.coarsen,
     ),
@@ -116,11 +120,21 @@ def verify_export(
     *,
     device: str,
     dtype: DtypeName,
+    window: int | None = None,
 ) -> Verification:
     """Compare an export with the masked original as its format has it done.
+
+    Args:
+        name: its format.
+        export_dir: where it is.
+        request: from `verification_request`.
+        expected: from `masked_logits`.
+        device: where to compute.
+        dtype: of the computation.
+        window: what `expected` was computed with (see `shorter_window`).
 
     Raises:
         ExportError: if a fresh process cannot load or run it.
     """
     format_ = FORMATS[name]
-    return format_.verify(export_dir, request, expected, Loading(device, dtype, has_code=format_.has_code))
+    return format_.verify(export_dir, request, expected, Loading(device, dtype, format_.has_code, window))

@@ -55,6 +55,13 @@ class Loading:
     """Of the computation, which is the masked original's too."""
     has_code: bool = False
     """Whether the exporter has put model code into the folder: no other code is ever run."""
+    window: int | None = None
+    """How many tokens its windows are to be long; None: as the files say (see `shorter_window`)."""
+
+    @property
+    def window_option(self) -> list[str]:
+        """The window, for the command line of the fresh process."""
+        return [] if self.window is None else ["--sliding-window", str(self.window)]
 
 
 class Verifier(Protocol):
@@ -79,6 +86,20 @@ def verification_request(vocab_size: int, max_positions: int, seed: int = 0) -> 
         "padded_mask": padded_mask,
         "decode_ids": torch.randint(vocab_size, (3, _NUM_DECODED), generator=generator),
     }
+
+
+def shorter_window(window: int | None, request: dict[str, Tensor]) -> int | None:
+    """The window that export and original are given for the comparison, in place of their own; None: their own.
+
+    Of a window longer than the request nothing would be seen, not even in which layers it is; and a request that is
+    longer than a window of thousands of tokens would take minutes.
+
+    Args:
+        window: of the export's attentions, as its files say; None: they have none.
+        request: from `verification_request`.
+    """
+    seen = request["plain_ids"].shape[1] // 2
+    return seen if window is not None and window > seen else None
 
 
 def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -138,7 +159,8 @@ def compare(
 
 def _ask_fresh_process(export_dir: Path, request: dict[str, Tensor], loading: Loading) -> dict[str, Tensor]:
     code = ["--has-code"] if loading.has_code else []
-    return ask(_FRESH_LOAD, export_dir, request, "--device", loading.device, "--dtype", loading.dtype, *code)
+    options = ["--device", loading.device, "--dtype", loading.dtype, *code, *loading.window_option]
+    return ask(_FRESH_LOAD, export_dir, request, *options)
 
 
 def ask(program: Path, export_dir: Path, request: dict[str, Tensor], *options: str) -> dict[str, Tensor]:

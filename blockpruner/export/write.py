@@ -38,6 +38,8 @@ class WrittenExport:
     """Of all files in the folder."""
     zeros: tuple[Block, ...] = ()
     """The removed blocks that are in the files nevertheless, with zeros in their last projections."""
+    window: int | None = None
+    """How many tokens a token sees where an attention in the files has a window; None: none has."""
 
 
 def write_export(
@@ -72,7 +74,15 @@ def write_export(
             shutil.copyfile(checkpoint.path / name, out_dir / name)
     _write_manifest(source, chosen, out_dir)
     num_bytes = sum(file.stat().st_size for file in out_dir.iterdir())
-    return WrittenExport(out_dir, chosen.name, source.kept, source.removed, num_bytes, chosen.zeros(source))
+    return WrittenExport(
+        out_dir,
+        chosen.name,
+        source.kept,
+        source.removed,
+        num_bytes,
+        chosen.zeros(source),
+        chosen.window(source),
+    )
 
 
 def _write_manifest(source: ExportSource, chosen: Format, out_dir: Path) -> None:

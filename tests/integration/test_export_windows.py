@@ -1,4 +1,4 @@
-"""Windows by layer: engines that number the layers find the same ones or refuse the model."""
+"""Windows by layer: engines that number the layers find the same or refuse the model; the gate sees them all."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import pytest
 
 from blockpruner.blocks import Block, mha, mlp
 from blockpruner.errors import ExportError
-from blockpruner.export import verify_mlx
+from blockpruner.export import stock, verify_mlx
+from blockpruner.export.gguf_file.plan import FilePlan
 from blockpruner.export.settings import window_period
-from blockpruner.export.verify import ask
+from blockpruner.export.source import ExportSource
+from blockpruner.export.verify import ask, shorter_window
 from blockpruner.export.write import write_export
-from tests.integration.export_lab import REQUEST, Source, change_config
+from tests.integration.export_lab import REQUEST, Source, ask_here, change_config, finished_search, run
 from tests.tiny_models import save_tiny_model
 
 needs_mlx = pytest.mark.skipif(
@@ -97,3 +99,69 @@ def test_cohere_2_has_such_a_number_too(tmp_path: Path) -> None:
     assert source.model.config.layer_types == [FULL, SLIDING, FULL, SLIDING]
     assert exported(source, layers(0), tmp_path / "two")["sliding_window_pattern"] == 2
     assert exported(source, layers(3), tmp_path / "none")["sliding_window_pattern"] is None
+
+
+# --- windows that are longer than what the gate asks ------------------------------------------------------------------
+
+LONG = 64
+"""Of 256 positions; the gate's longest sequence has 40."""
+
+
+@pytest.fixture
+def quick_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blockpruner.export.verify.ask", ask_here)
+    monkeypatch.setattr("blockpruner.export.gguf_file.verification.find_spec", lambda _: None)
+
+
+def long_windowed(family: str, folder: Path) -> Path:
+    wanted = {"tie_word_embeddings": True, "query_pre_attn_scalar": 16}  # by llama.cpp
+    return save_tiny_model(folder, family, sliding_window=LONG, **(wanted if family == "gemma2" else {}))
+
+
+WINDOWED = ["gemma2", "gemma3_text", "mistral-window", "qwen2-mixed-windows", "qwen3-mixed-windows", "cohere2"]
+
+
+@pytest.mark.usefixtures("quick_gate")
+@pytest.mark.parametrize(
+    ("family", "format_"),
+    [
+        *((family, "auto") for family in WINDOWED),
+        *((family, "gguf") for family in ("gemma2", "gemma3_text")),
+        ("gemma2", "transformers"),
+        ("qwen2-mixed-windows", "zeroed"),
+    ],
+)
+def test_a_model_with_long_windows_passes_the_gate(tmp_path: Path, family: str, format_: str) -> None:
+    source = long_windowed(family, tmp_path / "source")
+    assert run(tmp_path, finished_search(source, layers(0), tmp_path), format=format_).verified
+
+
+@pytest.mark.usefixtures("quick_gate")
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "qwen2-mixed-windows", "cohere2"])
+def test_the_gate_sees_which_layers_have_a_long_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Here those that had one before the first layer went."""
+    right = stock.fewer_layers
+
+    def wrong(source: ExportSource, attentions: list[int], mlps: list[int | None]) -> dict[str, Any]:
+        return right(source, attentions, mlps) | {"layer_types": source.config.layer_types[: len(attentions)]}
+
+    monkeypatch.setattr(stock, "fewer_layers", wrong)
+    source = long_windowed(family, tmp_path / "source")
+    with pytest.raises(ExportError, match="differs from the masked original"):
+        run(tmp_path, finished_search(source, layers(0), tmp_path), format="stock")
+
+
+@pytest.mark.usefixtures("quick_gate")
+def test_the_gate_sees_which_layers_of_a_gguf_file_have_a_long_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FilePlan, "windowed", property(lambda plan: [True, False, True]))
+    source = long_windowed("gemma2", tmp_path / "source")
+    with pytest.raises(ExportError, match="differs from the masked original"):
+        run(tmp_path, finished_search(source, layers(1), tmp_path), format="gguf")
+
+
+def test_a_window_that_nobody_reaches_is_left_alone() -> None:
+    assert [shorter_window(window, REQUEST) for window in (None, 6, 16, 17, 4096)] == [None, None, None, 16, 16]

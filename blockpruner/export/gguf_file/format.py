@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from blockpruner.errors import CheckpointError, ExportError
+from blockpruner.export import attention
+from blockpruner.export.gguf_file.families import FAMILIES
 from blockpruner.export.gguf_file.plan import make_plan
 from blockpruner.export.names import ExportDtype
 from blockpruner.export.source import ExportSource
@@ -40,6 +42,11 @@ def write(source: ExportSource, out_dir: Path, shard_bytes: int) -> None:
     from blockpruner.export.gguf_file.write import write_file
 
     write_file(source, out_dir / MODEL_FILE)
+
+
+def window(source: ExportSource) -> int | None:
+    """How long the windows in the file are; where llama.cpp knows none for the family, the context ends instead."""
+    return attention.window(source) if FAMILIES[source.checkpoint.model_type].has_windows else None
 
 
 def coarsen(model: PreTrainedModel, export_dir: Path, dtype: ExportDtype | None) -> None:

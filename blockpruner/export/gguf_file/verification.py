@@ -46,12 +46,12 @@ def verify_file(path: Path, request: dict[str, Tensor], expected: dict[str, Tens
     Raises:
         ExportError: if the file cannot be read, or llama.cpp does not load or run it.
     """
-    model = GgufModel(path, loading.device)
+    model = GgufModel(path, loading.device, loading.window)
     read = replace(compare(answer(model, request), expected, loading.dtype), engine="reader")
     if not read.passed or find_spec("llama_cpp") is None:
         return read
     try:
-        given = ask(_PROGRAM, path, request)
+        given = ask(_PROGRAM, path, request, *loading.window_option)
     except ExportError as error:
         raise ExportError(f"with llama.cpp {error}") from error
     tolerance = _ENGINE_TOLERANCE[matrix_dtype_of(model)]
