@@ -230,7 +230,7 @@ class Plan:
         """The model that the stages work on: the user's, or what it was folded into."""
         if _FOLDED not in artifacts:
             return self.checkpoint
-        return _folded_model(artifacts[_FOLDED].path / fold.MODEL_FOLDER, self.checkpoint.name)
+        return _folded_model(artifacts[_FOLDED].path / fold.MODEL_FOLDER, self.checkpoint.name, self.checkpoint.hub_id)
 
     def _calibration(self, artifacts: Artifacts) -> Job:
         recipe = self.recipe
@@ -348,9 +348,9 @@ def _exported(artifact: Artifact[Any]) -> tuple[Checkpoint, bool]:
 
 
 @cache  # its fingerprint reads every weight, and is kept by the object
-def _folded_model(folder: Path, name: str) -> Checkpoint:
+def _folded_model(folder: Path, name: str, hub_id: str | None) -> Checkpoint:
     """A folded model under the name of the one that it was."""
-    return dataclasses.replace(Checkpoint.open(str(folder)), name=name)
+    return dataclasses.replace(Checkpoint.open(str(folder)), name=name, hub_id=hub_id)
 
 
 def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelShape:

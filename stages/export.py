@@ -8,13 +8,13 @@ from pathlib import Path
 
 from blockpruner.architectures import block_sizes, num_parameters
 from blockpruner.blocks import Block
-from blockpruner.checkpoint import COMPANION_FILES, Checkpoint
+from blockpruner.checkpoint import COMPANION_FILES, LEGAL_FILES, Checkpoint
 from blockpruner.errors import ConfigurationError, ExportError
 from blockpruner.export.card import CardNumbers, write_card
 from blockpruner.export.formats import FORMATS, verify_export
 from blockpruner.export.names import ExportDtype, ExportFormat, FormatChoice
 from blockpruner.export.verify import Verification, masked_logits, shorter_window, verification_request
-from blockpruner.export.write import WrittenExport, write_export
+from blockpruner.export.write import WrittenExport, files_in, write_export
 from blockpruner.loading import DtypeName, load_model, meta_model, release_memory
 from blockpruner.progress import Progress
 from blockpruner.trace import SearchTrace, read_trace
@@ -49,7 +49,7 @@ class ExportInputs:
         """Model with all that goes with it, and pruning order, by content; the card tells the model's name."""
         return {
             "model": self.model.fingerprint,
-            "companions": self.model.files_fingerprint((*COMPANION_FILES, "README.md")),
+            "companions": self.model.files_fingerprint((*COMPANION_FILES, *LEGAL_FILES, "README.md")),
             "search": self.search.fingerprint,
         }
 
@@ -98,7 +98,7 @@ def run(config: ExportConfig, inputs: ExportInputs, out_dir: Path, runtime: Runt
         format=written.format,
         num_blocks_removed=len(removed),
         num_parameters=num_parameters_written,
-        bytes=sum(file.stat().st_size for file in written.path.iterdir()),
+        bytes=sum(file.stat().st_size for file in files_in(written.path)),
         kept=written.kept,
         dropped=written.dropped,
         verified=True,
@@ -137,7 +137,7 @@ def _write_card(inputs: ExportInputs, trace: SearchTrace, written: WrittenExport
     weights = (file for file in written.path.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
     num_bytes = sum(file.stat().st_size for file in weights)
     numbers = CardNumbers(total, num_kept, num_bytes_dense, num_bytes, (calibration,))
-    write_card(written, inputs.model.name, inputs.model.path, numbers)
+    write_card(written, inputs.model, numbers)
     return num_kept + sum(sizes[block] for block in written.zeros)
 
 

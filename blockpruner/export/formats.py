@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from blockpruner.blocks import Block
-from blockpruner.checkpoint import COMPANION_FILES
+from blockpruner.checkpoint import COMPANION_FILES, LEGAL_FILES
 from blockpruner.errors import ExportError
 from blockpruner.export import custom, decilm, stock, zeroed
 from blockpruner.export.attention import window
@@ -42,8 +42,8 @@ class Format:
     """Whether the exporter writes model code into the folder, so that it must be trusted where the model is loaded."""
     in_transformers: bool = True
     """Whether transformers loads it, so that it can be evaluated and timed here."""
-    companions: tuple[str, ...] = COMPANION_FILES
-    """Files of the source that go with it."""
+    companions: tuple[str, ...] = (*COMPANION_FILES, *LEGAL_FILES)
+    """Files of the source that go with it, as patterns."""
     zeros: Callable[[ExportSource], tuple[Block, ...]] = lambda _: ()
     """The removed blocks that stay in the files, with zeros in their last projections."""
     window: Callable[[ExportSource], int | None] = window
@@ -66,7 +66,7 @@ FORMATS: dict[ExportFormat, Format] = {
         gguf_file.check,
         gguf_file.write,
         in_transformers=False,
-        companions=gguf_file.COMPANIONS,
+        companions=LEGAL_FILES,  # tokenizer and chat template are in the file
         window=gguf_file.window,
         verify=gguf_file.verify,
         coarsen=gguf_file.coarsen,

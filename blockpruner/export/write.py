@@ -69,11 +69,11 @@ def write_export(
     chosen = format_for(source, wanted)
     out_dir.mkdir(parents=True, exist_ok=True)
     chosen.write(source, out_dir, shard_bytes)
-    for name in chosen.companions:
-        if (checkpoint.path / name).is_file():
-            shutil.copyfile(checkpoint.path / name, out_dir / name)
+    for name in checkpoint.files(chosen.companions):
+        (out_dir / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(checkpoint.path / name, out_dir / name)
     _write_manifest(source, chosen, out_dir)
-    num_bytes = sum(file.stat().st_size for file in out_dir.iterdir())
+    num_bytes = sum(file.stat().st_size for file in files_in(out_dir))
     return WrittenExport(
         out_dir,
         chosen.name,
@@ -85,16 +85,21 @@ def write_export(
     )
 
 
+def files_in(folder: Path) -> list[Path]:
+    """All files below a folder."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def _write_manifest(source: ExportSource, chosen: Format, out_dir: Path) -> None:
     manifest: dict[str, Any] = {
         "tool": f"blockpruner {__version__}",
-        "source_model": source.checkpoint.name,
+        "source_model": source.checkpoint.public_name,
         "source_fingerprint": source.checkpoint.fingerprint,
         "format": chosen.name,
         "kept": [block.model_dump(mode="json") for block in source.kept],
         "dropped_in_order": [block.model_dump(mode="json") for block in source.removed],
         "zeros": [block.model_dump(mode="json") for block in chosen.zeros(source)],
-        "files": {file.name: file_digest(file) for file in sorted(out_dir.iterdir())},
+        "files": {file.relative_to(out_dir).as_posix(): file_digest(file) for file in files_in(out_dir)},
     }
     if not source.architecture.is_parallel and chosen.name not in ("decilm", "gguf", "zeroed"):
         manifest["layers"] = [layer.model_dump(mode="json") for layer in source.packed.layers]

@@ -142,6 +142,24 @@ def test_tokenizer_and_generation_config_come_along(
     assert (export / "generation_config.json").read_bytes() == (source / "generation_config.json").read_bytes()
 
 
+def test_terms_and_further_templates_come_along(tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder("llama"), tmp_path / "source"))
+    names = ["LICENSE.md", "NOTICE", "USE_POLICY.md", "chat_template.jinja", "additional_chat_templates/rag.jinja"]
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"of {name}")
+    terms = [f"of {name}" for name in names[:3]]
+    for format_ in ("stock", "gguf"):
+        source = Checkpoint.open(str(folder))
+        export = write_export(source, REMOVED["alternating"], tmp_path / format_, format_)
+        assert [(export.path / name).read_text() for name in names[:3]] == terms
+        manifest = json.loads((export.path / MANIFEST_FILE).read_text())
+        assert set(names if format_ == "stock" else names[:3]) <= set(manifest["files"])
+        assert (manifest["source_model"], str(tmp_path) in json.dumps(manifest)) == ("source", False)
+    templates = AutoTokenizer.from_pretrained(tmp_path / "stock").chat_template
+    assert templates == {"default": "of chat_template.jinja", "rag": "of additional_chat_templates/rag.jinja"}
+
+
 @every_case
 def test_the_manifest_is_true(
     sources: dict[str, Source], exports: dict[tuple[str, str], WrittenExport], family: str, case: str

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from blockpruner.blocks import Block, mha, mlp, survivors
+from blockpruner.checkpoint import Checkpoint
 from blockpruner.export.card import CardNumbers, strips, write_card
 from blockpruner.export.names import ExportFormat
 from blockpruner.export.write import WrittenExport
@@ -16,12 +17,13 @@ from blockpruner.export.write import WrittenExport
 PERPLEXITIES = (("the calibration set", 5.4711, 11.5149), ("wikitext2", 6.0, float("inf")))
 NUMBERS = CardNumbers(2_000_000, 1_500_000, 8_000_000, 6_012_345, PERPLEXITIES)
 DROPPED = (mlp(2), mha(0))
+HUB_ID = "meta-llama/Llama-2-7b-hf"
 
 
 def card(
     folder: Path,
     *,
-    source: str = "meta-llama/Llama-2-7b-hf",
+    source: str = HUB_ID,
     format_: ExportFormat = "transformers",
     dropped: tuple[Block, ...] = DROPPED,
     numbers: CardNumbers = NUMBERS,
@@ -37,7 +39,8 @@ def card(
         (source_dir / "README.md").write_text(source_card)
     (out_dir / "config.json").write_text(json.dumps({"model_type": "llama"} | (config or {})))
     written = WrittenExport(out_dir, format_, survivors(4, dropped), dropped, 0, zeros)
-    write_card(written, source, source_dir, numbers)
+    hub_id = source if source == HUB_ID else None
+    write_card(written, Checkpoint(source, source_dir, {}, {}, hub_id), numbers)
     _, metadata, text = (out_dir / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     return yaml.safe_load(metadata), text
 
@@ -141,6 +144,45 @@ def test_the_folder_one_is_in_has_a_name_too(tmp_path: Path, monkeypatch: pytest
 def test_the_licence_is_carried_over(tmp_path: Path, source_card: str | None, licence: str | None) -> None:
     metadata, _ = card(tmp_path, source_card=source_card)
     assert metadata.get("license") == licence
+
+
+OTHER_LICENCE = """---
+license: other
+license_name: tongyi-qianwen
+license_link: https://huggingface.co/Qwen/Qwen2-72B/blob/main/LICENSE
+language: [en, zh]
+base_model: Qwen/Qwen2-72B
+tags: [chat]
+---
+# Qwen
+"""
+
+
+def test_a_licence_of_its_own_keeps_its_name_and_link(tmp_path: Path) -> None:
+    metadata, _ = card(tmp_path, source_card=OTHER_LICENCE)
+    assert metadata["license"] == "other"
+    assert metadata["license_name"] == "tongyi-qianwen"
+    assert metadata["license_link"] == "https://huggingface.co/Qwen/Qwen2-72B/blob/main/LICENSE"
+    assert metadata["language"] == ["en", "zh"]
+    assert metadata["base_model"] == HUB_ID, "the nearest"
+    assert metadata["tags"] == ["blockpruner", "pruned"]
+
+
+def test_several_licences_stay_a_list(tmp_path: Path) -> None:
+    metadata, _ = card(tmp_path, source_card="---\nlicense: [apache-2.0, mit]\n---\n")
+    assert metadata["license"] == ["apache-2.0", "mit"]
+
+
+def test_a_copy_of_a_hub_model_names_what_its_card_names(tmp_path: Path) -> None:
+    metadata, _ = card(tmp_path, source="models/qwen", source_card=OTHER_LICENCE)
+    assert metadata["base_model"] == "Qwen/Qwen2-72B"
+
+
+def test_a_relative_folder_is_no_hub_id(tmp_path: Path) -> None:
+    """Wherever the command is given: there the folder may not be."""
+    metadata, text = card(tmp_path, source="models/tiny")
+    assert "base_model" not in metadata
+    assert "Made from `tiny`" in text
 
 
 @pytest.mark.parametrize("num_layers", [3, 12])

@@ -16,8 +16,6 @@ from blockpruner.export.source import ExportSource
 from blockpruner.export.verify import Loading, Verification
 
 MODEL_FILE = "model.gguf"
-COMPANIONS = ("LICENSE", "LICENSE.txt")
-"""Tokenizer and chat template are in the file."""
 
 
 def check(source: ExportSource) -> None:
