@@ -15,7 +15,7 @@ from blockpruner.blocks import Block, BlockKind, mha, mlp
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.export.engines import how_to_load, remark_on_windows
 from blockpruner.export.formats import FORMATS
-from blockpruner.export.write import WrittenExport
+from blockpruner.export.write import WrittenExport, add_to_manifest
 
 _ZEROED = (
     "The removed blocks are still in the files, with zeros in their last projections: this form saves neither memory "
@@ -26,6 +26,7 @@ _FIRST_ATTENTION = (
     "there: it adds nothing to any logit, and costs the memory and the time of an attention block."
 )
 _INHERITED = ("license", "license_name", "license_link", "language", "base_model")
+_FILE = "README.md"
 _PAPER = "Zhong et al., BlockPruner, Findings of ACL 2025, doi 10.18653/v1/2025.findings-acl.262"
 
 
@@ -47,7 +48,7 @@ class CardNumbers:
 
 
 def write_card(written: WrittenExport, source: Checkpoint, numbers: CardNumbers) -> None:
-    """Write README.md into the export."""
+    """Write README.md into the export, and its digest into the manifest."""
     inherited = _inherited(source)
     data = ModelCardData(
         library_name="transformers" if FORMATS[written.format].in_transformers else written.format,
@@ -81,7 +82,8 @@ def write_card(written: WrittenExport, source: Checkpoint, numbers: CardNumbers)
         *how_to_load(written.format),
         *_on_windows(written),
     ]
-    ModelCard("\n".join(lines) + "\n").save(written.path / "README.md")
+    ModelCard("\n".join(lines) + "\n").save(written.path / _FILE)
+    add_to_manifest(written.path, _FILE)
 
 
 def _on_windows(written: WrittenExport) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from blockpruner.export.attention import head_dim, window
 from blockpruner.export.settings import refuse_unknown_lists
 from blockpruner.export.source import ExportSource
 from blockpruner.export.weights import TensorSource, dtype_of, write_tensors
+from blockpruner.surgery import Places
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _FAMILIES = ("llama", "mistral", "qwen2")
@@ -83,6 +84,12 @@ def carried(source: ExportSource) -> tuple[Block, ...]:
     """The removed block that stays with zeros: the first layer's attention."""
     first = mha(_layers(source)[0])
     return () if first in source.kept else (first,)
+
+
+def places(source: ExportSource) -> Places:
+    """The layer of each surviving block."""
+    numbers = {old: str(new) for new, old in enumerate(_layers(source))}
+    return {block: numbers[block.layer_index] for block in source.kept}
 
 
 def write(source: ExportSource, out_dir: Path, shard_bytes: int) -> None:

@@ -21,6 +21,7 @@ from blockpruner.export.source import ExportSource
 from blockpruner.export.verify import Loading, Verification, Verifier, round_weights, verify
 from blockpruner.export.verify_mlx import verify_with_mlx_lm
 from blockpruner.loading import DtypeName
+from blockpruner.surgery import Places
 
 
 def round_to_dtype(model: PreTrainedModel, export_dir: Path, dtype: ExportDtype | None) -> None:
@@ -38,6 +39,8 @@ class Format:
     """Raises ExportError, with the reason, for what the format cannot hold."""
     write: Callable[[ExportSource, Path, int], None]
     """Writes weights and configuration into a folder, in shards of so many bytes."""
+    places: Callable[[ExportSource], Places]
+    """Where each surviving block is in the files: the number of its layer, and its place there if there are several."""
     has_code: bool = False
     """Whether the exporter writes model code into the folder, so that it must be trusted where the model is loaded."""
     in_transformers: bool = True
@@ -56,22 +59,29 @@ class Format:
 
 
 FORMATS: dict[ExportFormat, Format] = {
-    "stock": Format("stock", stock.check, stock.write),
-    "transformers": Format("transformers", custom.check, custom.write, has_code=True),
+    "stock": Format("stock", stock.check, stock.write, stock.places),
+    "transformers": Format("transformers", custom.check, custom.write, custom.places, has_code=True),
     "decilm": Format(
-        "decilm", decilm.check, decilm.write, has_code=True, zeros=decilm.carried, verify=verify_with_mlx_lm
+        "decilm",
+        decilm.check,
+        decilm.write,
+        decilm.places,
+        has_code=True,
+        zeros=decilm.carried,
+        verify=verify_with_mlx_lm,
     ),
     "gguf": Format(
         "gguf",
         gguf_file.check,
         gguf_file.write,
+        gguf_file.places,
         in_transformers=False,
         companions=LEGAL_FILES,  # tokenizer and chat template are in the file
         window=gguf_file.window,
         verify=gguf_file.verify,
         coarsen=gguf_file.coarsen,
     ),
-    "zeroed": Format("zeroed", zeroed.check, zeroed.write, zeros=lambda source: source.removed),
+    "zeroed": Format("zeroed", zeroed.check, zeroed.write, zeroed.places, zeros=lambda source: source.removed),
 }
 _PREFERRED: tuple[ExportFormat, ...] = ("stock", "transformers", "zeroed")
 

@@ -85,6 +85,14 @@ def write_export(
     )
 
 
+def add_to_manifest(folder: Path, name: str) -> None:
+    """List a file that was written after the others, with its digest."""
+    path = folder / MANIFEST_FILE
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["files"][name] = file_digest(folder / name)
+    path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
 def files_in(folder: Path) -> list[Path]:
     """All files below a folder."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
@@ -98,9 +106,8 @@ def _write_manifest(source: ExportSource, chosen: Format, out_dir: Path) -> None
         "format": chosen.name,
         "kept": [block.model_dump(mode="json") for block in source.kept],
         "dropped_in_order": [block.model_dump(mode="json") for block in source.removed],
+        "places": {str(block): place for block, place in chosen.places(source).items()},
         "zeros": [block.model_dump(mode="json") for block in chosen.zeros(source)],
         "files": {file.relative_to(out_dir).as_posix(): file_digest(file) for file in files_in(out_dir)},
     }
-    if not source.architecture.is_parallel and chosen.name not in ("decilm", "gguf", "zeroed"):
-        manifest["layers"] = [layer.model_dump(mode="json") for layer in source.packed.layers]
     (out_dir / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

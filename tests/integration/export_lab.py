@@ -24,6 +24,7 @@ from blockpruner.blocks import Block, all_blocks, mha, mlp
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.export import fresh_load
 from blockpruner.export.verify import masked_logits, verification_request
+from blockpruner.export.write import WrittenExport
 from blockpruner.loading import load_model, meta_model
 from blockpruner.masking import masked
 from blockpruner.trace import CandidateScore, SearchStep, SearchSummary, write_trace
@@ -121,6 +122,16 @@ def change_config(folder: Path, **changes: Any) -> Path:
     settings = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in settings.items() if value is not None}))
     return folder
+
+
+def assert_is_placed(source: Source, export: WrittenExport, block: Block, place: str) -> None:
+    """The block's weights are in the export under the layer that the manifest says."""
+    tensors, written = (load_file(path / "model.safetensors") for path in (source.checkpoint.path, export.path))
+    names = [name for name in tensors if source.architecture.block_of_tensor(name) == block]
+    assert names
+    for name in names:
+        renamed = source.architecture.placed(name, place)
+        assert torch.equal(written[renamed], tensors[name]), renamed
 
 
 _MANY = """

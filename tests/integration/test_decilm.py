@@ -35,6 +35,7 @@ from tests.integration.export_lab import (
     YARN,
     Source,
     ask_many,
+    assert_is_placed,
     generate,
     greedy,
     load,
@@ -310,6 +311,9 @@ def test_only_the_first_layers_attention_stays_and_adds_nothing(
         assert export.zeros == ((carried,) if carried else ())
         manifest = json.loads((export.path / MANIFEST_FILE).read_text())
         assert tuple(map(Block.model_validate, manifest["zeros"])) == export.zeros
+        assert manifest["places"].keys() == {str(block) for block in export.kept}
+        for block in export.kept:
+            assert_is_placed(sources[family], export, block, manifest["places"][str(block)])
         tensors = load_file(export.path / "model.safetensors")
         zeros = {name for name, tensor in tensors.items() if not tensor.any()}
         output = {f"model.layers.0.self_attn.o_proj.{kind}" for kind in ("weight", "bias")}

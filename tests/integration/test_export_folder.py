@@ -26,6 +26,7 @@ from tests.integration.export_lab import (
     WITH_CODE,
     Source,
     TinyFolder,
+    assert_is_placed,
     every_case,
     every_family,
     load,
@@ -172,9 +173,9 @@ def test_the_manifest_is_true(
     assert kept == tuple(block for block in all_blocks(4) if block not in dropped) == export.kept
     assert manifest["source_fingerprint"] == sources[family].checkpoint.fingerprint
     assert manifest["format"] == export.format
-    assert ("layers" in manifest) == (export.format != "zeroed" and not sources[family].architecture.is_parallel)
-    if "layers" in manifest:
-        assert sum(1 + len(layer["leading_mlps"]) + len(layer["mlps"]) for layer in manifest["layers"]) == len(kept)
+    assert manifest["places"].keys() == {str(block) for block in kept}
+    for block in kept:
+        assert_is_placed(sources[family], export, block, manifest["places"][str(block)])
     files = {file.name for file in export.path.iterdir()} - {MANIFEST_FILE}
     assert manifest["files"] == {name: file_digest(export.path / name) for name in files}
 

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from blockpruner.blocks import Block, mha, mlp, survivors
-from blockpruner.checkpoint import Checkpoint
+from blockpruner.checkpoint import Checkpoint, file_digest
 from blockpruner.export.card import CardNumbers, strips, write_card
 from blockpruner.export.names import ExportFormat
-from blockpruner.export.write import WrittenExport
+from blockpruner.export.write import MANIFEST_FILE, WrittenExport
 
 PERPLEXITIES = (("the calibration set", 5.4711, 11.5149), ("wikitext2", 6.0, float("inf")))
 NUMBERS = CardNumbers(2_000_000, 1_500_000, 8_000_000, 6_012_345, PERPLEXITIES)
@@ -38,6 +38,7 @@ def card(
     if source_card is not None:
         (source_dir / "README.md").write_text(source_card)
     (out_dir / "config.json").write_text(json.dumps({"model_type": "llama"} | (config or {})))
+    (out_dir / MANIFEST_FILE).write_text(json.dumps({"files": {}}))
     written = WrittenExport(out_dir, format_, survivors(4, dropped), dropped, 0, zeros)
     hub_id = source if source == HUB_ID else None
     write_card(written, Checkpoint(source, source_dir, {}, {}, hub_id), numbers)
@@ -50,6 +51,12 @@ def test_metadata_says_where_the_model_comes_from(tmp_path: Path) -> None:
     assert metadata["base_model"] == "meta-llama/Llama-2-7b-hf"
     assert metadata["library_name"] == "transformers"
     assert "blockpruner" in str(metadata["tags"])
+
+
+def test_the_card_is_in_the_manifest(tmp_path: Path) -> None:
+    card(tmp_path)
+    manifest = json.loads((tmp_path / "export" / MANIFEST_FILE).read_text())
+    assert manifest["files"] == {"README.md": file_digest(tmp_path / "export" / "README.md")}
 
 
 def test_numbers_are_the_given_ones(tmp_path: Path) -> None:

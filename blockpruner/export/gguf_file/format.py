@@ -9,11 +9,13 @@ from transformers import PreTrainedModel
 
 from blockpruner.errors import CheckpointError, ExportError
 from blockpruner.export import attention
+from blockpruner.export.gguf_file import layers
 from blockpruner.export.gguf_file.families import FAMILIES
 from blockpruner.export.gguf_file.plan import make_plan
 from blockpruner.export.names import ExportDtype
 from blockpruner.export.source import ExportSource
 from blockpruner.export.verify import Loading, Verification
+from blockpruner.surgery import Places
 
 MODEL_FILE = "model.gguf"
 
@@ -40,6 +42,11 @@ def write(source: ExportSource, out_dir: Path, shard_bytes: int) -> None:
     from blockpruner.export.gguf_file.write import write_file
 
     write_file(source, out_dir / MODEL_FILE)
+
+
+def places(source: ExportSource) -> Places:
+    """The file's layer of each surviving block."""
+    return {block: str(number) for block, number in layers.places(layers.file_layers(source.kept)).items()}
 
 
 def window(source: ExportSource) -> int | None:
