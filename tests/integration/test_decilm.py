@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import random
+import runpy
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -416,6 +418,15 @@ def test_rotary_frequencies_of_old_checkpoints_are_left_out(sources: dict[str, S
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_older_transformers_is_told_what_the_code_needs(
+    exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
+    runpy.run_path(str(exports["llama", IN_A_ROW].path / "configuration_decilm.py"))  # other engines read it
+    with pytest.raises(ImportError, match=r"needs transformers 5.*4\.57\.1"):
+        load(shutil.copytree(exports["llama", IN_A_ROW].path, tmp_path / "not-loaded-before"))
 
 
 @pytest.fixture
