@@ -148,11 +148,12 @@ def export(
     """
     if output is not None:
         require_new_folder(output)
+    recipe = _recipe_of_run(context, run, workspace)
     if push_to_hub is not None:
-        from blockpruner.hub import check_repository
+        from blockpruner.hub import check_repositories
 
-        check_repository(push_to_hub)
-    summary = _run_here(_recipe_of_run(context, run, workspace), "export", workspace, output)
+        check_repositories(push_to_hub, recipe.export_format)
+    summary = _run_here(recipe, "export", workspace, output)
     if push_to_hub is not None:
         _push(summary, push_to_hub)
     from flows.cli_output import print_result
@@ -255,11 +256,11 @@ def _recipe_of_run(context: typer.Context, run: str | None, workspace: Path) -> 
 
 def _push(summary: RunSummary, repo_id: str) -> None:
     """Upload a run's exports; with several formats, each to a repository that is named after it."""
-    from blockpruner.hub import push_folder
+    from blockpruner.hub import push_folder, repository_of
 
-    several = len(summary.rows.exports) > 1
-    for export in summary.rows.exports:
-        address = push_folder(Path(export.path), f"{repo_id}-{export.format}" if several else repo_id)
+    exports = summary.rows.exports
+    for export in exports:
+        address = push_folder(Path(export.path), repository_of(repo_id, export.format, len(exports)))
         typer.echo(f"pushed to {address}", err=True)
 
 
