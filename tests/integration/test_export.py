@@ -123,6 +123,20 @@ def test_prompt_lookup_generates_the_same(
     assert generated == [greedy(sources["llama"], REMOVED["first attention"], prompt, NUM_NEW)]
 
 
+@pytest.mark.parametrize(("family", "case"), [("llama", "first attention"), ("gemma3_text", LEADING)])
+@pytest.mark.parametrize("role", ["assisted", "assistant"])
+def test_assisted_decoding_generates_the_same(
+    sources: dict[str, Source], exports: dict[tuple[str, str], WrittenExport], family: str, case: str, role: str
+) -> None:
+    """With the dense model on the other side; tokens are taken back from the caches of both."""
+    source, pruned = sources[family], load(exports[family, case].path)
+    prompt, dense = PROMPTS[0], source.model
+    if role == "assisted":
+        assert generate(pruned, [prompt], assistant=dense) == [greedy(source, REMOVED[case], prompt, NUM_NEW)]
+    else:
+        assert generate(dense, [prompt], assistant=pruned) == [greedy(source, (), prompt, NUM_NEW)]
+
+
 def test_a_prompt_fed_in_chunks_gives_the_same_logits(
     sources: dict[str, Source], exports: dict[tuple[str, str], WrittenExport]
 ) -> None:
