@@ -232,10 +232,7 @@ def _recipe(context: typer.Context, source: str | None) -> Recipe:
 
 
 def _recipe_of_run(context: typer.Context, run: str | None, workspace: Path) -> Recipe:
-    """The recipe of an earlier run with the options that were given; without a run, of the options alone.
-
-    A number of blocks that the run's search has reached is a prefix of it, and needs no other search.
-    """
+    """The recipe of an earlier run with the options that were given; without a run, of the options alone."""
     from flows.recipe import make_recipe
 
     given = options.given_settings(context)
@@ -248,9 +245,8 @@ def _recipe_of_run(context: typer.Context, run: str | None, workspace: Path) -> 
     store = RunStore(workspace)
     store.workspace.require()
     record = store.resolve(run, to_go_on=True)
-    if 1 <= given.get("num_blocks", 0) <= len(rows_of(record, store.workspace, log_warning).search_steps):
-        given["export_blocks"] = given.pop("num_blocks")
-    return make_recipe(record.config).changed(given)
+    num_searched = len(rows_of(record, store.workspace, log_warning).search_steps)
+    return make_recipe(record.config).going_on(given, num_searched)
 
 
 def _push(summary: RunSummary, repo_id: str) -> None:
