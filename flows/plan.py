@@ -14,15 +14,17 @@ from typing import Any, Literal
 
 from blockpruner.architectures import block_sizes, num_parameters
 from blockpruner.baichuan import is_foldable
-from blockpruner.blocks import all_blocks
+from blockpruner.blocks import Block, all_blocks
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ConfigurationError
-from blockpruner.export.names import FOR_OTHER_ENGINES, FormatChoice, dtypes_of
+from blockpruner.export.names import FOR_OTHER_ENGINES, FormatChoice
 from blockpruner.loading import DtypeName, any_meta_model, check_tensors, meta_model, resolve_device, resolve_dtype
 from blockpruner.paths import user_path
 from blockpruner.positions import check_sequence_length
 from blockpruner.repackable import Repackable
 from blockpruner.search import SearchTarget
+from blockpruner.trace import read_trace
+from flows.formats import check_family, check_formats, dtype_for, is_repeated
 from flows.recipe import Recipe
 from stages import baseline, calibrate, evaluate, export, fold, search, speed
 from stages.artifacts import Artifact
@@ -73,7 +75,8 @@ class PlannedStage:
     """What the run uses it for: see `stages.runs.StageRun.role`."""
     label: str
     """For people."""
-    job: Callable[[Artifacts], Job]
+    job: Callable[[Artifacts], Job | None]
+    """None where it turns out that there is nothing to do."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,12 @@ class Plan:
         for typed in self.texts.values():
             resolve_text(typed, "evaluation", self._column(typed)).check()
         _ = self.tasks
+        if not is_foldable(self.checkpoint):
+            self._check_family(self.checkpoint)
+
+    def _check_family(self, model: Checkpoint) -> None:
+        if self.goal in _EXPORTING:
+            check_family(model, self._formats, self.recipe.export_dtype)
 
     def description(self) -> RunDescription:
         """What the run's record says from the beginning. Reads the model's weights once, to identify them."""
@@ -197,7 +206,7 @@ class Plan:
             first, *others = self._formats
             yield PlannedStage("export", "export", partial(self._export, first))
             for name in others:
-                yield PlannedStage(f"export:{name}", f"export as {name}", partial(self._export, name))
+                yield PlannedStage(f"export:{name}", f"export as {name}", partial(self._another_export, name))
         if goal == "speed":
             yield PlannedStage("speed", "speed", self._speed)
         if goal == "evaluate":
@@ -261,6 +270,8 @@ class Plan:
 
     def _search(self, artifacts: Artifacts) -> Job:
         recipe = self.recipe
+        if _FOLDED in artifacts:  # what no format knew before
+            self._check_family(self._model(artifacts))
         config = search.SearchConfig(
             block_kinds=recipe.block_kinds,
             num_blocks=recipe.num_blocks,
@@ -272,11 +283,26 @@ class Plan:
         inputs = search.SearchInputs(self._model(artifacts), artifacts["calibration"].ref, recipe.trust_remote_code)
         return Job(search.STAGE, config, inputs)
 
-    def _export(self, name: FormatChoice, artifacts: Artifacts) -> Job:
+    def _export(self, first: FormatChoice, artifacts: Artifacts) -> Job:
+        """The first format, once it is known that all of them can be written."""
+        check_formats(self._model(artifacts), self._removed(artifacts), self._formats, self.recipe.export_dtype)
+        return self._export_as(first, artifacts)
+
+    def _another_export(self, name: FormatChoice, artifacts: Artifacts) -> Job | None:
+        earlier, dtype = self._formats[: self._formats.index(name)], self.recipe.export_dtype
+        if is_repeated(self._model(artifacts), self._removed(artifacts), name, earlier, dtype):
+            return None
+        return self._export_as(name, artifacts)
+
+    def _export_as(self, name: FormatChoice, artifacts: Artifacts) -> Job:
         recipe = self.recipe
-        dtype = recipe.export_dtype if recipe.export_dtype in dtypes_of(name) else None
+        dtype = dtype_for(name, recipe.export_dtype)
         config = export.ExportConfig(num_blocks=recipe.export_blocks, format=name, dtype=dtype)
         return Job(export.STAGE, config, export.ExportInputs(self._model(artifacts), artifacts["search"].ref))
+
+    def _removed(self, artifacts: Artifacts) -> tuple[Block, ...]:
+        """The blocks that an export is without."""
+        return read_trace(artifacts["search"].path).removed(self.recipe.export_blocks)
 
     def _speed(self, artifacts: Artifacts) -> Job:
         recipe = self.recipe

@@ -81,7 +81,8 @@ class Runner:
             _describe(record, plan.description())
             artifacts: dict[str, Artifact[Any]] = {}
             for planned in plan.stages:
-                artifacts[planned.role] = self._stage(record, plan, planned, planned.job(artifacts), execute)
+                if (job := planned.job(artifacts)) is not None:
+                    artifacts[planned.role] = self._stage(record, plan, planned, job, execute)
         return record
 
     def refuse(self, recipe: Recipe, reason: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from blockpruner.blocks import all_blocks
+from blockpruner.checkpoint import Checkpoint
+from blockpruner.errors import ExportError
+from blockpruner.export.formats import FORMATS, can_hold
+from blockpruner.export.source import ExportSource
+from flows.formats import check_family
 from tests.integration.command_line import blockpruner
-from tests.tiny_models import tiny_rows
+from tests.tiny_models import TINY_FAMILIES, tiny_rows
 
 TinyFolder = Callable[[str], Path]
 
@@ -91,3 +98,48 @@ def test_several_formats_are_several_rows_and_folders(
     assert [tuple(row.values()) for row in rows] == [
         ("transformers", True, "transformers"), ("zeroed", True, "transformers"),
     ]  # fmt: skip
+
+
+# --- several formats --------------------------------------------------------------------------------------------------
+
+
+def formats(*names: str) -> list[str]:
+    return [word for name in names for word in ("--format", name)]
+
+
+def test_all_formats_are_checked_before_the_first_is_written(
+    options: list[object], given: list[object], tmp_path: Path
+) -> None:
+    blockpruner("search", *options, "--num-blocks", 3)
+    refused = blockpruner("export", "latest", *formats("transformers", "stock", "zeroed"), *given)
+    assert refused.status == 2
+    assert refused.stderr.splitlines()[-1].startswith("Error: format stock needs")
+    assert "what can hold it: --format transformers or gguf or zeroed" in refused.stderr
+    assert not (tmp_path / "ws" / "artifacts" / "export").exists()
+
+
+def test_a_format_that_does_not_know_the_family_is_refused_before_the_search(
+    tiny_folder: TinyFolder, options: list[object], tmp_path: Path
+) -> None:
+    other = ["--model", tiny_folder("olmo2"), *options[2:]]
+    refused = blockpruner("export", *other, "--num-blocks", 2, *formats("zeroed", "decilm"))
+    assert refused.status == 2
+    assert "format decilm is there for" in refused.stderr
+    assert "what may hold it, by the blocks that go: --format stock" in refused.stderr
+    assert not (tmp_path / "ws" / "artifacts").exists()
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_what_is_refused_before_the_search_can_hold_nothing(tiny_folder: TinyFolder, family: str) -> None:
+    """Against every arrangement of a few blocks: no format is refused that could have held one."""
+    model = Checkpoint.open(str(tiny_folder(family)))
+    blocks = all_blocks(ExportSource.of(model, ()).num_layers)
+    several = [gone for number in (1, 2) for gone in combinations(blocks, number)]
+    several += [tuple(block for block in blocks if block.layer_index != index) for index in range(len(blocks) // 2)]
+    for name in FORMATS:
+        holds = any(can_hold(ExportSource.of(model, gone), name) for gone in several)
+        if holds:
+            check_family(model, [name], None)
+        else:
+            with pytest.raises(ExportError, match="what may hold it"):
+                check_family(model, [name], None)
