@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -16,6 +18,7 @@ from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ExportError
 from blockpruner.export.formats import FORMATS, can_hold
 from blockpruner.export.source import ExportSource
+from flows import model_copy
 from flows.formats import check_family
 from tests.integration.command_line import blockpruner
 from tests.tiny_models import TINY_FAMILIES, tiny_rows
@@ -105,6 +108,43 @@ def test_several_formats_are_several_rows_and_folders(
 
 def formats(*names: str) -> list[str]:
     return [word for name in names for word in ("--format", name)]
+
+
+def test_a_format_that_is_asked_for_twice_is_written_once(
+    options: list[object], given: list[object], tmp_path: Path
+) -> None:
+    blockpruner("search", *options, "--num-blocks", 2, "--stock-compatible")
+    out = tmp_path / "out"
+    result = blockpruner("export", "latest", *formats("auto", "stock", "stock"), "--output", out, *given).json
+    assert [export["format"] for export in result["exports"]] == ["stock"]
+    assert [role for role in cached(result) if role.startswith("export")] == ["export"]
+    assert (out / "stock" / "config.json").is_file()
+    assert [path.name for path in out.iterdir()] == ["stock"], "several were asked for, whatever auto is"
+    assert result["export_path"] == str(out / "stock")
+
+
+def test_copies_are_all_there_or_none(
+    options: list[object], given: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blockpruner("search", *options, "--num-blocks", 2)
+    asked = ["export", "latest", *formats("transformers", "zeroed"), "--output", tmp_path / "out", *given]
+    copy, calls = shutil.copytree, []
+
+    def failing(source: Path, output: Path, **more: Any) -> Path:
+        calls.append(output)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return copy(source, output, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model_copy.shutil, "copytree", failing)
+        refused = blockpruner(*asked)
+    assert refused.status == 2
+    (said,) = [line for line in refused.stderr.splitlines() if line.startswith("Error")]
+    assert "No space left on device; they are kept in" in said
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
+    assert blockpruner(*asked).status == 0, "the same command again"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["transformers", "zeroed"]
 
 
 def test_all_formats_are_checked_before_the_first_is_written(
