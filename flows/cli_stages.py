@@ -225,7 +225,7 @@ def speed(
 ) -> None:
     """Time a run's dense and pruned model on this machine.
 
-    Prefill, decoding, peak memory and KV cache, in transformers, each model in a process of its own.
+    Size, prefill, decoding, peak memory and KV cache, in transformers; each model in processes of its own, in turn.
     """
     _run_and_print(_recipe_of_run(context, run, workspace), "speed", workspace, as_json)
 

@@ -23,6 +23,7 @@ from blockpruner.paths import user_path
 from blockpruner.positions import check_sequence_length
 from blockpruner.repackable import Repackable
 from blockpruner.search import SearchTarget
+from blockpruner.speed import check_prompts
 from blockpruner.trace import read_trace
 from flows.formats import check_family, check_formats, dtype_for, is_repeated
 from flows.recipe import Recipe
@@ -372,11 +373,13 @@ def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelS
     Raises:
         UnsupportedArchitectureError: if the model's family is not in the table.
         CheckpointError: if the weights are not those of the model that config.json describes.
-        ConfigurationError: if the target cannot be reached, or a sequence is longer than the model can read.
+        ConfigurationError: if the target cannot be reached, or a sequence or prompt is longer than the model can read.
     """
     architecture, shapes = meta_model(checkpoint)
     check_tensors(checkpoint, shapes)
     check_sequence_length(shapes, recipe.sequence_length)
+    if goal == "speed":
+        check_prompts(shapes, recipe.speed_prompt_tokens, recipe.speed_new_tokens)
     num_layers, total = len(architecture.decoder_layers(shapes)), num_parameters(shapes)
     sizes = block_sizes(architecture, shapes)
     candidates = {block: sizes[block] for block in all_blocks(num_layers, recipe.block_kinds)}

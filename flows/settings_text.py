@@ -55,7 +55,7 @@ SETTINGS: dict[str, str] = {
     "speed_batch_sizes": "How many sequences side by side to time, separated by commas.",
     "speed_prompt_tokens": "Lengths of the prompts to time, in tokens, separated by commas.",
     "speed_new_tokens": "Tokens to decode after each prompt.",
-    "speed_repeats": "Repetitions of each measurement; the median counts.",
+    "speed_repeats": "Repetitions of each measurement, in each of a model's two turns; the median counts.",
     "trust_remote_code": "Run the Python code that comes with the model. Only for models whose code you have read.",
     "name": "A name for the run, by which `show` and others find it.",
 }
