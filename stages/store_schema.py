@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import NamedTuple
 
+from stages.store_views import VIEWS
+
 TABLES: Mapping[str, Mapping[str, str]] = {
     "runs": {
         "run_id": "VARCHAR NOT NULL",
@@ -128,13 +130,16 @@ SKIPPED_TABLE = "skipped_runs"
 _SKIPPED_COLUMNS = {"run_id": "VARCHAR NOT NULL", "record_digest": "VARCHAR NOT NULL", "reason": "VARCHAR NOT NULL"}
 
 CREATE = "\n".join(
-    f"CREATE TABLE {table} ({', '.join(f'{column} {kind}' for column, kind in columns.items())});"
-    for table, columns in {**TABLES, SKIPPED_TABLE: _SKIPPED_COLUMNS}.items()
+    [
+        f"CREATE TABLE {table} ({', '.join(f'{column} {kind}' for column, kind in columns.items())});"
+        for table, columns in {**TABLES, SKIPPED_TABLE: _SKIPPED_COLUMNS}.items()
+    ]
+    + [f"CREATE VIEW {view} AS {query.strip()};" for view, query in VIEWS.items()]
 )
-"""Makes every table of an empty database."""
+"""Makes every table and view of an empty database."""
 
 SCHEMA_DIGEST = hashlib.sha256(CREATE.encode()).hexdigest()
-"""Kept in INFO_TABLE: a database with other tables is made anew."""
+"""Kept in INFO_TABLE: a database with other tables or views is made anew."""
 
 
 def delete_statement(table: str) -> str:
