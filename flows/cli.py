@@ -11,6 +11,7 @@ from flows.boundary import OneLineErrors
 from flows.cli_pipeline import demo, run
 from flows.cli_results import runs, show, sql
 from flows.cli_stages import baseline, calibrate, evaluate, export, search, speed
+from flows.cli_storage import cache, db
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -35,3 +36,6 @@ def main(
 
 for _command in (demo, run, calibrate, baseline, search, export, evaluate, speed, runs, show, sql):
     app.command()(_command)
+
+app.add_typer(cache, name="cache")
+app.add_typer(db, name="db")

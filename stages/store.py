@@ -38,6 +38,7 @@ _READ_ONLY_CONFIG: dict[str, str | bool | int | float | list[str]] = {
     "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false",
     "lock_configuration": "true",
+    "temp_directory": "",  # a query too large for the memory would be laid down beside the database, to the disk's end
 }
 _READING = frozenset({duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI})
 """SELECT includes FROM, VALUES, SHOW, DESCRIBE and SUMMARIZE; MULTI is a PIVOT."""
@@ -134,6 +135,34 @@ class ResultStore:
             self._prove_free(deadline)
             self._build(chosen)
         return len(chosen)
+
+    def names(self) -> list[str]:
+        """Every name that a query can use: of tables, views and their columns.
+
+        Raises:
+            StoreError: as `query` does.
+        """
+        named = (
+            "SELECT DISTINCT unnest([table_name, column_name]) FROM duckdb_columns() WHERE NOT internal ORDER BY ALL"
+        )
+        return [name for (name,) in self.query(named).rows]
+
+    def forget(self, run_ids: Sequence[str]) -> None:
+        """Take the rows of these runs out.
+
+        Raises:
+            StoreError: if the database stays taken, or cannot be written.
+        """
+        deadline = time.monotonic() + self._wait
+        with self._said_plainly("cannot be written"), self._writing(deadline):
+            self._healed(lambda: self._forget_now(run_ids, deadline))
+
+    def _forget_now(self, run_ids: Sequence[str], deadline: float) -> None:
+        with closing(self._connect(deadline, read_only=False)) as connection, _translated():
+            _check_schema(connection)
+            with _transaction(connection):
+                for run_id in run_ids:
+                    _delete_rows(connection, run_id)
 
     def _prove_free(self, deadline: float) -> None:
         """Wait until nobody has the file open: replacing it under another's hands would lose what that one writes."""
@@ -329,6 +358,8 @@ def _translated() -> Iterator[None]:
             holder = re.search(r"PID (\d+)", text)
             who = f"process {holder[1]} has" if holder else "another connection has"
             raise _BusyError(f"{who} the results database open; close it there or try again later") from error
+        if isinstance(error, duckdb.OutOfMemoryException):
+            raise StoreError("the query needs more memory than there is; ask for less at once") from error
         from_the_file = isinstance(error, _TORN_TYPES) or type(error) is duckdb.Error  # not from the query's own words
         if from_the_file and any(words in text for words in _TORN_WORDS):
             raise _UnusableError("is damaged") from error

@@ -129,13 +129,16 @@ SKIPPED_TABLE = "skipped_runs"
 
 _SKIPPED_COLUMNS = {"run_id": "VARCHAR NOT NULL", "record_digest": "VARCHAR NOT NULL", "reason": "VARCHAR NOT NULL"}
 
-CREATE = "\n".join(
-    [
-        f"CREATE TABLE {table} ({', '.join(f'{column} {kind}' for column, kind in columns.items())});"
+DEFINITIONS: Mapping[str, str] = {
+    **{
+        table: f"CREATE TABLE {table} (\n    " + ",\n    ".join(map(" ".join, columns.items())) + "\n);"
         for table, columns in {**TABLES, SKIPPED_TABLE: _SKIPPED_COLUMNS}.items()
-    ]
-    + [f"CREATE VIEW {view} AS {query.strip()};" for view, query in VIEWS.items()]
-)
+    },
+    **{view: f"CREATE VIEW {view} AS\n{query.strip()};" for view, query in VIEWS.items()},
+}
+"""The statement that makes each table and view, by name."""
+
+CREATE = "\n".join(DEFINITIONS.values())
 """Makes every table and view of an empty database."""
 
 SCHEMA_DIGEST = hashlib.sha256(CREATE.encode()).hexdigest()

@@ -9,8 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-PERPLEXITY_BY_RATIO = """
-WITH texts AS (
+_REMOVED = """
+    SELECT DISTINCT run_id, step, count(*) OVER so_far AS num_blocks_removed, perplexity, ratio,
+           list_sort(list(block_kind || ':' || layer_index) OVER so_far) AS blocks
+    FROM search_steps
+    WINDOW so_far AS (PARTITION BY run_id ORDER BY step)
+"""
+"""A row a step: what is gone once it is done. A step may take several blocks, and then has a row in search_steps for
+each."""
+
+PERPLEXITY_BY_RATIO = f"""
+WITH removed AS ({_REMOVED}), texts AS (
     SELECT run_id, if(role = 'calibration', role, substr(role, 6)) AS text,
            arg_max(fingerprint, started_at) AS text_fingerprint
     FROM stage_runs
@@ -20,7 +29,7 @@ WITH texts AS (
     SELECT run_id, text, num_blocks_removed, perplexity, 1 AS choice
     FROM perplexities WHERE num_blocks_removed IS NOT NULL
     UNION ALL
-    SELECT run_id, 'calibration', step, perplexity, 2 FROM search_steps
+    SELECT run_id, 'calibration', num_blocks_removed, perplexity, 2 FROM removed
 ), measured AS (
     SELECT * FROM points
     QUALIFY row_number() OVER (PARTITION BY run_id, text, num_blocks_removed ORDER BY choice) = 1
@@ -31,7 +40,7 @@ SELECT run_id, r.name, r.model, r.strategy, r.metric, r.block_kinds, m.text, m.n
 FROM measured m
 JOIN runs r USING (run_id)
 LEFT JOIN texts t USING (run_id, text)
-LEFT JOIN search_steps s ON s.run_id = m.run_id AND s.step = m.num_blocks_removed
+LEFT JOIN removed s ON s.run_id = m.run_id AND s.num_blocks_removed = m.num_blocks_removed
 LEFT JOIN measured d ON d.run_id = m.run_id AND d.text = m.text AND d.num_blocks_removed = 0
 ORDER BY r.created_at, run_id, m.text, m.num_blocks_removed
 """
@@ -87,7 +96,8 @@ BLOCK_REDUNDANCY = """
 WITH searches AS (
     SELECT run_id, r.model, r.model_fingerprint, r.strategy, r.metric, r.block_kinds, c.fingerprint AS calibration,
            max(s.step) AS num_steps,
-           string_agg(s.block_kind || ':' || s.layer_index, ' ' ORDER BY s.step) || ' ' AS pruning_order
+           string_agg(s.block_kind || ':' || s.layer_index, ' ' ORDER BY s.step, s.layer_index, s.block_kind) || ' '
+               AS pruning_order
     FROM search_steps s
     JOIN runs r USING (run_id)
     LEFT JOIN stage_runs c ON c.run_id = s.run_id AND c.role = 'calibration' AND c.status = 'completed'
@@ -123,16 +133,12 @@ place among all candidates of the first step. A search that another one of the s
 """
 
 METHOD_COMPARISON = f"""
-WITH accuracies AS ({_ACCURACIES}), removed AS (
-    SELECT run_id, step, list_sort(list(block_kind || ':' || layer_index) OVER (PARTITION BY run_id ORDER BY step))
-                         AS blocks
-    FROM search_steps
-), points AS (
+WITH accuracies AS ({_ACCURACIES}), removed AS ({_REMOVED}), points AS (
     SELECT p.*, floor(p.ratio * 20) / 20 AS ratio_from, v.blocks,
            if(e.run_id IS NULL, NULL, a.pruned_accuracy) AS accuracy,
            if(e.run_id IS NULL, NULL, a.tasks) AS tasks
     FROM perplexity_by_ratio p
-    JOIN removed v ON v.run_id = p.run_id AND v.step = p.num_blocks_removed
+    JOIN removed v ON v.run_id = p.run_id AND v.num_blocks_removed = p.num_blocks_removed
     LEFT JOIN perplexities e ON e.run_id = p.run_id AND e.text = p.text AND e.variant = 'pruned'
                             AND e.num_blocks_removed = p.num_blocks_removed
     LEFT JOIN accuracies a ON a.run_id = p.run_id
