@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -38,6 +39,7 @@ _READ_ONLY_CONFIG: dict[str, str | bool | int | float | list[str]] = {
     "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false",
     "lock_configuration": "true",
+    "enable_progress_bar": "false",  # it would be drawn among the results
     "temp_directory": "",  # a query too large for the memory would be laid down beside the database, to the disk's end
 }
 _READING = frozenset({duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI})
@@ -200,8 +202,7 @@ class ResultStore:
             statements = connection.extract_statements(sql)
             if len(statements) != 1 or statements[0].type not in _READING:
                 raise StoreError("give one SQL statement that reads: SELECT, FROM, WITH, SHOW, DESCRIBE or EXPLAIN")
-            connection.execute(statements[0])
-            return QueryResult(_unique([column[0] for column in connection.description or ()]), connection.fetchall())
+            return _answer(connection, statements[0])
 
     def _connect(self, deadline: float, *, read_only: bool) -> duckdb.DuckDBPyConnection:
         def attempt() -> duckdb.DuckDBPyConnection:
@@ -275,6 +276,22 @@ class ResultStore:
 
     def _records(self) -> list[RunRecord]:
         return RunStore(self._workspace.path, self._warn).list()
+
+
+def _answer(connection: duckdb.DuckDBPyConnection, statement: duckdb.Statement) -> QueryResult:
+    """What the statement gives. DuckDB heeds no signal while it computes, so that it does it in a thread of its own."""
+
+    def compute() -> QueryResult:
+        connection.execute(statement)
+        return QueryResult(_unique([column[0] for column in connection.description or ()]), connection.fetchall())
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        answer = pool.submit(compute)
+        try:
+            return answer.result()
+        except KeyboardInterrupt:
+            connection.interrupt()
+            raise
 
 
 def _replace_rows(connection: duckdb.DuckDBPyConnection, rows: RunRows) -> None:

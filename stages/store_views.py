@@ -36,10 +36,12 @@ WITH removed AS ({_REMOVED}), texts AS (
 )
 SELECT run_id, r.name, r.model, r.strategy, r.metric, r.block_kinds, m.text, m.num_blocks_removed,
        if(m.num_blocks_removed = 0, 0, s.ratio) AS ratio, m.perplexity, d.perplexity AS dense_perplexity,
-       m.perplexity / d.perplexity AS times_dense, r.created_at, r.model_fingerprint, t.text_fingerprint
+       m.perplexity / d.perplexity AS times_dense, r.created_at, r.model_fingerprint, t.text_fingerprint,
+       c.text_fingerprint AS calibration_fingerprint
 FROM measured m
 JOIN runs r USING (run_id)
 LEFT JOIN texts t USING (run_id, text)
+LEFT JOIN texts c ON c.run_id = m.run_id AND c.text = 'calibration'
 LEFT JOIN removed s ON s.run_id = m.run_id AND s.num_blocks_removed = m.num_blocks_removed
 LEFT JOIN measured d ON d.run_id = m.run_id AND d.text = m.text AND d.num_blocks_removed = 0
 ORDER BY r.created_at, run_id, m.text, m.num_blocks_removed
@@ -143,8 +145,14 @@ WITH accuracies AS ({_ACCURACIES}), removed AS ({_REMOVED}), points AS (
                             AND e.num_blocks_removed = p.num_blocks_removed
     LEFT JOIN accuracies a ON a.run_id = p.run_id
 ), firsts AS (
-    SELECT * FROM points
-    QUALIFY row_number() OVER (PARTITION BY run_id, text, ratio_from ORDER BY num_blocks_removed) = 1
+    SELECT * FROM points p WHERE NOT EXISTS (
+        FROM points o
+        WHERE o.model_fingerprint = p.model_fingerprint AND o.text = p.text AND o.ratio_from = p.ratio_from
+          AND (o.text_fingerprint, o.calibration_fingerprint, o.strategy, o.metric, o.block_kinds)
+              IS NOT DISTINCT FROM
+              (p.text_fingerprint, p.calibration_fingerprint, p.strategy, p.metric, p.block_kinds)
+          AND len(o.blocks) < len(p.blocks) AND list_has_all(p.blocks, o.blocks)
+    )
 ), once AS (
     SELECT * FROM firsts
     QUALIFY row_number() OVER (
