@@ -38,10 +38,10 @@ _READ_ONLY_CONFIG: dict[str, str | bool | int | float | list[str]] = {
     "enable_external_access": "false",
     "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false",
-    "lock_configuration": "true",
-    "enable_progress_bar": "false",  # it would be drawn among the results
     "temp_directory": "",  # a query too large for the memory would be laid down beside the database, to the disk's end
 }
+_THEN_LOCKED = "SET enable_progress_bar = false; SET lock_configuration = true"
+"""A bar would be drawn among the results; it can be set only once connected."""
 _READING = frozenset({duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI})
 """SELECT includes FROM, VALUES, SHOW, DESCRIBE and SUMMARIZE; MULTI is a PIVOT."""
 _BUSY_WORDS = ("Could not set lock on file", "different configuration than existing connections")
@@ -209,7 +209,9 @@ class ResultStore:
             if not self.path.is_file():
                 raise _MissingError("is missing")
             with _translated():
-                return duckdb.connect(self.path, read_only=read_only, config=_READ_ONLY_CONFIG if read_only else {})
+                if not read_only:
+                    return duckdb.connect(self.path)
+                return duckdb.connect(self.path, read_only=True, config=_READ_ONLY_CONFIG).execute(_THEN_LOCKED)
 
         retrying = Retrying(
             retry=retry_if_exception_type(_BusyError),
