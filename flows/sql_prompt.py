@@ -65,7 +65,7 @@ class Session:
             self._answer(statement)
 
     def _command(self, name: str = "", *names: str) -> bool:
-        match name:
+        match name.lower():
             case "quit" | "exit":
                 return False
             case "help":
@@ -95,10 +95,11 @@ def run_script(session: Session, lines: Iterable[str]) -> None:
         BlockPrunerError: at the first statement that is wrong, or if there is none at all.
     """
     empty = True
-    for line in lines:
-        empty = empty and not line.strip()
-        if not session.feed(line.rstrip("\n")):
-            return
+    with _text_only():
+        for line in lines:
+            empty = empty and not line.strip()
+            if not session.feed(line.rstrip("\n")):
+                return
     if empty:
         raise ConfigurationError('no query; give one, as blockpruner sql "FROM leaderboard", or none in a terminal')
     session.finish()
@@ -131,12 +132,21 @@ def converse(session: Session, names: Sequence[str], banner: str) -> None:
 
 def _ask(prompt: str) -> str:
     """One line; the prompt never gets into a file that takes standard output."""
-    if sys.stdout.isatty():
-        return input(prompt)
-    typer.echo(prompt, nl=False, err=True)
-    if not (line := sys.stdin.readline()):
-        raise EOFError
-    return line.rstrip("\n")
+    with _text_only():
+        if sys.stdout.isatty():
+            return input(prompt)
+        typer.echo(prompt, nl=False, err=True)
+        if not (line := sys.stdin.readline()):
+            raise EOFError
+        return line.rstrip("\n")
+
+
+@contextmanager
+def _text_only() -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ConfigurationError("standard input is no text in UTF-8; write it in that") from error
 
 
 @contextmanager
