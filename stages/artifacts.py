@@ -283,7 +283,7 @@ def check_files(folder: Path, envelope: Envelope) -> None:
         DamagedArtifactError: naming the first file that is changed, missing or not listed.
     """
     present = _files_in(folder)
-    present.pop(MANIFEST_FILE)
+    present.pop(MANIFEST_FILE, None)  # gone with the folder, where someone frees it at this moment
     for name in sorted(envelope.files.keys() - present.keys()):
         raise DamagedArtifactError(f"lacks the file {name}")
     for name in sorted(present.keys() - envelope.files.keys()):

@@ -200,17 +200,21 @@ def _oldest_beyond(most_bytes: int, over: Records, going: set[str], entries: Seq
 
 def _scan(workspace: Workspace) -> Iterator[CacheEntry]:
     """Every folder of the cache; what is not of its making (links, files, other names) is passed over."""
-    for root, kind in ((workspace.artifacts, "artifact"), (workspace.state, "checkpoints")):
-        for stage_folder in _folders(root):
-            for folder in _folders(stage_folder):
-                if is_name(folder.name):
-                    yield _entry("artifact" if kind == "artifact" else "checkpoints", stage_folder.name, folder)
-                elif folder.name.startswith(".tmp-"):
-                    yield _entry("unfinished", stage_folder.name, folder, folder.name.split("-")[1])
     for folder in _folders(workspace.damaged):
         stage_name, _, fingerprint = folder.name.rpartition("-")
-        if is_name(stage_name) and is_name(fingerprint):
-            yield _entry("damaged", stage_name, folder, fingerprint)
+        yield from _entry("damaged", stage_name, fingerprint, folder)
+    for stage_folder in _folders(workspace.artifacts):
+        yield from _entries_of("artifact", stage_folder)
+    for stage_folder in _folders(workspace.state):
+        yield from _entries_of("checkpoints", stage_folder)
+
+
+def _entries_of(kind: EntryKind, stage_folder: Path) -> Iterator[CacheEntry]:
+    for folder in _folders(stage_folder):
+        if folder.name.startswith(".tmp-"):
+            yield from _entry("unfinished", stage_folder.name, folder.name.split("-")[1], folder)
+        else:
+            yield from _entry(kind, stage_folder.name, folder.name, folder)
 
 
 def _folders(parent: Path) -> list[Path]:
@@ -219,12 +223,16 @@ def _folders(parent: Path) -> list[Path]:
     return sorted(path for path in parent.iterdir() if path.is_dir() and not path.is_symlink())
 
 
-def _entry(kind: EntryKind, stage: str, folder: Path, fingerprint: str | None = None) -> CacheEntry:
+def _entry(kind: EntryKind, stage: str, fingerprint: str, folder: Path) -> Iterator[CacheEntry]:
+    """The entry, if its name is one that is ours and the folder is still there."""
+    if not (is_name(stage) and is_name(fingerprint)):
+        return
     manifest = folder / MANIFEST_FILE
-    made = (manifest if manifest.is_file() else folder).stat().st_mtime
-    return CacheEntry(
-        kind, stage, fingerprint or folder.name, folder, _bytes_in(folder), datetime.fromtimestamp(made, UTC)
-    )
+    try:
+        made = (manifest if manifest.is_file() else folder).stat().st_mtime
+    except FileNotFoundError:  # finished, or removed, by someone else meanwhile
+        return
+    yield CacheEntry(kind, stage, fingerprint, folder, _bytes_in(folder), datetime.fromtimestamp(made, UTC))
 
 
 def _bytes_in(folder: Path) -> int:
