@@ -51,6 +51,8 @@ class ReportRun:
     """One run, under the name by which the report calls it."""
 
     label: str
+    index: int
+    """Its place among the report's runs."""
     summary: RunSummary
     stages: tuple[StageTime, ...]
 
@@ -91,8 +93,8 @@ def report_runs(summaries: Sequence[RunSummary]) -> tuple[ReportRun, ...]:
     unique = list({summary.record.run_id: summary for summary in summaries}.values())
     names = _labels([summary.record for summary in unique])
     return tuple(
-        ReportRun(name, summary, tuple(_stage_time(stage, summary.workspace) for stage in summary.record.stages))
-        for name, summary in zip(names, unique, strict=True)
+        ReportRun(name, index, each, tuple(_stage_time(stage, each.workspace) for stage in each.record.stages))
+        for index, (name, each) in enumerate(zip(names, unique, strict=True))
     )
 
 
@@ -137,12 +139,11 @@ def _is_start(rows: Sequence[ScoreRow], of: Sequence[ScoreRow], *, or_same: bool
 
 
 def _labels(records: Sequence[RunRecord]) -> list[str]:
-    """The runs' names, or their models' where they have none; with the id where that does not tell them apart."""
+    """The runs' names, or their models' where they have none; with the end of the id where that is not enough."""
     names = [one_line(record.name or "") or short_model(record) for record in records]
     times = Counter(names)
-    return [
-        name if times[name] == 1 else f"{name} {record.run_id}" for name, record in zip(names, records, strict=True)
-    ]
+    ends = [record.run_id.rpartition("-")[2] for record in records]
+    return [name if times[name] == 1 else f"{name} {end}" for name, end in zip(names, ends, strict=True)]
 
 
 def _stage_time(stage: StageRun, workspace: Workspace) -> StageTime:
