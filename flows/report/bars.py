@@ -13,8 +13,7 @@ from flows.table_formats import DataTable, shown
 from flows.wording import spell_out
 from stages.store_schema import SpeedRow
 
-
-_ROOM_FOR_TEXT = 1.17
+_ROOM_FOR_TEXT = 1.2
 """How far the axis reaches beyond the longest bar, whose value is written behind it."""
 
 

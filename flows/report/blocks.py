@@ -24,6 +24,7 @@ HOW_TO_READ = (
     "lowest of its step, on a logarithmic scale; the highest tenth share the last colour."
 )
 _ABOVE, _BETWEEN, _BELOW = 80, 60, 50
+_TIMES = "\u00d7"
 _RUN, _BETWEEN_RUNS = 72, 34
 """Around and between the heat maps of the two kinds, and of the rows of two runs, in CSS pixels."""
 
@@ -227,7 +228,7 @@ def _coloraxis(values: Sequence[float], theme: Theme) -> dict[str, Any]:
         "colorbar": {
             "thickness": 12,
             "tickvals": ticks,
-            "ticktext": [*(f"{10**tick:.3g} times" for tick in ticks[:-1]), f"≥ {10 ** ticks[-1]:.3g} times"],
+            "ticktext": [*(f"{10**tick:.3g}{_TIMES}" for tick in ticks[:-1]), f"≥ {10 ** ticks[-1]:.3g}{_TIMES}"],
             "tickfont": {"color": theme.muted},
             "outlinewidth": 0,
             "orientation": "h",

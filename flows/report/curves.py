@@ -15,7 +15,7 @@ from flows.table_formats import DataTable
 
 CALIBRATION = "calibration"
 _LINEAR_BELOW, _POWERS_ABOVE = 4.0, 1000.0
-"""How many times the lowest perplexity the highest is where the axis becomes logarithmic, and has powers of ten only."""
+"""The highest perplexity over the lowest: from where on the axis is logarithmic, and has powers of ten only."""
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,7 @@ def _draw(curves: Sequence[Curve], theme: Theme) -> Figure:
         "layout": base_layout(
             theme,
             400,
-            xaxis=axis(
-                theme, "parameters removed", tickformat=".0%", zeroline=False, range=[-0.03 * last, 1.05 * last]
-            ),
+            xaxis=axis(theme, "parameters removed", **ratios),
             yaxis=_perplexity_axis(curves, theme),
             showlegend=len(curves) > 1,
         ),
