@@ -9,6 +9,7 @@ from typing import Any
 from flows.report.data import Accuracy, ReportRun, StageTime
 from flows.report.picture import Figure, Picture, axis, base_layout, drawable, plain
 from flows.report.theme import PATTERNS, Theme
+from flows.summary import AVERAGE
 from flows.table_formats import DataTable, shown
 from flows.wording import spell_out
 from stages.store_schema import SpeedRow
@@ -50,7 +51,7 @@ def task_bars(runs: Sequence[ReportRun]) -> Picture | None:
     ]
     if not series:
         return None
-    several = any(bar.category == "average" for each in series for bar in each.bars)
+    several = any(bar.category == AVERAGE for each in series for bar in each.bars)
     words = " The average's error takes the tasks as independent." if several else ""
     return Picture(
         name="task-accuracy",

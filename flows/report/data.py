@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from blockpruner.errors import ArtifactError
-from flows.summary import RunSummary
+from flows.summary import AVERAGE, RunSummary
 from flows.wording import one_line
 from stages.artifacts import read_envelope
 from stages.runs import RunRecord, StageRun
@@ -108,13 +108,18 @@ def short_model(record: RunRecord) -> str:
 def accuracies(rows: Iterable[EvaluationRow]) -> list[Accuracy]:
     """The primary metric of each task of one model, then, of several tasks, their average.
 
-    The average's standard error is that of a mean of independent measurements.
+    The average is the one that was stored with them, which knows of groups of tasks; where there is none, their mean,
+    with the standard error of a mean of independent measurements.
     """
     by_task: dict[str, dict[str, EvaluationRow]] = {}
     for row in rows:
-        by_task.setdefault(row.task, {})[row.metric] = row
+        by_task.setdefault(row.task, {}).setdefault(row.metric.partition(",")[0], row)
+    measured = by_task.pop(AVERAGE, {})
     found = [each for task, metrics in by_task.items() if (each := _primary(task, metrics)) is not None]
-    return [*found, _average(found)] if len(found) > 1 else found
+    if len(found) < 2:
+        return found
+    stored = [Accuracy(AVERAGE, "", row.value, row.stderr) for row in measured.values() if row.value is not None]
+    return [*found, *(stored or [_average(found)])]
 
 
 def distinct_searches(runs: Sequence[ReportRun]) -> list[ReportRun]:
@@ -167,4 +172,4 @@ def _primary(task: str, metrics: dict[str, EvaluationRow]) -> Accuracy | None:
 def _average(parts: Sequence[Accuracy]) -> Accuracy:
     errors = [part.stderr for part in parts if part.stderr is not None]
     stderr = math.sqrt(sum(error**2 for error in errors)) / len(parts) if len(errors) == len(parts) else None
-    return Accuracy("average", "", sum(part.value for part in parts) / len(parts), stderr)
+    return Accuracy(AVERAGE, "", sum(part.value for part in parts) / len(parts), stderr)

@@ -192,6 +192,16 @@ def test_accuracy_is_acc_norm_where_there_is_one() -> None:
     assert (found[-1].value, found[-1].stderr) == pytest.approx((0.5, 0.025))  # sqrt(0.03^2 + 0.04^2) / 2
 
 
+def test_the_average_that_was_stored_counts() -> None:
+    rows = [
+        EvaluationRow("r", "dense", "a", "acc,some-filter", 0.4, 0.03, 0, 1),
+        EvaluationRow("r", "dense", "b", "acc", 0.6, 0.04, 0, 1),
+        EvaluationRow("r", "dense", "average", "acc_norm or acc", 0.55, 0.02, 0, 1),  # b has tasks below it
+    ]
+    assert [(each.task, each.value) for each in accuracies(rows)] == [("a", 0.4), ("b", 0.6), ("average", 0.55)]
+    assert [each.task for each in accuracies(rows[1:])] == ["b"]  # of one task there is none
+
+
 def test_labels_are_no_markup() -> None:
     assert plain("<a href='x'>y</a>\x1b[0m") == "&lt;a href='x'&gt;y&lt;/a&gt;\\x1b[0m"
     assert plain("x" * 100) == "x" * 16 + "…" + "x" * 16
