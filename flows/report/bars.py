@@ -8,7 +8,7 @@ from typing import Any
 
 from flows.report.data import Accuracy, ReportRun, StageTime
 from flows.report.picture import Figure, Picture, axis, base_layout, drawable, plain
-from flows.report.theme import PATTERNS, Theme
+from flows.report.theme import HATCHING, Theme
 from flows.summary import AVERAGE
 from flows.table_formats import DataTable, shown
 from flows.wording import spell_out
@@ -206,7 +206,7 @@ def _trace(series: Series, theme: Theme, color: str) -> dict[str, Any]:
         "marker": {
             "color": color,
             "pattern": {
-                "shape": [PATTERNS[1] if bar.is_hatched else "" for bar in series.bars],
+                "shape": [HATCHING if bar.is_hatched else "" for bar in series.bars],
                 "fillmode": "overlay",
                 "fgcolor": theme.surface,
                 "fgopacity": 0.55,
