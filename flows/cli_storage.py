@@ -115,8 +115,9 @@ def list_(
     With their size, when they were last used, and how many runs need them.
     """
     from flows.cli_output import put, put_view
-    from flows.render import csv_text, query_table
+    from flows.render import query_table
     from flows.summary import dump_json
+    from flows.table_formats import csv_text
     from stages.cache import ArtifactCache
 
     if as_json and as_csv:

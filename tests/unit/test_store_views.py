@@ -143,6 +143,17 @@ def test_what_came_from_the_cache_is_listed_once(lab: ViewLab) -> None:
     assert lab.view("leaderboard", *columns, where="text = 'w'") == [("again", 0.6, 0.8, "arc, piqa")]
 
 
+def test_the_evaluations_own_average_goes_before_ours(lab: ViewLab) -> None:
+    """It knows of groups, whose members do not count beside them."""
+    record = lab.searched("mha:1", [11.0], pruned=21.0, accuracy=(0.8, 0.6))
+    average = {"task": "average", "metric": "acc_norm or acc", "value": 0.55}
+    text = {"text": "w", "num_tokens": 9, "perplexity": 21.0}
+    record.stages[-1] = lab.artifact("evaluate:pruned", {"texts": [text], "metrics": [*metrics(0.6), average]}, "own")
+    lab.results.ingest(record)
+    columns = ("pruned_accuracy", "round(dense_accuracy, 9)", "tasks")
+    assert lab.view("leaderboard", *columns, where="text = 'w'") == [(0.55, 0.8, "arc, piqa")]
+
+
 def test_another_text_of_the_same_name_and_another_model_are_not_compared(lab: ViewLab) -> None:
     lab.searched("mha:1", [11.0], "one", pruned=21.0)
     lab.searched("mha:0", [11.5], "other text", pruned=9.0, eval_text="text-b")
