@@ -23,6 +23,7 @@ from blockpruner.paths import user_path
 from blockpruner.positions import check_sequence_length
 from blockpruner.repackable import Repackable
 from blockpruner.search import SearchTarget
+from blockpruner.strategies import STRATEGIES
 from flows.recipe import Recipe
 from stages import baseline, calibrate, evaluate, export, fold, search, speed
 from stages.artifacts import Artifact
@@ -142,8 +143,8 @@ class Plan:
             sequence_length=recipe.sequence_length,
             seed=recipe.seed if calibrating else None,
             block_kinds=recipe.block_kinds if searching else None,
-            metric=recipe.metric if searching else None,
-            strategy="blockpruner" if searching else None,
+            metric=_judged_by(recipe) if searching else None,
+            strategy=recipe.strategy if searching else None,
             device=self.device,
             dtype=self.dtype,
             config=recipe.anchored().model_dump(mode="json"),
@@ -252,6 +253,8 @@ class Plan:
             dtype=self.dtype,
             metric=recipe.metric,
             stock_compatible_at=recipe.stock_compatible_at,
+            strategy=recipe.strategy,
+            strategy_seed=recipe.strategy_seed,
         )
         inputs = search.SearchInputs(self._model(artifacts), artifacts["calibration"].ref, recipe.trust_remote_code)
         return Job(search.STAGE, config, inputs)
@@ -327,14 +330,22 @@ def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelS
     sizes = block_sizes(architecture, shapes)
     candidates = {block: sizes[block] for block in all_blocks(num_layers, recipe.block_kinds)}
     _check_num_blocks(recipe, len(candidates))
-    repackable = Repackable(num_layers, architecture.is_parallel) if recipe.stock_compatible else None
-    SearchTarget(recipe.num_blocks, recipe.ratio, repackable).check(candidates, total)
+    whole_layers = STRATEGIES[recipe.strategy].whole_layers
+    holds_pairs = recipe.stock_compatible and not whole_layers
+    repackable = Repackable(num_layers, architecture.is_parallel) if holds_pairs else None
+    SearchTarget(recipe.num_blocks, recipe.ratio, repackable, whole_layers).check(candidates, total)
     if recipe.export_blocks is not None and recipe.num_blocks is not None and recipe.export_blocks > recipe.num_blocks:
         raise ConfigurationError(
             f"export_blocks is {recipe.export_blocks}, but num_blocks is {recipe.num_blocks}; "
             "give at most as many, or search for more"
         )
     return ModelShape(num_layers, total)
+
+
+def _judged_by(recipe: Recipe) -> str:
+    """The metric, or where the strategy has an importance of its own, that."""
+    strategy = STRATEGIES[recipe.strategy]
+    return recipe.metric if strategy.uses_metric else strategy.importance
 
 
 def _check_any_model(recipe: Recipe, checkpoint: Checkpoint) -> None:
