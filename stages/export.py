@@ -127,7 +127,8 @@ def _verify(
         exact: DtypeName = "bfloat16" if stored == torch.bfloat16 else "float32"
         model = load_model(checkpoint, device=device, dtype=exact)
         MergedLayers(architecture, model, stored).use(merges)
-        nn.Module.to(model, torch_dtype(rounded))
+        for parameter in model.parameters():  # and no buffer: those of positions are never rounded
+            parameter.data = parameter.data.to(torch_dtype(rounded))
     else:
         model = load_model(checkpoint, device=device, dtype=rounded)
     nn.Module.to(model, torch_dtype(dtype))
