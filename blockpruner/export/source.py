@@ -56,6 +56,11 @@ class ExportSource:
         return cls(checkpoint, config, architecture, tuple(removed), dtype, tuple(merges))
 
     @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """`dtype` where it is one of torch's."""
+        return getattr(torch, self.dtype, None) if self.dtype else None
+
+    @property
     def num_layers(self) -> int:
         """Of the original."""
         return int(self.config.num_hidden_layers)
@@ -105,7 +110,7 @@ class ExportSource:
             if (renamed := new_name(name, self.architecture.block_of_tensor(name))) is not None
         }
         sources = self._with_merges(names, copied(self.checkpoint, names))
-        return [source.converted(getattr(torch, self.dtype)) for source in sources] if self.dtype else sources
+        return [source.converted(self.torch_dtype) for source in sources] if self.torch_dtype else sources
 
     def _with_merges(self, names: Mapping[str, str], sources: list[TensorSource]) -> list[TensorSource]:
         """Sums in the place of the merged layers' own weights."""
