@@ -19,6 +19,8 @@ from blockpruner.journal import SearchJournal
 from blockpruner.progress import Progress
 from blockpruner.strategies import STRATEGIES, LacoSettings, StrategyName
 from blockpruner.trace import SearchTrace, read_trace
+from flows.plan import Plan
+from flows.recipe import make_recipe
 from stages import export, search
 from stages.contract import ArtifactRef, Runtime
 from tests.integration.command_line import blockpruner
@@ -197,6 +199,15 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert words in " ".join(outcome.stderr.split())
     assert "Traceback" not in outcome.stderr
     assert not (tmp_path / "ws" / "artifacts" / "calibrate").exists(), "before anything was computed"
+
+
+def test_an_export_of_half_a_layer_is_refused_before_the_search(tmp_path: Path, inputs: search.SearchInputs) -> None:
+    (text := tmp_path / "rows.txt").write_text("\n".join(tiny_rows(30)))
+    settings = {"model": str(inputs.model.path), "calibration": str(text), "sequence_length": 16, "device": "cpu"}
+    recipe = make_recipe(settings | {"strategy": "layers", "num_blocks": 4, "export_blocks": 3})
+    with pytest.raises(ConfigurationError, match="export_blocks is 3, and strategy layers"):
+        Plan.make(recipe, "export")
+    Plan.make(recipe.changed({"export_blocks": 2}), "export")
 
 
 def arguments(folder: Path, inputs: search.SearchInputs) -> list[str]:
