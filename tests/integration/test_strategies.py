@@ -17,6 +17,7 @@ from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ConfigurationError
 from blockpruner.journal import SearchJournal
 from blockpruner.progress import Progress
+from blockpruner.repackable import spare_blocks
 from blockpruner.strategies import STRATEGIES, LacoSettings, StrategyName
 from blockpruner.trace import SearchTrace, read_trace
 from flows.plan import Plan
@@ -61,11 +62,8 @@ def comparable(trace: SearchTrace) -> list[str]:
 
 
 @pytest.mark.parametrize("strategy", STRATEGY_NAMES)
-def test_a_search_and_its_export_are_of_the_same_model(
-    tmp_path: Path, inputs: search.SearchInputs, strategy: StrategyName
-) -> None:
-    """The exported model, loaded by transformers alone, has the perplexity that the search's last step says."""
-    manifest, trace, folder = run(tmp_path, inputs, strategy)
+def test_a_search_says_what_it_removed(tmp_path: Path, inputs: search.SearchInputs, strategy: StrategyName) -> None:
+    manifest, trace, _ = run(tmp_path, inputs, strategy)
     assert trace.summary.strategy == strategy
     assert len(manifest.pruning_order) == trace.num_blocks == 4
     assert [Block(layer_index=p.layer_index, block_kind=p.block_kind) for p in manifest.pruning_order] == list(
@@ -73,6 +71,14 @@ def test_a_search_and_its_export_are_of_the_same_model(
     )
     assert manifest.num_steps == (2 if STRATEGIES[strategy].whole_layers else 4)
     assert [p.ratio for p in manifest.pruning_order][-1] == trace.steps[-1].ratio
+
+
+@pytest.mark.parametrize("strategy", ["oneshot", "layers", "laco"])
+def test_a_search_and_its_export_are_of_the_same_model(
+    tmp_path: Path, inputs: search.SearchInputs, strategy: StrategyName
+) -> None:
+    """The exported model, loaded by transformers alone, has the perplexity that the search's last step says."""
+    _, trace, folder = run(tmp_path, inputs, strategy)
     (out_dir := tmp_path / "export").mkdir()
     exported = export.run(
         export.ExportConfig(), export.ExportInputs(inputs.model, ArtifactRef("5" * 64, folder)), out_dir, Runtime()
@@ -145,21 +151,31 @@ def test_an_export_ends_where_a_step_does(tmp_path: Path, inputs: search.SearchI
     ref = ArtifactRef("5" * 64, folder)
     with pytest.raises(ConfigurationError, match="steps that end at 2, 4; give one of these"):
         export.run(export.ExportConfig(num_blocks=3), export.ExportInputs(inputs.model, ref), out_dir, Runtime())
-    manifest = export.run(export.ExportConfig(num_blocks=2), export.ExportInputs(inputs.model, ref), out_dir, Runtime())
-    assert manifest.num_blocks_removed == 2
+    trace = read_trace(folder)
+    assert trace.removed(2) == trace.steps[0].blocks
+    assert trace.removed(4) == trace.removed()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_laco_export_in_another_dtype_is_verified_against_weights_rounded_likewise(
-    tmp_path: Path, inputs: search.SearchInputs, dtype: Any
+    tmp_path: Path, inputs: search.SearchInputs
 ) -> None:
     folder = run(tmp_path, inputs, "laco")[2]
     (out_dir := tmp_path / "export").mkdir()
     ref = export.ExportInputs(inputs.model, ArtifactRef("5" * 64, folder))
-    manifest = export.run(export.ExportConfig(dtype=dtype), ref, out_dir, Runtime())
+    manifest = export.run(export.ExportConfig(dtype="bfloat16"), ref, out_dir, Runtime())
     assert manifest.verified
     merged = json.loads((out_dir / export.MODEL_FOLDER / "pruning_manifest.json").read_text())["merged_layers"]
     assert merged
+
+
+@pytest.mark.parametrize("strategy", ["oneshot", "random"])
+def test_removals_in_pairs_are_heeded_by_strategies_that_score_once(
+    tmp_path: Path, inputs: search.SearchInputs, strategy: StrategyName
+) -> None:
+    trace = run(tmp_path, inputs, strategy, stock_compatible_at="4 blocks")[1]
+    assert spare_blocks(5, trace.removed(), is_parallel=False) == 0
+    free = run(tmp_path, inputs, strategy, "free")[1]
+    assert spare_blocks(5, free.removed(), is_parallel=False) > 0, "so that it had to heed something"
 
 
 def test_an_export_without_the_merges_is_refused(
