@@ -24,8 +24,9 @@ def runs(
 ) -> None:
     """List the runs, newest first."""
     from flows.cli_output import put, put_view
-    from flows.render import csv_text, runs_table
+    from flows.render import runs_table
     from flows.summary import dump_json
+    from flows.table_formats import csv_text
 
     _one_format(as_json, as_csv)
     records = _open_runs(workspace).list()
@@ -45,16 +46,27 @@ def show(
     run: options.Run,
     workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE,
     as_json: options.Json = False,
+    as_csv: options.Csv = False,
+    as_markdown: options.Markdown = False,
+    as_latex: options.Latex = False,
 ) -> None:
     """Show one run.
 
-    What was removed, what it cost, and where the model is.
+    What was removed, what it cost, and where the model is. As CSV, Markdown or LaTeX: the measurements, dense beside
+    pruned; as JSON: everything.
     """
-    from flows.cli_output import print_result
+    from flows.cli_output import print_result, put
+    from flows.results_table import results_table
     from flows.summary import RunSummary
+    from flows.table_formats import chosen_format, formatted
 
+    form = chosen_format(as_json=as_json, as_csv=as_csv, as_markdown=as_markdown, as_latex=as_latex)
     store = _open_runs(workspace)
-    print_result(RunSummary.of(store.resolve(run), store.workspace, _warn), as_json=as_json)
+    summary = RunSummary.of(store.resolve(run), store.workspace, _warn)
+    if form is None or form == "json":
+        print_result(summary, as_json=as_json)
+    else:
+        put(formatted(results_table(summary), form))
 
 
 def sql(
@@ -68,8 +80,9 @@ def sql(
     Reads only, and works while a search is running.
     """
     from flows.cli_output import put, put_view
-    from flows.render import csv_text, query_table
+    from flows.render import query_table
     from flows.summary import dump_json, finite
+    from flows.table_formats import csv_text
     from stages.store import ResultStore
 
     _one_format(as_json, as_csv)
