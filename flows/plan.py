@@ -16,13 +16,16 @@ from blockpruner.architectures import block_sizes, num_parameters
 from blockpruner.baichuan import is_foldable
 from blockpruner.blocks import all_blocks
 from blockpruner.checkpoint import Checkpoint
+from blockpruner.collapse import check_laco
 from blockpruner.errors import ConfigurationError
 from blockpruner.export.names import FOR_OTHER_ENGINES, FormatChoice, dtypes_of
 from blockpruner.loading import DtypeName, any_meta_model, check_tensors, meta_model, resolve_device, resolve_dtype
+from blockpruner.merging import check_mergeable, stored_dtype
 from blockpruner.paths import user_path
 from blockpruner.positions import check_sequence_length
 from blockpruner.repackable import Repackable
 from blockpruner.search import SearchTarget
+from blockpruner.strategies import STRATEGIES
 from flows.recipe import Recipe
 from stages import baseline, calibrate, evaluate, export, fold, search, speed
 from stages.artifacts import Artifact
@@ -152,8 +155,8 @@ class Plan:
             sequence_length=recipe.sequence_length,
             seed=recipe.seed if calibrating else None,
             block_kinds=recipe.block_kinds if searching else None,
-            metric=recipe.metric if searching else None,
-            strategy="blockpruner" if searching else None,
+            metric=_judged_by(recipe) if searching else None,
+            strategy=recipe.strategy if searching else None,
             device=self.device,
             dtype=self.dtype,
             config=recipe.anchored().model_dump(mode="json"),
@@ -273,6 +276,9 @@ class Plan:
             dtype=self.dtype,
             metric=recipe.metric,
             stock_compatible_at=recipe.stock_compatible_at,
+            strategy=recipe.strategy,
+            strategy_seed=recipe.strategy_seed,
+            laco=recipe.laco,
         )
         inputs = search.SearchInputs(self._model(artifacts), artifacts["calibration"].ref, recipe.trust_remote_code)
         return Job(search.STAGE, config, inputs)
@@ -360,14 +366,32 @@ def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelS
     sizes = block_sizes(architecture, shapes)
     candidates = {block: sizes[block] for block in all_blocks(num_layers, recipe.block_kinds)}
     _check_num_blocks(recipe, len(candidates))
-    repackable = Repackable(num_layers, architecture.is_parallel) if recipe.stock_compatible else None
-    SearchTarget(recipe.num_blocks, recipe.ratio, repackable).check(candidates, total)
+    whole_layers = STRATEGIES[recipe.strategy].whole_layers
+    holds_pairs = recipe.stock_compatible and not whole_layers
+    repackable = Repackable(num_layers, architecture.is_parallel) if holds_pairs else None
+    SearchTarget(recipe.num_blocks, recipe.ratio, repackable, whole_layers).check(candidates, total)
+    if STRATEGIES[recipe.strategy].procedure == "collapse":
+        check_laco(recipe.laco, num_layers)
+        check_mergeable(architecture, shapes)
+        if not is_foldable(checkpoint):  # whose tensors have other names until then
+            stored_dtype(architecture, checkpoint)
+    if recipe.export_blocks is not None and whole_layers and recipe.export_blocks % 2:
+        raise ConfigurationError(
+            f"export_blocks is {recipe.export_blocks}, and strategy {recipe.strategy} removes whole layers, two blocks "
+            "each; give an even number"
+        )
     if recipe.export_blocks is not None and recipe.num_blocks is not None and recipe.export_blocks > recipe.num_blocks:
         raise ConfigurationError(
             f"export_blocks is {recipe.export_blocks}, but num_blocks is {recipe.num_blocks}; "
             "give at most as many, or search for more"
         )
     return ModelShape(num_layers, total)
+
+
+def _judged_by(recipe: Recipe) -> str:
+    """The metric, or where the strategy has an importance of its own, that."""
+    strategy = STRATEGIES[recipe.strategy]
+    return recipe.metric if strategy.uses_metric else strategy.importance
 
 
 def _check_any_model(recipe: Recipe, checkpoint: Checkpoint) -> None:
