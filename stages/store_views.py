@@ -138,9 +138,9 @@ GROUP BY d.model_fingerprint, d.strategy, c.layer_index, c.block_kind
 ORDER BY model, d.strategy, redundancy DESC, c.layer_index, c.block_kind
 """
 """A row a model, strategy and block, over the searches in which the block could have been removed. `redundancy`: 1 if
-it always goes first, 0 if it never goes; the mean over searches of K steps of 1 - (step - 1) / K. `mean_first_rank`: its
-mean place among all candidates of the first step, the best where it is part of several. A search that another one of the
-same settings continues counts with it."""
+it always goes first, 0 if it never goes; the mean over searches of K steps of 1 - (step - 1) / K. `mean_first_rank`:
+its mean place among all candidates of the first step, the best where it is part of several. A search that another one
+of the same settings continues counts with it."""
 
 METHOD_COMPARISON = f"""
 WITH accuracies AS ({_ACCURACIES}), removed AS ({_REMOVED}), points AS (
