@@ -19,7 +19,7 @@ from blockpruner.errors import ExportError
 from blockpruner.export.formats import FORMATS, can_hold
 from blockpruner.export.source import ExportSource
 from flows import model_copy
-from flows.formats import check_family
+from flows.formats import PrunedModel, check_family
 from tests.integration.command_line import blockpruner
 from tests.tiny_models import TINY_FAMILIES, tiny_rows
 
@@ -179,7 +179,7 @@ def test_what_is_refused_before_the_search_can_hold_nothing(tiny_folder: TinyFol
     for name in FORMATS:
         holds = any(can_hold(ExportSource.of(model, gone), name) for gone in several)
         if holds:
-            check_family(model, [name], None)
+            check_family(PrunedModel(model), [name])
         else:
             with pytest.raises(ExportError, match="what may hold it"):
-                check_family(model, [name], None)
+                check_family(PrunedModel(model), [name])
