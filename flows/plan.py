@@ -18,7 +18,8 @@ from blockpruner.blocks import all_blocks
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.collapse import check_laco
 from blockpruner.errors import ConfigurationError
-from blockpruner.export.names import FOR_OTHER_ENGINES, FormatChoice
+from blockpruner.export.formats import FORMATS
+from blockpruner.export.names import ExportFormat, FormatChoice
 from blockpruner.loading import DtypeName, any_meta_model, check_tensors, meta_model, resolve_device, resolve_dtype
 from blockpruner.merging import check_mergeable, stored_dtype
 from blockpruner.paths import user_path
@@ -237,8 +238,8 @@ class Plan:
         if self.goal == "export":
             return asked
         # A stable sort: the order that was asked for stays, but for those that only other engines load.
-        first, *others = sorted(asked, key=lambda name: name in FOR_OTHER_ENGINES)
-        return ["auto", first, *others] if first in FOR_OTHER_ENGINES else [first, *others]
+        first, *others = sorted(asked, key=_only_other_engines)
+        return ["auto", first, *others] if _only_other_engines(first) else [first, *others]
 
     def _fold(self, _: Artifacts) -> Job:
         return Job(fold.STAGE, fold.FoldConfig(), fold.FoldInputs(self.checkpoint))
@@ -247,7 +248,7 @@ class Plan:
         """The model that the stages work on: the user's, or what it was folded into."""
         if _FOLDED not in artifacts:
             return self.checkpoint
-        return _folded_model(artifacts[_FOLDED].path / fold.MODEL_FOLDER, self.checkpoint.name)
+        return _folded_model(artifacts[_FOLDED].path / fold.MODEL_FOLDER, self.checkpoint.name, self.checkpoint.hub_id)
 
     def _calibration(self, artifacts: Artifacts) -> Job:
         recipe = self.recipe
@@ -325,24 +326,24 @@ class Plan:
             dtype=self.dtype,
             machine=speed.machine(self.device),
         )
-        exported = Checkpoint.open(str(artifacts["export"].path / export.MODEL_FOLDER))
-        inputs = speed.SpeedInputs(self._model(artifacts), exported, recipe.trust_remote_code)
+        exported, has_code = _exported(artifacts["export"])
+        inputs = speed.SpeedInputs(self._model(artifacts), exported, recipe.trust_remote_code, has_code)
         return Job(speed.STAGE, config, inputs)
 
     def _evaluate_dense_tasks(self, artifacts: Artifacts) -> Job:
-        return self._evaluate(self._model(artifacts), (), self.recipe.trust_remote_code, self.tasks)
+        return self._evaluate(self._model(artifacts), (), self.tasks)
 
     def _evaluate_dense_texts(self, artifacts: Artifacts) -> Job:
-        return self._evaluate(self._model(artifacts), self._text_refs(artifacts), self.recipe.trust_remote_code, ())
+        return self._evaluate(self._model(artifacts), self._text_refs(artifacts), ())
 
     def _evaluate_pruned(self, artifacts: Artifacts) -> Job:
         """The exported model on everything."""
-        exported = Checkpoint.open(str(artifacts["export"].path / export.MODEL_FOLDER))
+        exported, has_code = _exported(artifacts["export"])
         texts = ((baseline.CALIBRATION, artifacts["calibration"].ref), *self._text_refs(artifacts))
-        return self._evaluate(exported, texts, True, self.tasks)  # the code that an export may carry is our own
+        return self._evaluate(exported, texts, self.tasks, has_code=has_code)
 
     def _evaluate(
-        self, model: Checkpoint, texts: TextRefs, trust_remote_code: bool, tasks: tuple[TaskSpec, ...]
+        self, model: Checkpoint, texts: TextRefs, tasks: tuple[TaskSpec, ...], *, has_code: bool = False
     ) -> Job:
         recipe = self.recipe
         config = evaluate.EvaluateConfig(
@@ -352,7 +353,8 @@ class Plan:
             limit=recipe.limit,
             log_samples=recipe.log_samples,
         )
-        inputs = evaluate.EvaluateInputs(model, texts, self._task_dir, self._task_data, trust_remote_code)
+        trusts = recipe.trust_remote_code
+        inputs = evaluate.EvaluateInputs(model, texts, self._task_dir, self._task_data, trusts, has_code)
         return Job(evaluate.STAGE, config, inputs)
 
     def _text_refs(self, artifacts: Artifacts) -> TextRefs:
@@ -371,10 +373,21 @@ class Plan:
         return user_path(self.recipe.task_data).resolve() if self.recipe.task_data else None
 
 
+def _only_other_engines(name: FormatChoice) -> bool:
+    """Whether transformers does not load the format; 'auto' takes one that it does."""
+    return name != "auto" and not FORMATS[name].in_transformers
+
+
+def _exported(artifact: Artifact[Any]) -> tuple[Checkpoint, bool]:
+    """An exported model, and whether it comes with code of ours."""
+    name: ExportFormat = artifact.manifest.format
+    return Checkpoint.open(str(artifact.path / export.MODEL_FOLDER)), FORMATS[name].has_code
+
+
 @cache  # its fingerprint reads every weight, and is kept by the object
-def _folded_model(folder: Path, name: str) -> Checkpoint:
+def _folded_model(folder: Path, name: str, hub_id: str | None) -> Checkpoint:
     """A folded model under the name of the one that it was."""
-    return dataclasses.replace(Checkpoint.open(str(folder)), name=name)
+    return dataclasses.replace(Checkpoint.open(str(folder)), name=name, hub_id=hub_id)
 
 
 def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelShape:

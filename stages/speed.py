@@ -52,7 +52,9 @@ class SpeedInputs:
     dense: Checkpoint
     pruned: Checkpoint
     trust_remote_code: bool = False
-    """For the dense model; the exported one's code is our own."""
+    """For the dense model."""
+    pruned_has_code: bool = False
+    """Whether the exporter has put code into the pruned one: no other code of it is run."""
 
     def fingerprints(self) -> Mapping[str, str]:
         """Both models, by content."""
@@ -89,7 +91,7 @@ def run(config: SpeedConfig, inputs: SpeedInputs, out_dir: Path, runtime: Runtim
     """
     dense, pruned = inputs.dense, inputs.pruned
     measured = measure_speed(
-        [TimedModel(dense.path, inputs.trust_remote_code), TimedModel(pruned.path, trust_remote_code=True)],
+        [TimedModel(dense.path, inputs.trust_remote_code), TimedModel(pruned.path, inputs.pruned_has_code)],
         config.cases,
         device=runtime.device,
         dtype=config.dtype,

@@ -39,7 +39,9 @@ def test_every_case_is_measured_for_both_models(tiny_folder: TinyFolder, tmp_pat
     dense = Checkpoint.open(str(tiny_folder("llama")))
     pruned = write_export(dense, (mha(0), mha(2)), tmp_path / "pruned")
     assert pruned.format == "transformers", "a model with code of its own"
-    manifest = STAGE.run(CONFIG, SpeedInputs(dense, Checkpoint.open(str(pruned.path))), tmp_path, Runtime())
+    manifest = STAGE.run(
+        CONFIG, SpeedInputs(dense, Checkpoint.open(str(pruned.path)), pruned_has_code=True), tmp_path, Runtime()
+    )
     cases = [(row.variant, row.batch_size, row.prompt_tokens, row.new_tokens) for row in manifest.speeds]
     assert cases == [(v, b, p, 3) for v in ("dense", "pruned") for b in (1, 2) for p in (5, 9)]
     for row in manifest.speeds:
