@@ -12,9 +12,9 @@ _REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "*.py")
 """Of an earlier push, what would be loaded in place of the new files or beside them."""
 
 
-def repository_of(repo_id: str, name: str, num_formats: int) -> str:
+def repository_of(repo_id: str, name: str, *, several: bool) -> str:
     """The repository that an export goes to: with several formats, each has one that is named after it."""
-    return f"{repo_id}-{name}" if num_formats > 1 else repo_id
+    return f"{repo_id}-{name}" if several else repo_id
 
 
 def check_repositories(repo_id: str, formats: Sequence[FormatChoice]) -> None:
@@ -30,7 +30,7 @@ def check_repositories(repo_id: str, formats: Sequence[FormatChoice]) -> None:
 
     # What 'auto' will be is not known yet: any of those that it takes.
     names = dict.fromkeys(taken for name in formats for taken in (AUTO_TAKES if name == "auto" else (name,)))
-    repositories = [repository_of(repo_id, name, len(set(formats))) for name in names]
+    repositories = [repository_of(repo_id, name, several=len(set(formats)) > 1) for name in names]
     for repository in repositories:
         try:
             validate_repo_id(repository)

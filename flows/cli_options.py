@@ -87,6 +87,20 @@ BatchSize = Annotated[str | None, _setting("batch_size", "N|auto")]
 Metric = Annotated[
     str | None, _setting("metric", "perplexity|kl|js", autocompletion=complete_choice("perplexity", "kl", "js"))
 ]
+Strategy = Annotated[
+    str | None,
+    _setting(
+        "strategy",
+        "NAME",
+        autocompletion=complete_choice("blockpruner", "oneshot", "layers", "shortgpt", "rm", "laco", "random"),
+    ),
+]
+StrategySeed = Annotated[int | None, _setting("strategy_seed", "N")]
+LacoLayersPerMerge = Annotated[int | None, _setting("laco_layers_per_merge", "C")]
+LacoFirstLayer = Annotated[int | None, _setting("laco_first_layer", "L")]
+LacoLastLayer = Annotated[int | None, _setting("laco_last_layer", "H")]
+LacoInterval = Annotated[int | None, _setting("laco_interval", "I")]
+LacoThreshold = Annotated[float | None, _setting("laco_threshold", "T")]
 Scorer = Annotated[str | None, _setting("scorer", "sweep|plain", autocompletion=complete_choice("sweep", "plain"))]
 MemoryBudget = Annotated[str | None, _setting("memory_budget", "SIZE")]
 Compile = Annotated[str | None, _setting("compile", "auto|on|off", autocompletion=complete_choice("auto", "on", "off"))]
@@ -131,6 +145,8 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print JSON on one line of standard output, and nothing else there.")
 ]
 Csv = Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")]
+Latex = Annotated[bool, typer.Option("--latex", help="Print a LaTeX table (booktabs).")]
 
 DEFAULT_WORKSPACE = Path("data")
 

@@ -16,14 +16,20 @@ from blockpruner.architectures import block_sizes, num_parameters
 from blockpruner.baichuan import is_foldable
 from blockpruner.blocks import all_blocks
 from blockpruner.checkpoint import Checkpoint
+from blockpruner.collapse import check_laco
 from blockpruner.errors import ConfigurationError
 from blockpruner.export.formats import FORMATS
-from blockpruner.export.names import ExportFormat, FormatChoice, dtypes_of
+from blockpruner.export.names import ExportFormat, FormatChoice
 from blockpruner.loading import DtypeName, any_meta_model, check_tensors, meta_model, resolve_device, resolve_dtype
+from blockpruner.merging import check_mergeable, stored_dtype
 from blockpruner.paths import user_path
 from blockpruner.positions import check_sequence_length
 from blockpruner.repackable import Repackable
 from blockpruner.search import SearchTarget
+from blockpruner.speed import check_prompts
+from blockpruner.strategies import STRATEGIES
+from blockpruner.trace import read_trace
+from flows.formats import PrunedModel, check_family, check_formats, dtype_for, is_repeated
 from flows.recipe import Recipe
 from stages import baseline, calibrate, evaluate, export, fold, search, speed
 from stages.artifacts import Artifact
@@ -65,6 +71,11 @@ class Job:
         """Identifies the result."""
         return self.stage.fingerprint(self.config, self.inputs)
 
+    @property
+    def checkpoints(self) -> str | None:
+        """Identifies the checkpoints that it may go on from; None if it keeps none."""
+        return self.stage.resume_fingerprint(self.config, self.inputs) if self.stage.resumable else None
+
 
 @dataclass(frozen=True)
 class PlannedStage:
@@ -74,7 +85,8 @@ class PlannedStage:
     """What the run uses it for: see `stages.runs.StageRun.role`."""
     label: str
     """For people."""
-    job: Callable[[Artifacts], Job]
+    job: Callable[[Artifacts], Job | None]
+    """None where it turns out that there is nothing to do."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +143,12 @@ class Plan:
         for typed in self.texts.values():
             resolve_text(typed, "evaluation", self._column(typed)).check()
         _ = self.tasks
+        if not is_foldable(self.checkpoint):
+            self._check_family(self.checkpoint)
+
+    def _check_family(self, model: Checkpoint) -> None:
+        if self.goal in _EXPORTING:
+            check_family(PrunedModel(model, dtype=self.recipe.export_dtype), self._formats)
 
     def description(self) -> RunDescription:
         """What the run's record says from the beginning. Reads the model's weights once, to identify them."""
@@ -148,8 +166,8 @@ class Plan:
             sequence_length=recipe.sequence_length,
             seed=recipe.seed if calibrating else None,
             block_kinds=recipe.block_kinds if searching else None,
-            metric=recipe.metric if searching else None,
-            strategy="blockpruner" if searching else None,
+            metric=_judged_by(recipe) if searching else None,
+            strategy=recipe.strategy if searching else None,
             device=self.device,
             dtype=self.dtype,
             config=recipe.anchored().model_dump(mode="json"),
@@ -198,7 +216,7 @@ class Plan:
             first, *others = self._formats
             yield PlannedStage("export", "export", partial(self._export, first))
             for name in others:
-                yield PlannedStage(f"export:{name}", f"export as {name}", partial(self._export, name))
+                yield PlannedStage(f"export:{name}", f"export as {name}", partial(self._another_export, name))
         if goal == "speed":
             yield PlannedStage("speed", "speed", self._speed)
         if goal == "evaluate":
@@ -262,6 +280,8 @@ class Plan:
 
     def _search(self, artifacts: Artifacts) -> Job:
         recipe = self.recipe
+        if _FOLDED in artifacts:  # what no format knew before
+            self._check_family(self._model(artifacts))
         config = search.SearchConfig(
             block_kinds=recipe.block_kinds,
             num_blocks=recipe.num_blocks,
@@ -269,15 +289,32 @@ class Plan:
             dtype=self.dtype,
             metric=recipe.metric,
             stock_compatible_at=recipe.stock_compatible_at,
+            strategy=recipe.strategy,
+            strategy_seed=recipe.strategy_seed,
+            laco=recipe.laco,
         )
         inputs = search.SearchInputs(self._model(artifacts), artifacts["calibration"].ref, recipe.trust_remote_code)
         return Job(search.STAGE, config, inputs)
 
-    def _export(self, name: FormatChoice, artifacts: Artifacts) -> Job:
+    def _export(self, first: FormatChoice, artifacts: Artifacts) -> Job:
+        """The first format, once it is known that all of them can be written."""
+        check_formats(self._pruned(artifacts), self._formats)
+        return self._export_as(first, artifacts)
+
+    def _another_export(self, name: FormatChoice, artifacts: Artifacts) -> Job | None:
+        earlier = self._formats[: self._formats.index(name)]
+        return None if is_repeated(self._pruned(artifacts), name, earlier) else self._export_as(name, artifacts)
+
+    def _export_as(self, name: FormatChoice, artifacts: Artifacts) -> Job:
         recipe = self.recipe
-        dtype = recipe.export_dtype if recipe.export_dtype in dtypes_of(name) else None
+        dtype = dtype_for(name, recipe.export_dtype)
         config = export.ExportConfig(num_blocks=recipe.export_blocks, format=name, dtype=dtype)
         return Job(export.STAGE, config, export.ExportInputs(self._model(artifacts), artifacts["search"].ref))
+
+    def _pruned(self, artifacts: Artifacts) -> PrunedModel:
+        """What is exported."""
+        trace, count = read_trace(artifacts["search"].path), self.recipe.export_blocks
+        return PrunedModel(self._model(artifacts), trace.removed(count), trace.merges(count), self.recipe.export_dtype)
 
     def _speed(self, artifacts: Artifacts) -> Job:
         recipe = self.recipe
@@ -359,23 +396,43 @@ def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelS
     Raises:
         UnsupportedArchitectureError: if the model's family is not in the table.
         CheckpointError: if the weights are not those of the model that config.json describes.
-        ConfigurationError: if the target cannot be reached, or a sequence is longer than the model can read.
+        ConfigurationError: if the target cannot be reached, or a sequence or prompt is longer than the model can read.
     """
     architecture, shapes = meta_model(checkpoint)
     check_tensors(checkpoint, shapes)
     check_sequence_length(shapes, recipe.sequence_length)
+    if goal == "speed":
+        check_prompts(shapes, recipe.speed_prompt_tokens, recipe.speed_new_tokens)
     num_layers, total = len(architecture.decoder_layers(shapes)), num_parameters(shapes)
     sizes = block_sizes(architecture, shapes)
     candidates = {block: sizes[block] for block in all_blocks(num_layers, recipe.block_kinds)}
     _check_num_blocks(recipe, len(candidates))
-    repackable = Repackable(num_layers, architecture.is_parallel) if recipe.stock_compatible else None
-    SearchTarget(recipe.num_blocks, recipe.ratio, repackable).check(candidates, total)
+    whole_layers = STRATEGIES[recipe.strategy].whole_layers
+    holds_pairs = recipe.stock_compatible and not whole_layers
+    repackable = Repackable(num_layers, architecture.is_parallel) if holds_pairs else None
+    SearchTarget(recipe.num_blocks, recipe.ratio, repackable, whole_layers).check(candidates, total)
+    if STRATEGIES[recipe.strategy].procedure == "collapse":
+        check_laco(recipe.laco, num_layers)
+        check_mergeable(architecture, shapes)
+        if not is_foldable(checkpoint):  # whose tensors have other names until then
+            stored_dtype(architecture, checkpoint)
+    if recipe.export_blocks is not None and whole_layers and recipe.export_blocks % 2:
+        raise ConfigurationError(
+            f"export_blocks is {recipe.export_blocks}, and strategy {recipe.strategy} removes whole layers, two blocks "
+            "each; give an even number"
+        )
     if recipe.export_blocks is not None and recipe.num_blocks is not None and recipe.export_blocks > recipe.num_blocks:
         raise ConfigurationError(
             f"export_blocks is {recipe.export_blocks}, but num_blocks is {recipe.num_blocks}; "
             "give at most as many, or search for more"
         )
     return ModelShape(num_layers, total)
+
+
+def _judged_by(recipe: Recipe) -> str:
+    """The metric, or where the strategy has an importance of its own, that."""
+    strategy = STRATEGIES[recipe.strategy]
+    return recipe.metric if strategy.uses_metric else strategy.importance
 
 
 def _check_any_model(recipe: Recipe, checkpoint: Checkpoint) -> None:

@@ -16,6 +16,7 @@ from blockpruner.checkpoint import Checkpoint
 from blockpruner.export.engines import how_to_load, remark_on_windows
 from blockpruner.export.formats import FORMATS
 from blockpruner.export.write import WrittenExport, add_to_manifest
+from blockpruner.strategies import STRATEGIES
 
 _ZEROED = (
     "The removed blocks are still in the files, with zeros in their last projections: this form saves neither memory "
@@ -27,7 +28,7 @@ _FIRST_ATTENTION = (
 )
 _INHERITED = ("license", "license_name", "license_link", "language", "base_model")
 _FILE = "README.md"
-_PAPER = "Zhong et al., BlockPruner, Findings of ACL 2025, doi 10.18653/v1/2025.findings-acl.262"
+_METHOD = STRATEGIES["blockpruner"].source
 
 
 logger = logging.getLogger(__name__)
@@ -47,8 +48,11 @@ class CardNumbers:
     """(text, dense, pruned)."""
 
 
-def write_card(written: WrittenExport, source: Checkpoint, numbers: CardNumbers) -> None:
-    """Write README.md into the export, and its digest into the manifest."""
+def write_card(written: WrittenExport, source: Checkpoint, numbers: CardNumbers, method: str = _METHOD) -> None:
+    """Write README.md into the export, and its digest into the manifest.
+
+    `method` says who described how the blocks were chosen.
+    """
     inherited = _inherited(source)
     data = ModelCardData(
         library_name="transformers" if FORMATS[written.format].in_transformers else written.format,
@@ -64,7 +68,7 @@ def write_card(written: WrittenExport, source: Checkpoint, numbers: CardNumbers)
         "---",
         f"# {name.rpartition('/')[2]}, {len(written.dropped)} residual blocks removed",
         "",
-        f"Made from `{name}` by blockpruner {__version__}, without training ({_PAPER}).",
+        f"Made from `{name}` by blockpruner {__version__}, without training ({method}).",
         f"{numbers.num_parameters:,} of {numbers.num_parameters_dense:,} parameters remain ({ratio:.2%} removed).",
         *([_ZEROED] if written.format == "zeroed" else []),
         *([_FIRST_ATTENTION] if written.format == "decilm" and written.zeros else []),
