@@ -213,7 +213,8 @@ class Recipe(BaseModel):
             if self.export_dtype is not None and self.export_dtype not in dtypes_of(name):
                 raise PydanticCustomError(
                     "export_dtype",
-                    "format {name} has no dtype {dtype} (it has {valid}, and none: as they are); {dtype} is for format gguf alone",
+                    "format {name} has no dtype {dtype} (it has {valid}, and none: as they are); "
+                    "{dtype} is for format gguf alone",
                     {"name": name, "dtype": self.export_dtype, "valid": ", ".join(dtypes_of(name))},
                 )
         return self

@@ -46,7 +46,7 @@ def test_every_setting_has_its_line_of_help() -> None:
         ({"device": "cudda"}, "unknown device 'cudda'; valid are auto, cpu, cuda and cuda:N; did you mean 'cuda'?"),
         ({"export_format": "ggml"}, "unknown export_format 'ggml'"),
         ({"export_format": "gguf,stock", "export_dtype": "Q8_0"}, "format stock has no dtype q8_0"),
-        (
+        ({"export_dtype": "float16"}, "format auto has no dtype float16 (it has float32, bfloat16, and none: as they"),
             {"export_dtype": "float16"},
             "format auto has no dtype float16 (it has float32, bfloat16, and none: as they are)",
         ),
