@@ -6,11 +6,12 @@ Opens the model's folder and checks what can be checked before anything is compu
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from blockpruner.architectures import block_sizes, num_parameters
 from blockpruner.baichuan import is_foldable
@@ -23,6 +24,7 @@ from blockpruner.paths import user_path
 from blockpruner.positions import check_sequence_length
 from blockpruner.repackable import Repackable
 from blockpruner.search import SearchTarget
+from flows.grid import External
 from flows.recipe import Recipe
 from stages import baseline, calibrate, evaluate, export, fold, search, speed
 from stages.artifacts import Artifact
@@ -30,6 +32,9 @@ from stages.contract import ArtifactRef, Stage, StageConfig, StageInputs
 from stages.lm_tasks import TaskSpec, resolve_tasks
 from stages.runs import RunDescription
 from stages.text_sources import Purpose, resolve_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Goal = Literal["calibrate", "baseline", "search", "export", "evaluate", "measure", "speed"]
 """How far to go: to the stage of this name with all that it needs ('evaluate' is the whole pipeline); 'measure'
@@ -40,6 +45,8 @@ _EXPORTING: frozenset[Goal] = frozenset({"export", "evaluate", "speed"})
 
 _FOLDED = "fold"
 """Role of the artifact that holds a model folded into a Llama."""
+_EXTERNAL = "external:"
+"""Begins the role of a text that was cut by the tokenizer of a model pruned elsewhere."""
 
 TextRefs = tuple[tuple[str, ArtifactRef], ...]
 """Prepared texts by the name under which their results are listed."""
@@ -92,15 +99,22 @@ class Plan:
     dtype: DtypeName
     shape: ModelShape | None
     """None where nothing is searched."""
+    external: PrunedElsewhere | None = None
+    """What takes the place of search and export."""
 
     @classmethod
-    def make(cls, recipe: Recipe, goal: Goal) -> Plan:
+    def make(cls, recipe: Recipe, goal: Goal, external: External | None = None) -> Plan:
         """Open the model and check the recipe against it.
+
+        Args:
+            recipe: what to do.
+            goal: how far to go.
+            external: a checkpoint pruned elsewhere, which is then measured in place of one that is searched for.
 
         Raises:
             BlockPrunerError: if the model, a text, a task or a setting cannot be used.
         """
-        if goal in _SEARCHING:
+        if goal in _SEARCHING and external is None:
             recipe.require_target()
         device = resolve_device(recipe.device)
         dtype = resolve_dtype(recipe.dtype, device)
@@ -108,11 +122,15 @@ class Plan:
             raise ConfigurationError(
                 "compile is 'on', and the device is the CPU; compiling pays on a GPU only: leave it out"
             )
-        checkpoint = Checkpoint.open(recipe.model)
-        shape = _checked_shape(recipe, goal, checkpoint) if goal in _SEARCHING else None
+        checkpoint = _opened(recipe.model)
+        if external is None:
+            shape = _checked_shape(recipe, goal, checkpoint) if goal in _SEARCHING else None
+        else:
+            shape = _shape(recipe, checkpoint)
         if goal == "baseline" or (goal == "measure" and recipe.eval_text):
             _check_any_model(recipe, checkpoint)
-        plan = cls(recipe, goal, checkpoint, device, dtype, shape)
+        elsewhere = PrunedElsewhere.open(external, recipe) if external else None
+        plan = cls(recipe, goal, checkpoint, device, dtype, shape, elsewhere)
         plan.check()
         return plan
 
@@ -128,7 +146,7 @@ class Plan:
 
     def description(self) -> RunDescription:
         """What the run's record says from the beginning. Reads the model's weights once, to identify them."""
-        recipe, searching = self.recipe, self.goal in _SEARCHING
+        recipe, searching = self.recipe, self.goal in _SEARCHING and self.external is None
         calibrating = self.goal != "measure"
         return RunDescription(
             name=recipe.name,
@@ -143,7 +161,9 @@ class Plan:
             seed=recipe.seed if calibrating else None,
             block_kinds=recipe.block_kinds if searching else None,
             metric=recipe.metric if searching else None,
-            strategy="blockpruner" if searching else None,
+            strategy=self.external.label if self.external else "blockpruner" if searching else None,
+            external=str(self.external.checkpoint.path) if self.external else None,
+            num_parameters_left=self.external.num_parameters if self.external else None,
             device=self.device,
             dtype=self.dtype,
             config=recipe.anchored().model_dump(mode="json"),
@@ -184,17 +204,30 @@ class Plan:
             yield PlannedStage("evaluate:dense", "evaluate dense", self._evaluate_dense)
         if goal in ("baseline", "evaluate"):
             yield PlannedStage("baseline", "baseline", self._baseline)
-        if goal in _SEARCHING:
-            yield PlannedStage("search", "search", self._search)
-        if goal in _EXPORTING:
-            first, *others = self._formats
-            yield PlannedStage("export", "export", partial(self._export, first))
-            for name in others:
-                yield PlannedStage(f"export:{name}", f"export as {name}", partial(self._export, name))
+        yield from self._pruning if self.external is None else self._texts_of(self.external)
         if goal == "speed":
             yield PlannedStage("speed", "speed", self._speed)
         if goal == "evaluate":
             yield PlannedStage("evaluate:pruned", "evaluate pruned", self._evaluate_pruned)
+
+    @property
+    def _pruning(self) -> Iterator[PlannedStage]:
+        if self.goal in _SEARCHING:
+            yield PlannedStage("search", "search", self._search)
+        if self.goal in _EXPORTING:
+            first, *others = self._formats
+            yield PlannedStage("export", "export", partial(self._export, first))
+            for name in others:
+                yield PlannedStage(f"export:{name}", f"export as {name}", partial(self._export, name))
+
+    def _texts_of(self, external: PrunedElsewhere) -> Iterator[PlannedStage]:
+        """The texts that it is measured on, cut by its own tokenizer where that is another one."""
+        if self.goal != "evaluate" or not external.has_other_tokenizer(self.checkpoint):
+            return
+        yield PlannedStage(f"{_EXTERNAL}calibration", f"calibrate for {external.label}", self._calibration_of_external)
+        for name, typed in self.texts.items():
+            label = f"calibrate {name} for {external.label}"
+            yield PlannedStage(f"{_EXTERNAL}text:{name}", label, partial(self._text_of_external, typed))
 
     @property
     def _formats(self) -> list[FormatChoice]:
@@ -216,15 +249,26 @@ class Plan:
         return _folded_model(artifacts[_FOLDED].path / fold.MODEL_FOLDER, self.checkpoint.name)
 
     def _calibration(self, artifacts: Artifacts) -> Job:
+        return self._calibration_by(self._model(artifacts))
+
+    def _calibration_of_external(self, _: Artifacts) -> Job:
+        assert self.external is not None
+        return self._calibration_by(self.external.checkpoint)
+
+    def _calibration_by(self, tokenizer: Checkpoint) -> Job:
         recipe = self.recipe
         purpose: Purpose = "calibration"
-        return self._tokens(artifacts, recipe.calibration, purpose, recipe.calibration_column, recipe.num_samples)
+        return self._tokens(tokenizer, recipe.calibration, purpose, recipe.calibration_column, recipe.num_samples)
 
     def _text(self, typed: str, artifacts: Artifacts) -> Job:
-        return self._tokens(artifacts, typed, "evaluation", self._column(typed), None)
+        return self._tokens(self._model(artifacts), typed, "evaluation", self._column(typed), None)
+
+    def _text_of_external(self, typed: str, _: Artifacts) -> Job:
+        assert self.external is not None
+        return self._tokens(self.external.checkpoint, typed, "evaluation", self._column(typed), None)
 
     def _tokens(
-        self, artifacts: Artifacts, typed: str, purpose: Purpose, column: str | None, num_samples: int | None
+        self, tokenizer: Checkpoint, typed: str, purpose: Purpose, column: str | None, num_samples: int | None
     ) -> Job:
         text = resolve_text(typed, purpose, column)
         config = calibrate.CalibrateConfig(
@@ -233,7 +277,7 @@ class Plan:
             sequence_length=self.recipe.sequence_length,
             seed=self.recipe.seed,
         )
-        inputs = calibrate.CalibrateInputs(self._model(artifacts), text, self.recipe.trust_remote_code)
+        inputs = calibrate.CalibrateInputs(tokenizer, text, self.recipe.trust_remote_code)
         return Job(calibrate.STAGE, config, inputs)
 
     def _baseline(self, artifacts: Artifacts) -> Job:
@@ -272,8 +316,7 @@ class Plan:
             dtype=self.dtype,
             machine=speed.machine(self.device),
         )
-        exported = Checkpoint.open(str(artifacts["export"].path / export.MODEL_FOLDER))
-        inputs = speed.SpeedInputs(self._model(artifacts), exported, recipe.trust_remote_code)
+        inputs = speed.SpeedInputs(self._model(artifacts), self._pruned(artifacts), recipe.trust_remote_code)
         return Job(speed.STAGE, config, inputs)
 
     def _evaluate_dense(self, artifacts: Artifacts) -> Job:
@@ -282,10 +325,19 @@ class Plan:
         return self._evaluate(self._model(artifacts), texts, self.recipe.trust_remote_code)
 
     def _evaluate_pruned(self, artifacts: Artifacts) -> Job:
-        """The exported model on everything."""
-        exported = Checkpoint.open(str(artifacts["export"].path / export.MODEL_FOLDER))
-        texts = ((baseline.CALIBRATION, artifacts["calibration"].ref), *self._text_refs(artifacts))
-        return self._evaluate(exported, texts, True)  # the code that an export may carry is our own
+        """The pruned model on everything."""
+
+        def ref(role: str) -> ArtifactRef:
+            return artifacts.get(f"{_EXTERNAL}{role}", artifacts[role]).ref
+
+        named = ((baseline.CALIBRATION, ref("calibration")), *((name, ref(f"text:{name}")) for name in self.texts))
+        trusts = self.recipe.trust_remote_code if self.external else True  # the code that an export may carry is ours
+        return self._evaluate(self._pruned(artifacts), named, trusts)
+
+    def _pruned(self, artifacts: Artifacts) -> Checkpoint:
+        if self.external is not None:
+            return self.external.checkpoint
+        return Checkpoint.open(str(artifacts["export"].path / export.MODEL_FOLDER))
 
     def _evaluate(self, model: Checkpoint, texts: TextRefs, trust_remote_code: bool) -> Job:
         recipe = self.recipe
@@ -304,6 +356,44 @@ class Plan:
     @property
     def _task_dir(self) -> Path | None:
         return user_path(self.recipe.task_dir).resolve() if self.recipe.task_dir else None
+
+
+@dataclass(frozen=True)
+class PrunedElsewhere:
+    """A checkpoint that something else has pruned."""
+
+    label: str
+    checkpoint: Checkpoint
+    num_parameters: int
+
+    @classmethod
+    def open(cls, external: External, recipe: Recipe) -> PrunedElsewhere:
+        """Open it and check what can be checked.
+
+        Raises:
+            BlockPrunerError: if it cannot be measured.
+        """
+        checkpoint = _opened(external.path)
+        shapes = _check_any_model(recipe, checkpoint)
+        stored = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
+        _ = checkpoint.tokenizer_fingerprint
+        return cls(external.label, checkpoint, stored if shapes is None else num_parameters(shapes))
+
+    def has_other_tokenizer(self, model: Checkpoint) -> bool:
+        """Whether its tokenizer's files are not the model's; it may cut texts alike all the same."""
+        return self.checkpoint.tokenizer_fingerprint != model.tokenizer_fingerprint
+
+
+_known: dict[tuple[object, ...], Checkpoint] = {}
+"""Models that were opened before: their fingerprints, which read every weight, are kept by the objects."""
+
+
+def _opened(id_or_dir: str) -> Checkpoint:
+    """Open a model; one whose files are the same as when it was last opened is that one."""
+    checkpoint = Checkpoint.open(id_or_dir)
+    files = sorted({*(entry.file for entry in checkpoint.tensors.values()), *checkpoint.path.glob("*.*")})
+    stats = [(str(file), stat.st_ino, stat.st_size, stat.st_mtime_ns) for file in files if (stat := file.stat())]
+    return _known.setdefault((id_or_dir, *stats), checkpoint)
 
 
 @cache  # its fingerprint reads every weight, and is kept by the object
@@ -337,10 +427,19 @@ def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelS
     return ModelShape(num_layers, total)
 
 
-def _check_any_model(recipe: Recipe, checkpoint: Checkpoint) -> None:
-    """What must hold of a model that is only measured, of whatever family."""
+def _shape(recipe: Recipe, checkpoint: Checkpoint) -> ModelShape:
+    """The size of a model whose pruning is not searched for; raises what `_checked_shape` does, less its target's."""
+    architecture, shapes = meta_model(checkpoint)
+    check_tensors(checkpoint, shapes)
+    check_sequence_length(shapes, recipe.sequence_length)
+    return ModelShape(len(architecture.decoder_layers(shapes)), num_parameters(shapes))
+
+
+def _check_any_model(recipe: Recipe, checkpoint: Checkpoint) -> PreTrainedModel | None:
+    """What must hold of a model that is only measured, of whatever family; without weights, where it can be had."""
     if (shapes := any_meta_model(checkpoint)) is not None:
         check_sequence_length(shapes, recipe.sequence_length)
+    return shapes
 
 
 def _check_num_blocks(recipe: Recipe, num_candidates: int) -> None:

@@ -274,16 +274,29 @@ class _Loader(yaml.SafeLoader):
 
 
 def _read(path: Path) -> dict[str, Any]:
+    return paths_beside(path.parent, read_yaml(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings that a YAML file holds, unchecked.
+
+    Raises:
+        ConfigurationError: if it cannot be read, or holds no mapping.
+    """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigurationError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigurationError(f"recipe {path} holds no settings; write lines such as `model: DIR`")
-    folder = path.parent
+    return {str(key): value for key, value in values.items()}
+
+
+def paths_beside(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's fields with the paths that exist in the folder made those."""
     return {
-        str(key): _mapped(value, lambda text: _beside(folder, text)) if key in _PATH_FIELDS else value
-        for key, value in values.items()
+        name: _mapped(value, lambda text: _beside(folder, text)) if name in _PATH_FIELDS else value
+        for name, value in values.items()
     }
 
 
