@@ -54,9 +54,9 @@ ExportFormat = Annotated[
     typer.Option(
         "--format",
         "--export-format",
-        metavar="auto|stock|transformers|gguf|zeroed",
+        metavar="auto|stock|transformers|decilm|gguf|zeroed",
         help=SETTINGS["export_format"],
-        autocompletion=complete_choice("auto", "stock", "transformers", "gguf", "zeroed"),
+        autocompletion=complete_choice("auto", "stock", "transformers", "decilm", "gguf", "zeroed"),
     ),
 ]
 ExportDtype = Annotated[
@@ -89,7 +89,8 @@ Scorer = Annotated[str | None, _setting("scorer", "sweep|plain", autocompletion=
 MemoryBudget = Annotated[str | None, _setting("memory_budget", "SIZE")]
 Compile = Annotated[str | None, _setting("compile", "auto|on|off", autocompletion=complete_choice("auto", "on", "off"))]
 StockCompatible = Annotated[
-    bool | None, typer.Option("--stock-compatible", help=SETTINGS["stock_compatible"], show_default=False)
+    bool | None,
+    typer.Option("--stock-compatible/--no-stock-compatible", help=SETTINGS["stock_compatible"], show_default=False),
 ]
 SpeedBatchSizes = Annotated[
     str | None, typer.Option("--batch-sizes", metavar="A,B", help=SETTINGS["speed_batch_sizes"])

@@ -20,8 +20,8 @@ SETTINGS: dict[str, str] = {
     "block_kinds": "Which blocks may be removed: mha (attention), mlp (feed-forward) or both.",
     "export_blocks": "Export without only the first so many blocks of the pruning order; none: without all of them.",
     "export_format": (
-        "auto, stock (the family's own format), transformers (with custom code), gguf (for llama.cpp and Ollama) or "
-        "zeroed (full size, any family); may be several."
+        "auto, stock (the family's own format), transformers (with custom code), decilm (for vLLM, SGLang, "
+        "TensorRT-LLM and MLX-LM), gguf (for llama.cpp and Ollama) or zeroed (full size, any family); may be several."
     ),
     "export_dtype": (
         "Dtype of the exported weights: float32 or bfloat16, and for gguf float16 or q8_0 as well; "

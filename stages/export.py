@@ -26,6 +26,7 @@ from stages.contract import ArtifactRef, Runtime, Stage, StageConfig, StageManif
 MODEL_FOLDER = "model"
 _FLOAT32_LIMIT = 3_000_000_000
 """Models of more parameters are verified in bfloat16: two float32 copies would not fit where the model itself does."""
+_WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 
 
 class ExportConfig(StageConfig):
@@ -94,12 +95,12 @@ def run(config: ExportConfig, inputs: ExportInputs, out_dir: Path, runtime: Runt
             f"logits with {verification.engine} (at most {verification.tolerance:.3g}); it was deleted: please report "
             "this model's architecture"
         )
-    num_kept, total = _write_card(inputs, trace, written)
+    num_parameters_written = _write_card(inputs, trace, written)
     runtime.progress(Progress(2, 2, "phases", "verified"))
     return ExportManifest(
         format=written.format,
         num_blocks_removed=len(removed),
-        num_parameters=num_kept if written.format != "zeroed" else total,
+        num_parameters=num_parameters_written,
         bytes=sum(file.stat().st_size for file in written.path.iterdir()),
         kept=written.kept,
         dropped=written.dropped,
@@ -130,16 +131,20 @@ def _verify(
     return verify_export(written.format, written.path, request, expected, device=device, dtype=dtype)
 
 
-def _write_card(inputs: ExportInputs, trace: SearchTrace, written: WrittenExport) -> tuple[int, int]:
-    """Write the model card and return how many parameters remain, and of how many."""
+def _write_card(inputs: ExportInputs, trace: SearchTrace, written: WrittenExport) -> int:
+    """Write the model card and return how many parameters the files hold."""
     architecture, shapes = meta_model(inputs.model)
     sizes = block_sizes(architecture, shapes)
     total = num_parameters(shapes)
     num_kept = total - sum(sizes[block] for block in written.dropped)
     last = trace.steps[len(written.dropped) - 1]
     calibration = ("the calibration set", trace.summary.dense_perplexity, last.perplexity)
-    write_card(written, inputs.model.name, inputs.model.path, CardNumbers(total, num_kept, (calibration,)))
-    return num_kept, total
+    num_bytes_dense = sum(entry.num_bytes for entry in inputs.model.tensors.values())
+    weights = (file for file in written.path.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
+    num_bytes = sum(file.stat().st_size for file in weights)
+    numbers = CardNumbers(total, num_kept, num_bytes_dense, num_bytes, (calibration,))
+    write_card(written, inputs.model.name, inputs.model.path, numbers)
+    return num_kept + sum(sizes[block] for block in written.zeros)
 
 
 STAGE: Stage[ExportConfig, ExportInputs, ExportManifest] = Stage(

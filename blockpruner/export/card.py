@@ -9,28 +9,17 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from blockpruner import __version__
-from blockpruner.blocks import Block, mha, mlp
+from blockpruner.blocks import Block, BlockKind, mha, mlp
+from blockpruner.export.engines import how_to_load
 from blockpruner.export.write import WrittenExport
 
 _ZEROED = (
     "The removed blocks are still in the files, with zeros in their last projections: this form saves neither memory "
     "nor time."
 )
-_IN_GGUF = (
-    "Tokenizer and chat template are in the file; transformers does not load it.",
-    "",
-    "```sh",
-    "llama-cli -m model.gguf     # llama.cpp; as a server: llama-server -m model.gguf",
-    "printf 'FROM ./model.gguf\\n' > Modelfile && ollama create pruned -f Modelfile && ollama run pruned",
-    "```",
-    "",
-    "```python",
-    "from llama_cpp import Llama  # pip install llama-cpp-python",
-    "",
-    'model = Llama("model.gguf", n_ctx=0)  # 0: as long as the model reads',
-    "```",
-    "",
-    "LM Studio and other programs that are built on llama.cpp take the same file.",
+_FIRST_ATTENTION = (
+    "The first layer's attention is still in the files, with zeros in its output projection, for engines expect one "
+    "there: it adds nothing to any logit, and costs the memory and the time of an attention block."
 )
 _PAPER = "Zhong et al., BlockPruner, Findings of ACL 2025, doi 10.18653/v1/2025.findings-acl.262"
 
@@ -41,6 +30,10 @@ class CardNumbers:
 
     num_parameters_dense: int
     num_parameters: int
+    num_bytes_dense: int
+    """Of the weights."""
+    num_bytes: int
+    """Likewise, as written; zeros count."""
     perplexities: tuple[tuple[str, float, float], ...]
     """(text, dense, pruned)."""
 
@@ -56,7 +49,6 @@ def write_card(written: WrittenExport, source: str, source_dir: Path, numbers: C
     )
     name = Path(source).resolve().name if Path(source).exists() else source
     ratio = 1 - numbers.num_parameters / numbers.num_parameters_dense
-    code = ", trust_remote_code=True" if written.format == "transformers" else ""
     lines = [
         "---",
         data.to_yaml(),
@@ -66,10 +58,9 @@ def write_card(written: WrittenExport, source: str, source_dir: Path, numbers: C
         f"Made from `{name}` by blockpruner {__version__}, without training ({_PAPER}).",
         f"{numbers.num_parameters:,} of {numbers.num_parameters_dense:,} parameters remain ({ratio:.2%} removed).",
         *([_ZEROED] if written.format == "zeroed" else []),
+        *([_FIRST_ATTENTION] if written.format == "decilm" and written.zeros else []),
         "",
-        "| perplexity on | dense | pruned |",
-        "|---|---|---|",
-        *(f"| {text} | {dense:.3f} | {pruned:.3f} |" for text, dense, pruned in numbers.perplexities),
+        *_table(written, numbers),
         "",
         "## Blocks",
         "One column a layer of the original; `#` kept, `.` removed.",
@@ -79,20 +70,25 @@ def write_card(written: WrittenExport, source: str, source_dir: Path, numbers: C
         f"Removed in this order: {', '.join(map(str, written.dropped))}.",
         "",
         "## Load",
-        *(_IN_GGUF if written.format == "gguf" else _in_transformers(code)),
+        *how_to_load(written.format),
     ]
     ModelCard("\n".join(lines) + "\n").save(written.path / "README.md")
 
 
-def _in_transformers(code: str) -> tuple[str, ...]:
-    return (
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'model = AutoModelForCausalLM.from_pretrained("."{code})',
-        'tokenizer = AutoTokenizer.from_pretrained(".")',
-        "```",
-    )
+def _table(written: WrittenExport, numbers: CardNumbers) -> list[str]:
+    """Dense against pruned."""
+    blocks = [*written.kept, *written.dropped]
+    counts = [
+        (f"{name} blocks", *(f"{sum(block.block_kind is kind for block in some)}" for some in (blocks, written.kept)))
+        for name, kind in (("attention", BlockKind.MHA), ("feed-forward", BlockKind.MLP))
+    ]
+    rows = [
+        ("parameters", f"{numbers.num_parameters_dense:,}", f"{numbers.num_parameters:,}"),
+        *counts,
+        ("weights on disk, MB", f"{numbers.num_bytes_dense / 1e6:,.1f}", f"{numbers.num_bytes / 1e6:,.1f}"),
+        *((f"perplexity on {text}", f"{dense:.3f}", f"{pruned:.3f}") for text, dense, pruned in numbers.perplexities),
+    ]
+    return ["| | dense | pruned |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def strips(kept: tuple[Block, ...], dropped: tuple[Block, ...]) -> list[str]:

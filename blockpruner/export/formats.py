@@ -9,13 +9,15 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from blockpruner.blocks import Block
 from blockpruner.checkpoint import COMPANION_FILES
 from blockpruner.errors import ExportError
-from blockpruner.export import custom, stock, zeroed
+from blockpruner.export import custom, decilm, stock, zeroed
 from blockpruner.export.gguf_file import format as gguf_file
 from blockpruner.export.names import ExportFormat, FormatChoice, dtypes_of
 from blockpruner.export.source import ExportSource
 from blockpruner.export.verify import Verification, Verifier, verify
+from blockpruner.export.verify_mlx import verify_with_mlx_lm
 from blockpruner.loading import DtypeName
 
 
@@ -30,6 +32,8 @@ class Format:
     """Writes weights and configuration into a folder, in shards of so many bytes."""
     companions: tuple[str, ...] = COMPANION_FILES
     """Files of the source that go with it."""
+    zeros: Callable[[ExportSource], tuple[Block, ...]] = lambda _: ()
+    """The removed blocks that stay in the files, with zeros in their last projections."""
     verify: Verifier = verify
     """Compares what was written with the masked original."""
     coarsen: Callable[[PreTrainedModel, Path], None] | None = None
@@ -39,7 +43,7 @@ class Format:
 FORMATS: dict[ExportFormat, Format] = {
     "stock": Format("stock", stock.check, stock.write),
     "transformers": Format("transformers", custom.check, custom.write),
-    "zeroed": Format("zeroed", zeroed.check, zeroed.write),
+    "decilm": Format("decilm", decilm.check, decilm.write, zeros=decilm.carried, verify=verify_with_mlx_lm),
     "gguf": Format(
         "gguf",
         gguf_file.check,
@@ -48,6 +52,7 @@ FORMATS: dict[ExportFormat, Format] = {
         verify=gguf_file.verify,
         coarsen=gguf_file.coarsen,
     ),
+    "zeroed": Format("zeroed", zeroed.check, zeroed.write, zeros=lambda source: source.removed),
 }
 _PREFERRED: tuple[ExportFormat, ...] = ("stock", "transformers", "zeroed")
 

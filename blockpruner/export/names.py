@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-ExportFormat = Literal["stock", "transformers", "zeroed", "gguf"]
-FormatChoice = Literal["auto", "stock", "transformers", "zeroed", "gguf"]
+ExportFormat = Literal["stock", "transformers", "decilm", "gguf", "zeroed"]
+FormatChoice = Literal["auto", "stock", "transformers", "decilm", "gguf", "zeroed"]
 """'auto' takes the first that can hold the model: stock, transformers, zeroed."""
 
 FOR_OTHER_ENGINES: frozenset[FormatChoice] = frozenset({"gguf"})

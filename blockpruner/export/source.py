@@ -46,6 +46,11 @@ class ExportSource:
         return cls(checkpoint, config, architecture, tuple(removed), dtype)
 
     @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """`dtype` where it is one of torch's."""
+        return getattr(torch, self.dtype, None) if self.dtype else None
+
+    @property
     def num_layers(self) -> int:
         """Of the original."""
         return int(self.config.num_hidden_layers)
@@ -95,4 +100,4 @@ class ExportSource:
             if (renamed := new_name(name, self.architecture.block_of_tensor(name))) is not None
         }
         sources = copied(self.checkpoint, names)
-        return [source.converted(getattr(torch, self.dtype)) for source in sources] if self.dtype else sources
+        return [source.converted(self.torch_dtype) for source in sources] if self.torch_dtype else sources

@@ -16,7 +16,7 @@ from typing import Any
 from blockpruner import __version__
 from blockpruner.blocks import Block
 from blockpruner.checkpoint import Checkpoint, file_digest
-from blockpruner.export.formats import format_for
+from blockpruner.export.formats import Format, format_for
 from blockpruner.export.names import ExportDtype, ExportFormat, FormatChoice
 from blockpruner.export.source import ExportSource
 from blockpruner.export.weights import SHARD_BYTES
@@ -36,6 +36,8 @@ class WrittenExport:
     """The removed blocks, in the order of their removal."""
     num_bytes: int
     """Of all files in the folder."""
+    zeros: tuple[Block, ...] = ()
+    """The removed blocks that are in the files nevertheless, with zeros in their last projections."""
 
 
 def write_export(
@@ -68,21 +70,22 @@ def write_export(
     for name in chosen.companions:
         if (checkpoint.path / name).is_file():
             shutil.copyfile(checkpoint.path / name, out_dir / name)
-    _write_manifest(source, chosen.name, out_dir)
+    _write_manifest(source, chosen, out_dir)
     num_bytes = sum(file.stat().st_size for file in out_dir.iterdir())
-    return WrittenExport(out_dir, chosen.name, source.kept, source.removed, num_bytes)
+    return WrittenExport(out_dir, chosen.name, source.kept, source.removed, num_bytes, chosen.zeros(source))
 
 
-def _write_manifest(source: ExportSource, name: ExportFormat, out_dir: Path) -> None:
+def _write_manifest(source: ExportSource, chosen: Format, out_dir: Path) -> None:
     manifest: dict[str, Any] = {
         "tool": f"blockpruner {__version__}",
         "source_model": source.checkpoint.name,
         "source_fingerprint": source.checkpoint.fingerprint,
-        "format": name,
+        "format": chosen.name,
         "kept": [block.model_dump(mode="json") for block in source.kept],
         "dropped_in_order": [block.model_dump(mode="json") for block in source.removed],
+        "zeros": [block.model_dump(mode="json") for block in chosen.zeros(source)],
         "files": {file.name: file_digest(file) for file in sorted(out_dir.iterdir())},
     }
-    if not source.architecture.is_parallel and name not in ("gguf", "zeroed"):
+    if not source.architecture.is_parallel and chosen.name not in ("decilm", "gguf", "zeroed"):
         manifest["layers"] = [layer.model_dump(mode="json") for layer in source.packed.layers]
     (out_dir / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
@@ -37,6 +41,9 @@ REMOVED: Mapping[str, tuple[Block, ...]] = {
     "all feed-forwards": all_blocks(4, "mlp"),
     "all but an attention": tuple(block for block in all_blocks(4) if block != mha(1)),
 }
+WIDTHS = {"hidden_size": 64, "intermediate_size": 256}
+"""Of a tiny model that the engines' arithmetic of widths can hold."""
+YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
 STOCK = frozenset({"alternating", "first layer", "last layer"})
 WITH_CODE = frozenset({"gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"})
 CASES = [(family, case) for family in TINY_FAMILIES for case in REMOVED]
@@ -65,6 +72,29 @@ class Source:
     def oracle_logits(self, removed: tuple[Block, ...], token_ids_BT: Tensor) -> Tensor:
         gone = {(block.layer_index, block.block_kind.value) for block in removed}
         return oracle_logits(self.model.state_dict(), self.model.config.to_dict(), token_ids_BT, gone)
+
+
+_MANY = """
+import runpy, sys
+sys.modules.update(dict.fromkeys(("blockpruner", "stages", "flows", "tests")))  # whoever imports one of them fails
+for line in sys.stdin.read().splitlines():
+    sys.argv = ["", *line.split("\\t")]
+    runpy.run_path({program!r}, run_name="__main__")
+"""
+Key = TypeVar("Key")
+
+
+def ask_many(
+    program: ModuleType, exports: Mapping[Key, Path], folder: Path, request: Mapping[str, Tensor] = REQUEST
+) -> dict[Key, dict[str, Tensor]]:
+    """What a program of the gate answers for every export, in one process that can import nothing of this project."""
+    save_file(dict(request), folder / "request.safetensors")
+    answers = {key: folder / f"{number}.safetensors" for number, key in enumerate(exports)}
+    lines = [f"{path}\t{folder / 'request.safetensors'}\t{answers[key]}" for key, path in exports.items()]
+    command = [sys.executable, "-I", "-c", _MANY.format(program=program.__file__)]
+    finished = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, cwd=folder, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return {key: load_file(path) for key, path in answers.items()}
 
 
 def load(folder: Path, **options: Any) -> PreTrainedModel:

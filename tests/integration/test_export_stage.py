@@ -98,7 +98,7 @@ def test_a_stock_export_is_written_verified_and_described(tmp_path: Path, inputs
     assert STAGE.manifest_type.model_validate_json(manifest.model_dump_json()) == manifest
     assert (reports[-1].done, reports[-1].total) == (2, 2)
     card = (model_dir / "README.md").read_text()
-    assert "| the calibration set | 10.000 | 12.000 |" in card
+    assert "| perplexity on the calibration set | 10.000 | 12.000 |" in card
     assert f"{manifest.num_parameters:,} of " in card
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     ids = tiny_token_ids(2, 10)
@@ -120,7 +120,7 @@ def test_as_many_blocks_go_as_asked_for(
     check_manifest(manifest, num_blocks or 3)
     assert manifest.format == format_
     card = (tmp_path / "out" / MODEL_FOLDER / "README.md").read_text()
-    assert f"| the calibration set | 10.000 | {10 + (num_blocks or 3)}.000 |" in card
+    assert f"| perplexity on the calibration set | 10.000 | {10 + (num_blocks or 3)}.000 |" in card
     assert ("trust_remote_code=True" in card) == (format_ == "transformers")
 
 

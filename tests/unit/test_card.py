@@ -12,9 +12,8 @@ from blockpruner.export.card import CardNumbers, strips, write_card
 from blockpruner.export.names import ExportFormat
 from blockpruner.export.write import WrittenExport
 
-NUMBERS = CardNumbers(
-    2_000_000, 1_500_000, (("the calibration set", 5.4711, 11.5149), ("wikitext2", 6.0, float("inf")))
-)
+PERPLEXITIES = (("the calibration set", 5.4711, 11.5149), ("wikitext2", 6.0, float("inf")))
+NUMBERS = CardNumbers(2_000_000, 1_500_000, 8_000_000, 6_012_345, PERPLEXITIES)
 DROPPED = (mlp(2), mha(0))
 
 
@@ -26,6 +25,7 @@ def card(
     dropped: tuple[Block, ...] = DROPPED,
     numbers: CardNumbers = NUMBERS,
     source_card: str | None = None,
+    zeros: tuple[Block, ...] = (),
 ) -> tuple[dict[str, object], str]:
     """Write a card and return its metadata and its text."""
     out_dir, source_dir = folder / "export", folder / "source"
@@ -33,7 +33,7 @@ def card(
     source_dir.mkdir(exist_ok=True)
     if source_card is not None:
         (source_dir / "README.md").write_text(source_card)
-    written = WrittenExport(out_dir, format_, survivors(4, dropped), dropped, 0)
+    written = WrittenExport(out_dir, format_, survivors(4, dropped), dropped, 0, zeros)
     write_card(written, source, source_dir, numbers)
     _, metadata, text = (out_dir / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     return yaml.safe_load(metadata), text
@@ -49,19 +49,33 @@ def test_metadata_says_where_the_model_comes_from(tmp_path: Path) -> None:
 def test_numbers_are_the_given_ones(tmp_path: Path) -> None:
     _, text = card(tmp_path)
     assert "1,500,000 of 2,000,000 parameters remain (25.00% removed)" in text
-    assert "| the calibration set | 5.471 | 11.515 |" in text
-    assert "| wikitext2 | 6.000 | inf |" in text
+    assert "| | dense | pruned |\n|---|---|---|\n| parameters | 2,000,000 | 1,500,000 |" in text
+    assert "| attention blocks | 4 | 3 |" in text
+    assert "| feed-forward blocks | 4 | 3 |" in text
+    assert "| weights on disk, MB | 8.0 | 6.0 |" in text
+    assert "| perplexity on the calibration set | 5.471 | 11.515 |" in text
+    assert "| perplexity on wikitext2 | 6.000 | inf |" in text
     assert "# Llama-2-7b-hf, 2 residual blocks removed" in text
     assert "Removed in this order: mlp:2, mha:0." in text
     assert "MHA .###\nMLP ##.#\n" in text
 
 
-@pytest.mark.parametrize(("format_", "needs_code"), [("stock", False), ("transformers", True), ("zeroed", False)])
+@pytest.mark.parametrize(
+    ("format_", "needs_code"), [("stock", False), ("transformers", True), ("decilm", True), ("zeroed", False)]
+)
 def test_the_way_to_load_it_fits_the_format(tmp_path: Path, format_: ExportFormat, needs_code: bool) -> None:
     _, text = card(tmp_path, format_=format_)
     assert 'from_pretrained("."' in text
-    assert ("trust_remote_code=True" in text) == needs_code
+    assert text.count('".", trust_remote_code=True') == (2 if needs_code else 0)
+    assert ("what loads that loads this" in text) == (format_ in ("stock", "zeroed"))
     assert ("saves neither memory nor time" in text) == (format_ == "zeroed")
+    assert ("vllm serve . --trust-remote-code" in text) == (format_ == "decilm")
+
+
+@pytest.mark.parametrize("zeros", [(), (mha(0),)])
+def test_an_attention_that_stays_is_owned_up_to(tmp_path: Path, zeros: tuple[Block, ...]) -> None:
+    _, text = card(tmp_path, format_="decilm", zeros=zeros)
+    assert ("first layer's attention is still in the files" in text) == bool(zeros)
 
 
 def test_a_gguf_file_is_for_other_engines(tmp_path: Path) -> None:
