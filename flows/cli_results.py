@@ -24,8 +24,9 @@ def runs(
 ) -> None:
     """List the runs, newest first."""
     from flows.cli_output import put, put_view
-    from flows.render import csv_text, runs_table
+    from flows.render import runs_table
     from flows.summary import dump_json
+    from flows.table_formats import csv_text
 
     _one_format(as_json, as_csv)
     records = _open_runs(workspace).list()
@@ -68,8 +69,9 @@ def sql(
     Reads only, and works while a search is running.
     """
     from flows.cli_output import put, put_view
-    from flows.render import csv_text, query_table
+    from flows.render import query_table
     from flows.summary import dump_json, finite
+    from flows.table_formats import csv_text
     from stages.store import ResultStore
 
     _one_format(as_json, as_csv)

@@ -1,9 +1,7 @@
-"""Runs and query results for people and for programs: tables, the strip of blocks, CSV. Computes nothing."""
+"""Runs and query results for people and for programs: tables, the strip of blocks. Computes nothing."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
 import sys
@@ -134,15 +132,6 @@ def query_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
     return table
-
-
-def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A query's answer as comma-separated values, with a line of names."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def number(value: float | None) -> str:

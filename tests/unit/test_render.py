@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from blockpruner.progress import Progress, Throughput
 from flows.demo import unigram_perplexity
 from flows.eta import RemainingTime
-from flows.render import csv_text, number, order_line, query_table, run_view, runs_table, strip
+from flows.render import number, order_line, query_table, run_view, runs_table, strip
 from flows.reporter import Reporter, describe
 from flows.summary import RunSummary, dump_json
 from flows.wording import count, one_line, size, spell_out
@@ -113,7 +113,6 @@ def test_values_of_a_query_are_shown_as_they_are() -> None:
     shown = text_of(query_table(["a", "[red]b"], [[None, "[bold]x"], [1.5, "y"]]))
     assert "[red]b" in shown
     assert "[bold]x" in shown
-    assert csv_text(["a", "b"], [[1, 'x,"y']]) == 'a,b\n1,"x,""y"\n'
 
 
 def test_what_a_user_named_steers_no_terminal() -> None:
