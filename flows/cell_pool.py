@@ -31,9 +31,15 @@ Listener = Callable[[Event], None]
 class CellPool:
     """So many processes, each of which carries out one cell at a time."""
 
-    def __init__(self, workspace: Path, width: int) -> None:
-        """Processes are started when they are needed."""
-        self._workspace, self._width = workspace, width
+    def __init__(self, workspace: Path, width: int, *, spread: bool = True) -> None:
+        """Processes are started when they are needed.
+
+        Args:
+            workspace: where they work.
+            width: how many there are.
+            spread: whether each may have a GPU of its own, where there are several.
+        """
+        self._workspace, self._width, self._spread = workspace, width, spread
         self._slots: queue.Queue[int] = queue.Queue()
         for slot in range(width):
             self._slots.put(slot)
@@ -85,14 +91,14 @@ class CellPool:
             return process
 
     def _start(self, slot: int) -> subprocess.Popen[str]:
-        """In a session of its own, out of the terminal's reach: Ctrl-C is the comparison's, which ends its processes."""
+        """In a session of its own, out of the terminal's reach: the comparison takes Ctrl-C, and ends its processes."""
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "flows.cell_worker", json.dumps(str(self._workspace))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            env={**os.environ, **environment_of(slot, self._width)},
+            env={**os.environ, **environment_of(slot, self._width, spread=self._spread)},
             start_new_session=True,
         )
 
@@ -126,14 +132,14 @@ class CellPool:
         return Event(kind="end", text=f"the process of this cell {how}{hint}")
 
 
-def environment_of(slot: int, width: int) -> dict[str, str]:
+def environment_of(slot: int, width: int, *, spread: bool) -> dict[str, str]:
     """What one of several processes has for itself: its share of the cores, and a GPU where there are several."""
     own = {"PYTHONPATH": os.pathsep.join(filter(None, [_PACKAGE_PARENT, os.environ.get("PYTHONPATH")]))}
     if width == 1:
         return own
     if "OMP_NUM_THREADS" not in os.environ:
         own["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // width))
-    if len(devices := _devices()) > 1:
+    if spread and len(devices := _devices()) > 1:
         own["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
     return own
 
@@ -142,7 +148,7 @@ def _devices() -> list[str]:
     """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them."""
     if (listed := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in listed.split(",") if name]
-    return [path.name.removeprefix("nvidia") for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+    return [str(index) for index, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
 
 
 def _close_input(process: subprocess.Popen[str]) -> None:

@@ -8,6 +8,7 @@ import typer
 
 import blockpruner
 from flows.boundary import OneLineErrors
+from flows.cli_compare import compare
 from flows.cli_pipeline import demo, run
 from flows.cli_results import runs, show, sql
 from flows.cli_stages import baseline, calibrate, evaluate, export, search, speed
@@ -33,5 +34,5 @@ def main(
         typer.echo(context.get_help())
 
 
-for _command in (demo, run, calibrate, baseline, search, export, evaluate, speed, runs, show, sql):
+for _command in (demo, run, compare, calibrate, baseline, search, export, evaluate, speed, runs, show, sql):
     app.command()(_command)

@@ -129,6 +129,8 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print JSON on one line of standard output, and nothing else there.")
 ]
 Csv = Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")]
+Latex = Annotated[bool, typer.Option("--latex", help="Print a LaTeX table.")]
 
 DEFAULT_WORKSPACE = Path("data")
 

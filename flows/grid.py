@@ -26,14 +26,33 @@ COMPARISONS_FOLDER = Path(__file__).parent / "recipes" / "compare"
 AXES = tuple(
     name
     for name in (
-        *("model", "strategy", "strategy_seed", "metric", "block_kinds", "stock_compatible", "calibration", "calibration_column"),
+        *(
+            "model",
+            "strategy",
+            "strategy_seed",
+            "metric",
+            "block_kinds",
+            "stock_compatible",
+            "calibration",
+            "calibration_column",
+        ),
         *("num_samples", "seed", "num_blocks", "ratio"),
     )
     if name in Recipe.model_fields
 )
 """Recipe fields of which a grid may list several values."""
 _MEASURED_ALIKE = frozenset(
-    {"sequence_length", "eval_text", "eval_text_column", "tasks", "task_dir", "task_data", "log_samples", "num_fewshot", "limit"}
+    {
+        "sequence_length",
+        "eval_text",
+        "eval_text_column",
+        "tasks",
+        "task_dir",
+        "task_data",
+        "log_samples",
+        "num_fewshot",
+        "limit",
+    }
 )
 """What no cell may have for itself: its row could not be compared with the others."""
 _TARGETS = ("num_blocks", "ratio")

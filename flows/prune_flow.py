@@ -42,7 +42,7 @@ _RETRIES = 2
 _RETRY_DELAY_S = 10
 _ARTIFACT_EVERY_S = 5.0
 """How often Prefect hears of a search's progress."""
-_SERVER_ERRORS = (httpx.HTTPError, PrefectException, OSError)
+SERVER_ERRORS = (httpx.HTTPError, PrefectException, OSError)
 
 
 def _fingerprint(_: TaskRunContext, parameters: dict[str, Any]) -> str:
@@ -78,8 +78,8 @@ def prune(recipe: Recipe, workspace: str = "data") -> dict[str, Any]:
         recipe: what to do.
         workspace: the folder where results and everything that was computed are kept.
     """
-    _quieten_user_errors()
-    reporter = _LoggingReporter()
+    quieten_user_errors()
+    reporter = LoggingReporter()
     runner = Runner(Path(workspace), reporter)
     results = runner.workspace.path / "prefect"
     record = runner.run(recipe, "evaluate", lambda call: _through_prefect(call, results, reporter))
@@ -120,10 +120,11 @@ def _through_prefect(call: StageCall, results: Path, reporter: Reporter) -> Arti
     return execution.artifact
 
 
-class _LoggingReporter(Reporter):
+class LoggingReporter(Reporter):
     """Speaks to Prefect's log, and to the terminal as well where Prefect does not."""
 
     def say(self, line: str, style: str | None = None) -> None:
+        """See `Reporter`."""
         get_run_logger().info("%s", line)
         if is_quiet():
             super().say(line, style)
@@ -150,7 +151,7 @@ class _ProgressArtifact:
                 self._artifact_id = create_progress_artifact(percent, description=f"{self._label}: {progress.unit}")
             else:
                 update_progress_artifact(self._artifact_id, percent)
-        except _SERVER_ERRORS as error:
+        except SERVER_ERRORS as error:
             self._lost = True
             self._reporter.warn(f"Prefect's server does not take the progress any more: {one_line(str(error))}")
 
@@ -164,7 +165,7 @@ def _publish(summary: RunSummary, reporter: Reporter) -> None:
     try:
         create_table_artifact(steps, key="pruning-order", description=f"Run {summary.record.run_id}: what was removed")
         create_markdown_artifact(_markdown(summary), key="prune-summary", description=f"Run {summary.record.run_id}")
-    except _SERVER_ERRORS as error:
+    except SERVER_ERRORS as error:
         reporter.warn(f"the tables are not on Prefect's server: {one_line(str(error))}")
 
 
@@ -191,7 +192,8 @@ class _OneLine(logging.Filter):
         return True
 
 
-def _quieten_user_errors() -> None:
+def quieten_user_errors() -> None:
+    """Let Prefect's log have one line for an error of the user's or the machine's, and no traceback."""
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logger = logging.getLogger(name)
         if not any(isinstance(each, _OneLine) for each in logger.filters):
