@@ -10,6 +10,7 @@ import blockpruner
 from flows.boundary import OneLineErrors
 from flows.cli_compare import compare
 from flows.cli_pipeline import demo, run
+from flows.cli_report import report
 from flows.cli_results import runs, show, sql
 from flows.cli_stages import baseline, calibrate, evaluate, export, search, speed
 
@@ -34,5 +35,5 @@ def main(
         typer.echo(context.get_help())
 
 
-for _command in (demo, run, compare, calibrate, baseline, search, export, evaluate, speed, runs, show, sql):
+for _command in (demo, run, compare, calibrate, baseline, search, export, evaluate, speed, runs, show, sql, report):
     app.command()(_command)
