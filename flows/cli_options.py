@@ -85,6 +85,15 @@ BatchSize = Annotated[int | None, _setting("batch_size", "N")]
 Metric = Annotated[
     str | None, _setting("metric", "perplexity|kl|js", autocompletion=complete_choice("perplexity", "kl", "js"))
 ]
+Strategy = Annotated[
+    str | None,
+    _setting(
+        "strategy",
+        "NAME",
+        autocompletion=complete_choice("blockpruner", "oneshot", "layers", "shortgpt", "rm", "laco", "random"),
+    ),
+]
+StrategySeed = Annotated[int | None, _setting("strategy_seed", "N")]
 Scorer = Annotated[str | None, _setting("scorer", "sweep|plain", autocompletion=complete_choice("sweep", "plain"))]
 MemoryBudget = Annotated[str | None, _setting("memory_budget", "SIZE")]
 Compile = Annotated[str | None, _setting("compile", "auto|on|off", autocompletion=complete_choice("auto", "on", "off"))]

@@ -40,6 +40,8 @@ def run(
     dtype: options.Dtype = None,
     batch_size: options.BatchSize = None,
     metric: options.Metric = None,
+    strategy: options.Strategy = None,
+    strategy_seed: options.StrategySeed = None,
     scorer: options.Scorer = None,
     memory_budget: options.MemoryBudget = None,
     compile: options.Compile = None,

@@ -24,6 +24,7 @@ from blockpruner.paths import user_path
 from blockpruner.positions import check_sequence_length
 from blockpruner.repackable import Repackable
 from blockpruner.search import SearchTarget
+from blockpruner.strategies import STRATEGIES
 from flows.grid import External
 from flows.recipe import Recipe
 from stages import baseline, calibrate, evaluate, export, fold, search, speed
@@ -160,8 +161,8 @@ class Plan:
             sequence_length=recipe.sequence_length,
             seed=recipe.seed if calibrating else None,
             block_kinds=recipe.block_kinds if searching else None,
-            metric=recipe.metric if searching else None,
-            strategy=self.external.label if self.external else "blockpruner" if searching else None,
+            metric=_judged_by(recipe) if searching else None,
+            strategy=self.external.label if self.external else recipe.strategy if searching else None,
             external=str(self.external.checkpoint.path) if self.external else None,
             num_parameters_left=self.external.num_parameters if self.external else None,
             device=self.device,
@@ -296,6 +297,8 @@ class Plan:
             dtype=self.dtype,
             metric=recipe.metric,
             stock_compatible_at=recipe.stock_compatible_at,
+            strategy=recipe.strategy,
+            strategy_seed=recipe.strategy_seed,
         )
         inputs = search.SearchInputs(self._model(artifacts), artifacts["calibration"].ref, recipe.trust_remote_code)
         return Job(search.STAGE, config, inputs)
@@ -417,8 +420,10 @@ def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelS
     sizes = block_sizes(architecture, shapes)
     candidates = {block: sizes[block] for block in all_blocks(num_layers, recipe.block_kinds)}
     _check_num_blocks(recipe, len(candidates))
-    repackable = Repackable(num_layers, architecture.is_parallel) if recipe.stock_compatible else None
-    SearchTarget(recipe.num_blocks, recipe.ratio, repackable).check(candidates, total)
+    whole_layers = STRATEGIES[recipe.strategy].whole_layers
+    holds_pairs = recipe.stock_compatible and not whole_layers
+    repackable = Repackable(num_layers, architecture.is_parallel) if holds_pairs else None
+    SearchTarget(recipe.num_blocks, recipe.ratio, repackable, whole_layers).check(candidates, total)
     if recipe.export_blocks is not None and recipe.num_blocks is not None and recipe.export_blocks > recipe.num_blocks:
         raise ConfigurationError(
             f"export_blocks is {recipe.export_blocks}, but num_blocks is {recipe.num_blocks}; "
@@ -433,6 +438,12 @@ def _shape(recipe: Recipe, checkpoint: Checkpoint) -> ModelShape:
     check_tensors(checkpoint, shapes)
     check_sequence_length(shapes, recipe.sequence_length)
     return ModelShape(len(architecture.decoder_layers(shapes)), num_parameters(shapes))
+
+
+def _judged_by(recipe: Recipe) -> str:
+    """The metric, or where the strategy has an importance of its own, that."""
+    strategy = STRATEGIES[recipe.strategy]
+    return recipe.metric if strategy.uses_metric else strategy.importance
 
 
 def _check_any_model(recipe: Recipe, checkpoint: Checkpoint) -> PreTrainedModel | None:

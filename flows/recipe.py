@@ -21,6 +21,7 @@ from blockpruner.export.names import ExportDtype, FormatChoice, dtypes_of
 from blockpruner.memory_size import parse_memory_size
 from blockpruner.paths import user_path
 from blockpruner.scoring.settings import CompileChoice, MetricName, ScorerName, ScorerSettings
+from blockpruner.strategies import StrategyName, check_settings
 from flows.settings_text import SETTINGS
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
@@ -28,7 +29,7 @@ _PATH_FIELDS = ("model", "calibration", "eval_text", "task_dir")
 _TARGET_FIELDS = ("num_blocks", "ratio")
 _NUMBER_FIELDS = (
     *("num_samples", "sequence_length", "seed", "num_blocks", "ratio", "export_blocks"),
-    *("num_fewshot", "limit", "batch_size"),
+    *("num_fewshot", "limit", "batch_size", "strategy_seed"),
 )
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?")
 
@@ -137,6 +138,8 @@ class Recipe(BaseModel):
     batch_size: int | None = Field(default=None, ge=1, le=_MOST_SEQUENCES_AT_ONCE, description=SETTINGS["batch_size"])
     stock_compatible: bool = Field(default=False, description=SETTINGS["stock_compatible"])
     metric: MetricName = Field(default="perplexity", description=SETTINGS["metric"])
+    strategy: StrategyName = Field(default="blockpruner", description=SETTINGS["strategy"])
+    strategy_seed: int = Field(default=0, ge=0, lt=2**32, description=SETTINGS["strategy_seed"])
     scorer: ScorerName = Field(default="sweep", description=SETTINGS["scorer"])
     memory_budget: Annotated[NonBlank | None, BeforeValidator(_amount_of_memory)] = Field(
         default=None, description=SETTINGS["memory_budget"]
@@ -169,6 +172,14 @@ class Recipe(BaseModel):
             raise PydanticCustomError(
                 "target", "both num_blocks and ratio are given; give one of them (--num-blocks K or --ratio R)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _heeded_by_the_strategy(self) -> Self:
+        try:
+            check_settings(self.strategy, self.block_kinds, self.metric)
+        except ConfigurationError as error:
+            raise PydanticCustomError("strategy", "{reason}", {"reason": str(error)}) from error
         return self
 
     @model_validator(mode="after")
@@ -341,7 +352,7 @@ def _describe(problem: ErrorDetails) -> str:
     if kind == "literal_error":
         valid = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
         return f"unknown {field} {came!r}; valid are {', '.join(valid)}{nearest(str(came), valid)}"
-    if kind in ("device", "export_dtype", "target"):
+    if kind in ("device", "export_dtype", "strategy", "target"):
         return problem["msg"]
     shown = repr(came)
     or_all = ", or all" if field == "num_samples" else ""

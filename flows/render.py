@@ -192,9 +192,9 @@ def _took(record: RunRecord) -> str:
 def _steps_table(summary: RunSummary) -> Table:
     table = _table("step", "removed", "perplexity", "of all parameters", "time")
     num_removed = len(summary.removed)
-    for step in summary.rows.search_steps:
-        style = None if step.step <= num_removed else "dim"
-        block = f"{step.block_kind}:{step.layer_index}" + ("" if step.step <= num_removed else " (searched, kept)")
+    for row, step in enumerate(summary.rows.search_steps, start=1):
+        style = None if row <= num_removed else "dim"
+        block = f"{step.block_kind}:{step.layer_index}" + ("" if row <= num_removed else " (searched, kept)")
         table.add_row(
             str(step.step), block, number(step.perplexity), f"{step.ratio:.2%}", spell_out(step.seconds), style=style
         )

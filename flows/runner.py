@@ -185,7 +185,7 @@ class Runner:
         if entry.role == "calibration":
             record.num_sequences = artifact.manifest.num_sequences
         if entry.role == "search":
-            record.num_blocks_removed = artifact.manifest.num_steps
+            record.num_blocks_removed = len(artifact.manifest.pruning_order)
         if entry.role == "export":
             record.num_blocks_removed = artifact.manifest.num_blocks_removed
         self.runs.save(record)

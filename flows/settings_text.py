@@ -44,6 +44,11 @@ SETTINGS: dict[str, str] = {
         "What a block's removal is judged by: perplexity (the paper), or kl or js, the divergence of the model's "
         "predictions from the dense model's."
     ),
+    "strategy": (
+        "How removals are chosen: blockpruner (greedy, blocks), oneshot (blocks scored once), layers (greedy, whole "
+        "layers), shortgpt, rm, laco or random."
+    ),
+    "strategy_seed": "Seed of strategy random: another one is another draw. The calibration set has a seed of its own.",
     "scorer": "sweep (all candidates in one walk) or plain (a forward pass for each). Changes no result.",
     "memory_budget": "How much of the device's memory a search may use, weights included: 8GiB, 80GB.",
     "compile": "auto, on or off: compile parts of the model for the search (GPU); auto where it saves time.",

@@ -12,7 +12,7 @@ from torch import nn
 from blockpruner.architectures import block_sizes, num_parameters
 from blockpruner.blocks import Block
 from blockpruner.checkpoint import COMPANION_FILES, Checkpoint
-from blockpruner.errors import ConfigurationError, ExportError
+from blockpruner.errors import ExportError
 from blockpruner.export.card import CardNumbers, write_card
 from blockpruner.export.formats import FORMATS, verify_export
 from blockpruner.export.names import ExportDtype, ExportFormat, FormatChoice
@@ -20,6 +20,7 @@ from blockpruner.export.verify import Verification, masked_logits, verification_
 from blockpruner.export.write import WrittenExport, write_export
 from blockpruner.loading import DtypeName, load_model, meta_model, release_memory, torch_dtype
 from blockpruner.progress import Progress
+from blockpruner.strategies import STRATEGIES
 from blockpruner.trace import SearchTrace, read_trace
 from stages.contract import ArtifactRef, Runtime, Stage, StageConfig, StageManifest
 
@@ -76,15 +77,10 @@ def run(config: ExportConfig, inputs: ExportInputs, out_dir: Path, runtime: Runt
     """Write the model without the first blocks of the pruning order into `out_dir`/model, and verify it.
 
     Raises:
-        ConfigurationError: if the search did not reach `num_blocks`.
+        ConfigurationError: if no step of the search ends with `num_blocks` removed.
         ExportError: if the format cannot hold the result, or the written model computes something else.
     """
     trace = read_trace(inputs.search.path)
-    if config.num_blocks is not None and not 1 <= config.num_blocks <= len(trace.steps):
-        raise ConfigurationError(
-            f"num_blocks is {config.num_blocks}, but the search removed {len(trace.steps)}; "
-            f"give 1 to {len(trace.steps)}, or search further"
-        )
     removed = trace.removed(config.num_blocks)
     written = write_export(inputs.model, removed, out_dir / MODEL_FOLDER, config.format, dtype=config.dtype)
     runtime.progress(Progress(1, 2, "phases", "verifying"))
@@ -137,13 +133,13 @@ def _write_card(inputs: ExportInputs, trace: SearchTrace, written: WrittenExport
     sizes = block_sizes(architecture, shapes)
     total = num_parameters(shapes)
     num_kept = total - sum(sizes[block] for block in written.dropped)
-    last = trace.steps[len(written.dropped) - 1]
+    last = trace.reaching(len(written.dropped))[-1]
     calibration = ("the calibration set", trace.summary.dense_perplexity, last.perplexity)
     num_bytes_dense = sum(entry.num_bytes for entry in inputs.model.tensors.values())
     weights = (file for file in written.path.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
     num_bytes = sum(file.stat().st_size for file in weights)
     numbers = CardNumbers(total, num_kept, num_bytes_dense, num_bytes, (calibration,))
-    write_card(written, inputs.model.name, inputs.model.path, numbers)
+    write_card(written, inputs.model.name, inputs.model.path, numbers, STRATEGIES[trace.summary.strategy].source)
     return num_kept + sum(sizes[block] for block in written.zeros)
 
 

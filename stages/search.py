@@ -1,19 +1,19 @@
 """Stage `search`: the pruning order, with the score of every candidate at every step.
 
-Wires the library's greedy search to its checkpoints. A search is known by model, calibration set and method, and not by
+Wires the library's strategies to their checkpoints. A search is known by model, calibration set and method, and not by
 how far it goes: one that reached K blocks is the start of any longer one, and the answer to any shorter one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 from torch import Tensor
 
 from blockpruner.architectures import architecture_of, block_sizes, num_parameters
@@ -23,16 +23,20 @@ from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ConfigurationError
 from blockpruner.journal import SearchJournal
 from blockpruner.loading import DtypeName, load_model, meta_model, torch_dtype
+from blockpruner.ordered_search import OrderedSearch
 from blockpruner.perplexity import perplexity
+from blockpruner.progress import ProgressCallback
 from blockpruner.repackable import Repackable
 from blockpruner.scoring.build import build_scorer, device_memory, is_streamed, made_for
-from blockpruner.scoring.interface import Scorer, TableCallback
+from blockpruner.scoring.interface import SurveyScorer, TableCallback
+from blockpruner.scoring.layer_measures import LayerMeasure
 from blockpruner.scoring.metrics import metric_of
 from blockpruner.scoring.plan import SweepCut
 from blockpruner.scoring.settings import MetricName
 from blockpruner.scoring.table import ScoreTable
 from blockpruner.scoring.work import Meter
-from blockpruner.search import GreedySearch, SearchTarget
+from blockpruner.search import GreedySearch, Search, SearchTarget
+from blockpruner.strategies import STRATEGIES, Procedure, StrategyName, check_settings
 from blockpruner.trace import SearchStep, SearchSummary, write_trace
 from stages.contract import ArtifactRef, Runtime, Stage, StageConfig, StageManifest
 from stages.text_perplexity import check_vocabulary
@@ -57,7 +61,30 @@ class SearchConfig(StageConfig):
     stock_compatible_at: str | None = None
     """Where the result must be one that can be repacked into an unchanged model of its family: `num_blocks` or `ratio`
     once more, as text, for such a search is no prefix of a longer one. None: anywhere, and no matter."""
-    strategy: Literal["blockpruner"] = "blockpruner"
+    strategy: StrategyName = "blockpruner"
+    """How the removals are chosen."""
+    strategy_seed: NonNegativeInt | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Of the strategy that draws; None for all others, so that their identity does not hold it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_what_matters(cls, fields: Any) -> Any:
+        """What a strategy does not read is no part of its identity."""
+        if not isinstance(fields, dict):
+            return fields
+        strategy = STRATEGIES.get(fields.get("strategy", "blockpruner"))
+        if strategy is None:
+            return fields
+        fields = dict(fields)
+        if strategy.importance == "chance":
+            fields["strategy_seed"] = fields.get("strategy_seed") or 0
+        else:
+            fields["strategy_seed"] = None
+        if not strategy.uses_metric:
+            fields["metric"] = "perplexity"
+        if strategy.whole_layers:  # what is left is one of the family's models anyway
+            fields["stock_compatible_at"] = None
+        return fields
 
 
 @dataclass(frozen=True)
@@ -74,7 +101,10 @@ class SearchInputs:
 
 
 class PruningStep(StageManifest):
-    """One removal, without the candidates that were not chosen."""
+    """The removal of one block, without the candidates that were not chosen.
+
+    Of blocks that left together each has an entry, with the numbers of all of them.
+    """
 
     step: int
     layer_index: int
@@ -95,6 +125,7 @@ class SearchManifest(StageManifest):
     num_blocks_total: int
     num_parameters: int
     num_steps: int
+    """Removals; of a whole layer, or of several, at once counts as one."""
     pruning_order: tuple[PruningStep, ...]
 
 
@@ -115,7 +146,7 @@ class _Workbench:
         self._idle = Meter()
 
     @cached_property
-    def _scorer(self) -> Scorer:
+    def _scorer(self) -> SurveyScorer:
         try:
             return self._built()
         except torch.OutOfMemoryError as error:
@@ -124,7 +155,7 @@ class _Workbench:
                 "--scorer sweep, which fetches weights layer by layer where they do not fit"
             ) from error
 
-    def _built(self) -> Scorer:
+    def _built(self) -> SurveyScorer:
         config, inputs, runtime, settings = self._config, self._inputs, self._runtime, self._runtime.scoring
         weight_bytes = self._num_parameters * torch_dtype(config.dtype).itemsize
         streamed = settings.scorer == "sweep" and is_streamed(weight_bytes, runtime.device, settings.memory_budget)
@@ -145,6 +176,7 @@ class _Workbench:
             runtime.batch_size,
             self._cut_so_far(purpose),
             lambda plan: self._journal.keep_plan(f"{purpose}\n{plan.cut.model_dump_json()}"),
+            whole_layers=STRATEGIES[config.strategy].whole_layers,
         )
 
     @property
@@ -165,6 +197,14 @@ class _Workbench:
         """Each sequence's NLL of the unpruned model: float64 [B]."""
         return self._scorer.dense_nll()
 
+    def nll_without(self, removed: tuple[Block, ...]) -> Tensor:
+        """See `SurveyScorer.nll_without`."""
+        return self._scorer.nll_without(removed)
+
+    def measure_layers(self, measure: LayerMeasure) -> Tensor:
+        """See `SurveyScorer.measure_layers`."""
+        return self._scorer.measure_layers(measure)
+
     def _cut_so_far(self, purpose: str) -> SweepCut | None:
         """The cut that the search was begun with, if it was made for the same purpose."""
         made_for, _, cut = (self._journal.plan() or "").partition("\n")
@@ -181,11 +221,13 @@ def run(config: SearchConfig, inputs: SearchInputs, out_dir: Path, runtime: Runt
         ConfigurationError: if the target is not valid for this model, or it does not know a token of the set.
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
+    check_settings(config.strategy, config.block_kinds, config.metric)
     architecture, shapes = meta_model(inputs.model)
     sizes, total = block_sizes(architecture, shapes), num_parameters(shapes)
     num_layers = len(architecture.decoder_layers(shapes))
     repackable = Repackable(num_layers, architecture.is_parallel) if config.stock_compatible_at else None
-    target = SearchTarget(config.num_blocks, config.ratio, repackable)
+    whole_layers = STRATEGIES[config.strategy].whole_layers
+    target = SearchTarget(config.num_blocks, config.ratio, repackable, whole_layers)
     candidates = {block: sizes[block] for block in all_blocks(num_layers, config.block_kinds)}
     target.check(candidates, total)
     check_vocabulary(shapes, "calibration", load_token_ids(inputs.calibration.path))
@@ -195,7 +237,12 @@ def run(config: SearchConfig, inputs: SearchInputs, out_dir: Path, runtime: Runt
     journal = SearchJournal(runtime.state_dir, STAGE.resume_fingerprint(config, inputs), parts=parts)
     with device_memory(runtime.device, runtime.scoring.memory_budget):
         dense_nll_B, steps = _search(config, inputs, journal, runtime, (candidates, total), target)
-    summary = SearchSummary(dense_perplexity=perplexity(dense_nll_B), num_layers=num_layers, num_parameters=total)
+    summary = SearchSummary(
+        dense_perplexity=perplexity(dense_nll_B),
+        num_layers=num_layers,
+        num_parameters=total,
+        strategy=config.strategy,
+    )
     write_trace(out_dir, summary, steps)
     return SearchManifest(
         dense_perplexity=summary.dense_perplexity,
@@ -203,7 +250,7 @@ def run(config: SearchConfig, inputs: SearchInputs, out_dir: Path, runtime: Runt
         num_blocks_total=len(sizes),
         num_parameters=total,
         num_steps=len(steps),
-        pruning_order=tuple(_without_candidates(step) for step in steps),
+        pruning_order=tuple(_pruning_step(step, block) for step in steps for block in step.blocks),
     )
 
 
@@ -212,26 +259,43 @@ def _search(
     inputs: SearchInputs,
     journal: SearchJournal,
     runtime: Runtime,
-    sizes: tuple[Mapping[Block, int], int],
+    sizes: Sizes,
     target: SearchTarget,
 ) -> tuple[Tensor, tuple[SearchStep, ...]]:
     """Each sequence's dense NLL, and the steps; when this returns, nothing holds the model any more."""
-    candidates, num_parameters = sizes
-    workbench = _Workbench(config, inputs, journal, runtime, num_parameters)
+    workbench = _Workbench(config, inputs, journal, runtime, sizes[1])
     dense_nll_B = journal.dense_nll()
     if dense_nll_B is None:
         journal.keep_dense_nll(dense_nll_B := workbench.dense_nll())
+    make = _SEARCHES[STRATEGIES[config.strategy].procedure]
+    return dense_nll_B, make(config, workbench, sizes, journal, runtime.progress).run(target)
+
+
+Sizes = tuple[Mapping[Block, int], int]
+"""Parameters of every block that may be removed, and of the whole model."""
+
+
+def _greedy(
+    config: SearchConfig, workbench: _Workbench, sizes: Sizes, journal: SearchJournal, progress: ProgressCallback
+) -> Search:
     metric, noise_nats = metric_of(config.metric), _NOISE_NATS[config.dtype]
-    greedy = GreedySearch(workbench, candidates, num_parameters, journal, runtime.progress, metric, noise_nats)
-    return dense_nll_B, greedy.run(target)
+    return GreedySearch(workbench, *sizes, journal, progress, metric, noise_nats)
 
 
-def _without_candidates(step: SearchStep) -> PruningStep:
-    return PruningStep(
-        layer_index=step.block.layer_index,
-        block_kind=step.block.block_kind,
-        **step.model_dump(exclude={"block", "candidates"}),
-    )
+def _ordered(
+    config: SearchConfig, workbench: _Workbench, sizes: Sizes, journal: SearchJournal, progress: ProgressCallback
+) -> Search:
+    metric, noise_nats = metric_of(config.metric), _NOISE_NATS[config.dtype]
+    importance, seed = STRATEGIES[config.strategy].importance, config.strategy_seed or 0
+    return OrderedSearch(workbench, *sizes, journal, progress, metric, noise_nats, importance=importance, seed=seed)
+
+
+_SEARCHES: Mapping[Procedure, Callable[..., Search]] = {"greedy": _greedy, "ordered": _ordered}
+
+
+def _pruning_step(step: SearchStep, block: Block) -> PruningStep:
+    numbers = set(PruningStep.model_fields) - {"layer_index", "block_kind"}
+    return PruningStep(layer_index=block.layer_index, block_kind=block.block_kind, **step.model_dump(include=numbers))
 
 
 STAGE: Stage[SearchConfig, SearchInputs, SearchManifest] = Stage(

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,8 +45,9 @@ class _Block(BaseModel):
 
 class _Candidate(BaseModel):
     block: _Block
+    also: tuple[_Block, ...] = ()
     score: float
-    perplexity: float
+    perplexity: float | None
     rank: int
     chosen: bool
     tied: bool = False
@@ -54,6 +56,7 @@ class _Candidate(BaseModel):
 class _Step(BaseModel):
     step: int
     block: _Block
+    also: tuple[_Block, ...] = ()
     score: float
     perplexity: float
     num_parameters_removed: int
@@ -141,8 +144,13 @@ def rows_of(record: RunRecord, workspace: Workspace, warn: Warn) -> RunRows:
     return RunRows(
         runs=[_run_row(record)],
         stage_runs=[_stage_row(run_id, stage) for stage in record.stages],
-        search_steps=[_step_row(run_id, step) for step in found.steps],
-        block_scores=[_score_row(run_id, step.step, each) for step in found.steps for each in step.candidates],
+        search_steps=_step_rows(record, found.steps),
+        block_scores=[
+            _score_row(run_id, step.step, each, block)
+            for step in found.steps
+            for each in step.candidates
+            for block in (each.block, *each.also)
+        ],
         perplexities=[*_dense_perplexities(run_id, found), *_pruned_perplexities(record, found)],
         evaluations=[
             EvaluationRow(run_id, variant, m.task, m.metric, m.value, m.stderr, m.num_fewshot, m.num_examples)
@@ -214,13 +222,14 @@ def _pruned_perplexities(record: RunRecord, found: _Found) -> list[PerplexityRow
     """The evaluation's; where it did not measure the calibration set, the search's at the exported number of blocks."""
     run_id = record.run_id
     removed = found.exports[0][0].num_blocks_removed if found.exports else record.num_blocks_removed
+    removed_by_step = _num_removed(found.steps)
     if removed is None and found.steps:
-        removed = len(found.steps)
+        removed = removed_by_step[-1]
     rows = [PerplexityRow(run_id, "pruned", t.text, removed, t.num_tokens, t.perplexity) for t in found.pruned.texts]
-    if any(row.text == _CALIBRATION for row in rows) or removed is None or not 1 <= removed <= len(found.steps):
+    if any(row.text == _CALIBRATION for row in rows) or removed not in removed_by_step:
         return rows
     num_tokens = next((text.num_tokens for text in found.baseline.texts if text.text == _CALIBRATION), None)
-    perplexity = found.steps[removed - 1].perplexity
+    perplexity = found.steps[removed_by_step.index(removed)].perplexity
     return [*rows, PerplexityRow(run_id, "pruned", _CALIBRATION, removed, num_tokens, perplexity)]
 
 
@@ -240,27 +249,38 @@ def _stage_row(run_id: str, stage: StageRun) -> StageRow:
     return StageRow(run_id=run_id, started_at=_utc(stage.started_at), **{name: getattr(stage, name) for name in same})
 
 
-def _step_row(run_id: str, step: _Step) -> StepRow:
-    return StepRow(
-        run_id=run_id,
-        step=step.step,
-        layer_index=step.block.layer_index,
-        block_kind=step.block.block_kind,
-        score=step.score,
-        perplexity=step.perplexity,
-        num_parameters_removed=step.num_parameters_removed,
-        ratio=step.ratio,
-        seconds=step.seconds,
-        work_saved=step.work_saved,
-    )
+def _num_removed(steps: Sequence[_Step]) -> list[int]:
+    """How many blocks were gone after each step."""
+    return list(accumulate(1 + len(step.also) for step in steps))
 
 
-def _score_row(run_id: str, step: int, candidate: _Candidate) -> ScoreRow:
+def _step_rows(record: RunRecord, steps: Sequence[_Step]) -> list[StepRow]:
+    return [
+        StepRow(
+            run_id=record.run_id,
+            step=step.step,
+            layer_index=block.layer_index,
+            block_kind=block.block_kind,
+            score=step.score,
+            perplexity=step.perplexity,
+            num_parameters_removed=step.num_parameters_removed,
+            ratio=step.ratio,
+            seconds=step.seconds,
+            work_saved=step.work_saved,
+            strategy=record.strategy,
+            num_blocks_removed=num_removed,
+        )
+        for step, num_removed in zip(steps, _num_removed(steps), strict=True)
+        for block in (step.block, *step.also)
+    ]
+
+
+def _score_row(run_id: str, step: int, candidate: _Candidate, block: _Block) -> ScoreRow:
     return ScoreRow(
         run_id=run_id,
         step=step,
-        layer_index=candidate.block.layer_index,
-        block_kind=candidate.block.block_kind,
+        layer_index=block.layer_index,
+        block_kind=block.block_kind,
         score=candidate.score,
         perplexity=candidate.perplexity,
         rank=candidate.rank,

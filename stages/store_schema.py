@@ -65,6 +65,8 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "ratio": "DOUBLE NOT NULL",
         "seconds": "DOUBLE NOT NULL",
         "work_saved": "DOUBLE NOT NULL",
+        "strategy": "VARCHAR",
+        "num_blocks_removed": "INTEGER",
     },
     "block_scores": {
         "run_id": "VARCHAR NOT NULL",
@@ -72,7 +74,7 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "layer_index": "INTEGER NOT NULL",
         "block_kind": "VARCHAR NOT NULL",
         "score": "DOUBLE NOT NULL",
-        "perplexity": "DOUBLE NOT NULL",
+        "perplexity": "DOUBLE",
         "rank": "INTEGER NOT NULL",
         "chosen": "BOOLEAN NOT NULL",
         "tied": "BOOLEAN NOT NULL",
@@ -201,7 +203,7 @@ class StageRow(NamedTuple):
 
 
 class StepRow(NamedTuple):
-    """One removal of a run's search."""
+    """One block that a run's search removed; blocks that left together have a row each, with the same step."""
 
     run_id: str
     step: int
@@ -213,17 +215,21 @@ class StepRow(NamedTuple):
     ratio: float
     seconds: float
     work_saved: float = 0.0
+    strategy: str | None = None
+    num_blocks_removed: int | None = None
+    """By this step and all before it."""
 
 
 class ScoreRow(NamedTuple):
-    """What one step of the search found for one candidate."""
+    """What one step of the search found for one block; blocks that would leave together have a row each."""
 
     run_id: str
     step: int
     layer_index: int
     block_kind: str
     score: float
-    perplexity: float
+    perplexity: float | None
+    """NULL where the strategy did not measure it."""
     rank: int
     chosen: bool
     tied: bool

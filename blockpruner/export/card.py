@@ -12,6 +12,7 @@ from blockpruner import __version__
 from blockpruner.blocks import Block, BlockKind, mha, mlp
 from blockpruner.export.engines import how_to_load
 from blockpruner.export.write import WrittenExport
+from blockpruner.strategies import STRATEGIES
 
 _ZEROED = (
     "The removed blocks are still in the files, with zeros in their last projections: this form saves neither memory "
@@ -21,7 +22,7 @@ _FIRST_ATTENTION = (
     "The first layer's attention is still in the files, with zeros in its output projection, for engines expect one "
     "there: it adds nothing to any logit, and costs the memory and the time of an attention block."
 )
-_PAPER = "Zhong et al., BlockPruner, Findings of ACL 2025, doi 10.18653/v1/2025.findings-acl.262"
+_METHOD = STRATEGIES["blockpruner"].source
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,10 @@ class CardNumbers:
     """(text, dense, pruned)."""
 
 
-def write_card(written: WrittenExport, source: str, source_dir: Path, numbers: CardNumbers) -> None:
-    """Write README.md into the export."""
+def write_card(
+    written: WrittenExport, source: str, source_dir: Path, numbers: CardNumbers, method: str = _METHOD
+) -> None:
+    """Write README.md into the export; `method` says who described how the blocks were chosen."""
     data = ModelCardData(
         library_name="gguf" if written.format == "gguf" else "transformers",
         pipeline_tag="text-generation",
@@ -55,7 +58,7 @@ def write_card(written: WrittenExport, source: str, source_dir: Path, numbers: C
         "---",
         f"# {Path(name).name}, {len(written.dropped)} residual blocks removed",
         "",
-        f"Made from `{name}` by blockpruner {__version__}, without training ({_PAPER}).",
+        f"Made from `{name}` by blockpruner {__version__}, without training ({method}).",
         f"{numbers.num_parameters:,} of {numbers.num_parameters_dense:,} parameters remain ({ratio:.2%} removed).",
         *([_ZEROED] if written.format == "zeroed" else []),
         *([_FIRST_ATTENTION] if written.format == "decilm" and written.zeros else []),

@@ -17,12 +17,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from blockpruner.blocks import Block, BlockKind
+from blockpruner.blocks import Block, BlockKind, both_of
 from blockpruner.errors import ConfigurationError
 from blockpruner.scoring.decoder import Decoder, Unit
 from blockpruner.scoring.front import Chunk, Front, Walk
 from blockpruner.scoring.host_memory import HostCopies
 from blockpruner.scoring.interface import TableCallback
+from blockpruner.scoring.layer_measures import LayerMeasure
 from blockpruner.scoring.loss import TokenLosses
 from blockpruner.scoring.metrics import Metric
 from blockpruner.scoring.plan import SweepCut, SweepPlan
@@ -87,13 +88,27 @@ class SweepScorer:
     @torch.inference_mode()
     def dense_nll(self) -> Tensor:
         """Each sequence's mean token NLL in nats of the unpruned model: float64 [B] on the CPU."""
-        table = ScoreTable.empty((_DENSE,), self.num_sequences)
         if self.metric.divergence is not None:
             shape = (*self._token_ids_BT.shape, self._decoder.hidden_size)
             self._dense_BTD = torch.empty(shape, dtype=self._decoder.dtype)
+        return self.nll_without(())
+
+    @torch.inference_mode()
+    def nll_without(self, removed: tuple[Block, ...]) -> Tensor:
+        """See `SurveyScorer.nll_without`."""
+        table = ScoreTable.empty((_TRUNK,), self.num_sequences)
         while not table.is_complete:
-            self._attempt(partial(self._dense_columns, self._next_batch(table), table))
+            self._attempt(partial(self._trunk_columns, removed, self._next_batch(table), table))
         return table.nll_CB[0]
+
+    @torch.inference_mode()
+    def measure_layers(self, measure: LayerMeasure) -> Tensor:
+        """See `SurveyScorer.measure_layers`; needs a decoder of whole layers."""
+        assert all(unit.blocks == both_of(unit.layer_index) for unit in self.units)
+        table = ScoreTable.empty([unit.blocks[0] for unit in self.units], self.num_sequences)
+        while not table.is_complete:
+            self._attempt(partial(self._measured_columns, measure, self._next_batch(table), table))
+        return table.nll_CB
 
     @torch.inference_mode()
     def fill(self, removed: tuple[Block, ...], table: ScoreTable, on_update: TableCallback) -> None:
@@ -192,16 +207,25 @@ class SweepScorer:
         tokens, saved = token_ids_bT.numel(), step.costs[begun]
         self._meter.add((step.costs[-1] - saved) * tokens, saved * tokens, tokens * len(table.candidates))
 
-    def _dense_columns(self, batch: slice, table: ScoreTable) -> None:
-        """Enter the dense model's NLL, and keep the last layer's output where a divergence needs it."""
+    def _trunk_columns(self, removed: tuple[Block, ...], batch: slice, table: ScoreTable) -> None:
+        """Enter the pruned model's NLL; of the dense one keep the last layer's output where a divergence needs it."""
         token_ids_bT = self._token_ids_BT[batch].to(self._decoder.device)
-        walk = Walk(self._decoder, (), (), self._plan.cut.branches_per_chunk)
+        walk = Walk(self._decoder, removed, (), self._plan.cut.branches_per_chunk)
         hidden_bTD = walk.run(walk.start(token_ids_bT), lambda _: None).chunks[-1].hidden
-        trunk = Chunk((_DENSE,), hidden_bTD)
+        trunk = Chunk((_TRUNK,), hidden_bTD)
         nll_Kb, _ = self._chunk_losses(trunk, batch, token_ids_bT, divergent=False)
         table.fill(slice(None), batch, nll_Kb)
-        if self._dense_BTD is not None:
+        if self._dense_BTD is not None and not removed:
             self._dense_BTD[batch] = hidden_bTD.cpu()
+
+    def _measured_columns(self, measure: LayerMeasure, batch: slice, table: ScoreTable) -> None:
+        """Enter a measure of every layer of the dense model."""
+        hidden_bTD = self._decoder.embed(self._token_ids_BT[batch].to(self._decoder.device))
+        self._decoder.expect(tuple(unit.layer_index for unit in self.units))
+        for row, unit in enumerate(self.units):
+            output_bTD = self._decoder.run(unit, hidden_bTD)
+            table.fill(slice(row, row + 1), batch, measure(hidden_bTD, output_bTD)[None])
+            hidden_bTD = output_bTD
 
     def _chunk_losses(
         self, chunk: Chunk, batch: slice, token_ids_bT: Tensor, *, divergent: bool = True
@@ -239,8 +263,8 @@ class _Step:
     """Where to keep snapshots."""
 
 
-_DENSE = Block(layer_index=0, block_kind=BlockKind.MHA)
-"""Names the only row of a table for the dense model."""
+_TRUNK = Block(layer_index=0, block_kind=BlockKind.MHA)
+"""Names the only row of a table for one model."""
 
 
 def _stacked(losses: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
