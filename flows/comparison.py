@@ -197,12 +197,11 @@ def _known(record: RunRecord | None, name: str, asked: str) -> str:
 
 
 def _ratio(summary: RunSummary) -> float | None:
-    """Share of the parameters that is gone, counted on the model that was measured."""
+    """Share of all parameters that is gone: what the search says, or a count of an external checkpoint's."""
     record = summary.record
-    left = record.num_parameters_left or (summary.export.num_parameters if summary.export else None)
-    if left is None or not record.num_parameters:
-        return None
-    return 1 - left / record.num_parameters
+    if record.num_parameters_left is not None and record.num_parameters:
+        return 1 - record.num_parameters_left / record.num_parameters
+    return summary.removed[-1].ratio if summary.export and summary.removed else None
 
 
 def _perplexities(summary: RunSummary) -> dict[str, Pair]:

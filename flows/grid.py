@@ -290,11 +290,20 @@ def _valid_axes() -> str:
 
 
 def _labels(recipes: tuple[Recipe, ...]) -> list[str]:
-    """What distinguishes each recipe from the others, in words."""
+    """What distinguishes each recipe from the others, in words: model and strategy, and what differs among their own."""
     dumped = [recipe.model_dump() for recipe in recipes]
+    first = [name for name in ("model", "strategy") if _varies(name, dumped)]
     order = [*AXES, *(name for name in Recipe.model_fields if name not in AXES)]
-    varying = [name for name in order if len({repr(values[name]) for values in dumped}) > 1]
-    return [_label(values, varying) or _label(values, ["model", *_TARGETS]) for values in dumped]
+
+    def varying(values: Mapping[str, Any]) -> list[str]:
+        alike = [other for other in dumped if all(other[name] == values[name] for name in first)]
+        return [name for name in order if name in first or _varies(name, alike)]
+
+    return [_label(values, varying(values)) or _label(values, ["model", *_TARGETS]) for values in dumped]
+
+
+def _varies(name: str, dumped: list[dict[str, Any]]) -> bool:
+    return len({repr(values[name]) for values in dumped}) > 1
 
 
 def _label(values: Mapping[str, Any], names: list[str]) -> str:
