@@ -94,6 +94,11 @@ Strategy = Annotated[
     ),
 ]
 StrategySeed = Annotated[int | None, _setting("strategy_seed", "N")]
+LacoLayersPerMerge = Annotated[int | None, _setting("laco_layers_per_merge", "C")]
+LacoFirstLayer = Annotated[int | None, _setting("laco_first_layer", "L")]
+LacoLastLayer = Annotated[int | None, _setting("laco_last_layer", "H")]
+LacoInterval = Annotated[int | None, _setting("laco_interval", "I")]
+LacoThreshold = Annotated[float | None, _setting("laco_threshold", "T")]
 Scorer = Annotated[str | None, _setting("scorer", "sweep|plain", autocompletion=complete_choice("sweep", "plain"))]
 MemoryBudget = Annotated[str | None, _setting("memory_budget", "SIZE")]
 Compile = Annotated[str | None, _setting("compile", "auto|on|off", autocompletion=complete_choice("auto", "on", "off"))]

@@ -202,7 +202,8 @@ def make_comparison(values: Mapping[str, Any]) -> Comparison:
     try:
         comparison = Comparison.model_validate(values)
     except ValidationError as error:
-        problem = error.errors()[0]
+        # A misspelt field may be the one that is missing.
+        problem = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")[0]
         field = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             known = External.model_fields if "." in field else Comparison.model_fields

@@ -17,9 +17,11 @@ from blockpruner.architectures import block_sizes, num_parameters
 from blockpruner.baichuan import is_foldable
 from blockpruner.blocks import all_blocks
 from blockpruner.checkpoint import Checkpoint
+from blockpruner.collapse import check_laco
 from blockpruner.errors import ConfigurationError
 from blockpruner.export.names import FOR_OTHER_ENGINES, FormatChoice, dtypes_of
 from blockpruner.loading import DtypeName, any_meta_model, check_tensors, meta_model, resolve_device, resolve_dtype
+from blockpruner.merging import check_mergeable, stored_dtype
 from blockpruner.paths import user_path
 from blockpruner.positions import check_sequence_length
 from blockpruner.repackable import Repackable
@@ -299,6 +301,7 @@ class Plan:
             stock_compatible_at=recipe.stock_compatible_at,
             strategy=recipe.strategy,
             strategy_seed=recipe.strategy_seed,
+            laco=recipe.laco,
         )
         inputs = search.SearchInputs(self._model(artifacts), artifacts["calibration"].ref, recipe.trust_remote_code)
         return Job(search.STAGE, config, inputs)
@@ -424,6 +427,16 @@ def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelS
     holds_pairs = recipe.stock_compatible and not whole_layers
     repackable = Repackable(num_layers, architecture.is_parallel) if holds_pairs else None
     SearchTarget(recipe.num_blocks, recipe.ratio, repackable, whole_layers).check(candidates, total)
+    if STRATEGIES[recipe.strategy].procedure == "collapse":
+        check_laco(recipe.laco, num_layers)
+        check_mergeable(architecture, shapes)
+        if not is_foldable(checkpoint):  # whose tensors have other names until then
+            stored_dtype(architecture, checkpoint)
+    if recipe.export_blocks is not None and whole_layers and recipe.export_blocks % 2:
+        raise ConfigurationError(
+            f"export_blocks is {recipe.export_blocks}, and strategy {recipe.strategy} removes whole layers, two blocks "
+            "each; give an even number"
+        )
     if recipe.export_blocks is not None and recipe.num_blocks is not None and recipe.export_blocks > recipe.num_blocks:
         raise ConfigurationError(
             f"export_blocks is {recipe.export_blocks}, but num_blocks is {recipe.num_blocks}; "

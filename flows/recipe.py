@@ -21,7 +21,7 @@ from blockpruner.export.names import ExportDtype, FormatChoice, dtypes_of
 from blockpruner.memory_size import parse_memory_size
 from blockpruner.paths import user_path
 from blockpruner.scoring.settings import CompileChoice, MetricName, ScorerName, ScorerSettings
-from blockpruner.strategies import StrategyName, check_settings
+from blockpruner.strategies import LacoSettings, StrategyName, check_settings
 from flows.settings_text import SETTINGS
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
@@ -29,7 +29,8 @@ _PATH_FIELDS = ("model", "calibration", "eval_text", "task_dir")
 _TARGET_FIELDS = ("num_blocks", "ratio")
 _NUMBER_FIELDS = (
     *("num_samples", "sequence_length", "seed", "num_blocks", "ratio", "export_blocks"),
-    *("num_fewshot", "limit", "batch_size", "strategy_seed"),
+    *("num_fewshot", "limit", "batch_size", "strategy_seed", "laco_layers_per_merge"),
+    *("laco_first_layer", "laco_last_layer", "laco_interval", "laco_threshold"),
 )
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?")
 
@@ -140,6 +141,11 @@ class Recipe(BaseModel):
     metric: MetricName = Field(default="perplexity", description=SETTINGS["metric"])
     strategy: StrategyName = Field(default="blockpruner", description=SETTINGS["strategy"])
     strategy_seed: int = Field(default=0, ge=0, lt=2**32, description=SETTINGS["strategy_seed"])
+    laco_layers_per_merge: int = Field(default=4, ge=2, le=_MOST_BLOCKS, description=SETTINGS["laco_layers_per_merge"])
+    laco_first_layer: int = Field(default=0, ge=0, le=_MOST_BLOCKS, description=SETTINGS["laco_first_layer"])
+    laco_last_layer: int | None = Field(default=None, ge=1, le=_MOST_BLOCKS, description=SETTINGS["laco_last_layer"])
+    laco_interval: int = Field(default=2, ge=1, le=_MOST_BLOCKS, description=SETTINGS["laco_interval"])
+    laco_threshold: float = Field(default=0.65, ge=-1, lt=1, description=SETTINGS["laco_threshold"])
     scorer: ScorerName = Field(default="sweep", description=SETTINGS["scorer"])
     memory_budget: Annotated[NonBlank | None, BeforeValidator(_amount_of_memory)] = Field(
         default=None, description=SETTINGS["memory_budget"]
@@ -198,6 +204,13 @@ class Recipe(BaseModel):
         """Where the search must end with what can be repacked: its target, as text."""
         target = f"{self.num_blocks} blocks" if self.num_blocks is not None else f"ratio {self.ratio}"
         return target if self.stock_compatible else None
+
+    @property
+    def laco(self) -> LacoSettings:
+        """The settings of strategy laco."""
+        return LacoSettings(
+            **{name: getattr(self, f"laco_{name}") for name in LacoSettings.model_fields},
+        )
 
     @property
     def scoring(self) -> ScorerSettings:

@@ -49,6 +49,14 @@ SETTINGS: dict[str, str] = {
         "layers), shortgpt, rm, laco or random."
     ),
     "strategy_seed": "Seed of strategy random: another one is another draw. The calibration set has a seed of its own.",
+    "laco_layers_per_merge": "Strategy laco: how many layers become one in a merge, at most (C in its paper).",
+    "laco_first_layer": "Strategy laco: the lowest layer that others are merged into (L), counted from 0.",
+    "laco_last_layer": "Strategy laco: merging begins C layers below this one (H); none: the number of layers.",
+    "laco_interval": "Strategy laco: how many layers lower it goes on after a merge (I).",
+    "laco_threshold": (
+        "Strategy laco: a merge stays while the last hidden states are this similar to the dense model's (T); "
+        "lower removes more."
+    ),
     "scorer": "sweep (all candidates in one walk) or plain (a forward pass for each). Changes no result.",
     "memory_budget": "How much of the device's memory a search may use, weights included: 8GiB, 80GB.",
     "compile": "auto, on or off: compile parts of the model for the search (GPU); auto where it saves time.",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch import nn
 
 from blockpruner.architectures import block_sizes, num_parameters
@@ -19,9 +20,10 @@ from blockpruner.export.names import ExportDtype, ExportFormat, FormatChoice
 from blockpruner.export.verify import Verification, masked_logits, verification_request
 from blockpruner.export.write import WrittenExport, write_export
 from blockpruner.loading import DtypeName, load_model, meta_model, release_memory, torch_dtype
+from blockpruner.merging import MergedLayers, stored_dtype
 from blockpruner.progress import Progress
 from blockpruner.strategies import STRATEGIES
-from blockpruner.trace import SearchTrace, read_trace
+from blockpruner.trace import LayerMerge, SearchTrace, read_trace
 from stages.contract import ArtifactRef, Runtime, Stage, StageConfig, StageManifest
 
 MODEL_FOLDER = "model"
@@ -82,9 +84,12 @@ def run(config: ExportConfig, inputs: ExportInputs, out_dir: Path, runtime: Runt
     """
     trace = read_trace(inputs.search.path)
     removed = trace.removed(config.num_blocks)
-    written = write_export(inputs.model, removed, out_dir / MODEL_FOLDER, config.format, dtype=config.dtype)
+    merges = trace.merges(config.num_blocks)
+    written = write_export(
+        inputs.model, removed, out_dir / MODEL_FOLDER, config.format, dtype=config.dtype, merges=merges
+    )
     runtime.progress(Progress(1, 2, "phases", "verifying"))
-    verification = _verify(inputs.model, written, runtime.device, config.dtype)
+    verification = _verify(inputs.model, written, runtime.device, config.dtype, merges)
     if not verification.passed:
         raise ExportError(
             f"the exported model differs from the masked original by {verification.max_logit_difference:.3g} in its "
@@ -107,17 +112,27 @@ def run(config: ExportConfig, inputs: ExportInputs, out_dir: Path, runtime: Runt
 
 
 def _verify(
-    checkpoint: Checkpoint, written: WrittenExport, device: str, written_dtype: ExportDtype | None
+    checkpoint: Checkpoint,
+    written: WrittenExport,
+    device: str,
+    written_dtype: ExportDtype | None,
+    merges: Sequence[LayerMerge],
 ) -> Verification:
     architecture, shapes = meta_model(checkpoint)
     dtype: DtypeName = "float32" if num_parameters(shapes) <= _FLOAT32_LIMIT else "bfloat16"
-    # Weights that were rounded are compared with the original's, rounded likewise.
+    # Weights that were rounded are compared with the original's, rounded likewise; what was merged is merged first.
     coarsen = FORMATS[written.format].coarsen
-    if coarsen is None:
-        model = load_model(checkpoint, device=device, dtype=cast("DtypeName | None", written_dtype) or dtype)
-        nn.Module.to(model, torch_dtype(dtype))
+    rounded = cast("DtypeName | None", written_dtype if coarsen is None else None) or dtype
+    if merges:
+        stored = stored_dtype(architecture, checkpoint)
+        exact: DtypeName = "bfloat16" if stored == torch.bfloat16 else "float32"
+        model = load_model(checkpoint, device=device, dtype=exact)
+        MergedLayers(architecture, model, stored).use(merges)
+        nn.Module.to(model, torch_dtype(rounded))
     else:
-        model = load_model(checkpoint, device=device, dtype=dtype)
+        model = load_model(checkpoint, device=device, dtype=rounded)
+    nn.Module.to(model, torch_dtype(dtype))
+    if coarsen is not None:
         coarsen(model, written.path)
     text_config = model.config.get_text_config()
     request = verification_request(text_config.vocab_size, text_config.max_position_embeddings)

@@ -6,7 +6,7 @@ how far it goes: one that reached K blocks is the start of any longer one, and t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,14 +15,17 @@ from typing import Any
 import torch
 from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from blockpruner.architectures import architecture_of, block_sizes, num_parameters
+from blockpruner.architectures import Architecture, architecture_of, block_sizes, num_parameters
 from blockpruner.blocks import Block, BlockKind, BlockKinds, all_blocks
 from blockpruner.calibration import load_token_ids
 from blockpruner.checkpoint import Checkpoint
+from blockpruner.collapse import CollapseSearch, MergingModel, check_laco
 from blockpruner.errors import ConfigurationError
 from blockpruner.journal import SearchJournal
 from blockpruner.loading import DtypeName, load_model, meta_model, torch_dtype
+from blockpruner.merging import check_mergeable, stored_dtype
 from blockpruner.ordered_search import OrderedSearch
 from blockpruner.perplexity import perplexity
 from blockpruner.progress import ProgressCallback
@@ -36,8 +39,8 @@ from blockpruner.scoring.settings import MetricName
 from blockpruner.scoring.table import ScoreTable
 from blockpruner.scoring.work import Meter
 from blockpruner.search import GreedySearch, Search, SearchTarget
-from blockpruner.strategies import STRATEGIES, Procedure, StrategyName, check_settings
-from blockpruner.trace import SearchStep, SearchSummary, write_trace
+from blockpruner.strategies import STRATEGIES, LacoSettings, Procedure, StrategyName, check_settings
+from blockpruner.trace import LayerMerge, SearchStep, SearchSummary, write_trace
 from stages.contract import ArtifactRef, Runtime, Stage, StageConfig, StageManifest
 from stages.text_perplexity import check_vocabulary
 
@@ -66,6 +69,9 @@ class SearchConfig(StageConfig):
     strategy_seed: NonNegativeInt | None = Field(default=None, exclude_if=lambda value: value is None)
     """Of the strategy that draws; None for all others, so that their identity does not hold it."""
 
+    laco: LacoSettings | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Of the strategy laco; None for all others."""
+
     @model_validator(mode="before")
     @classmethod
     def _only_what_matters(cls, fields: Any) -> Any:
@@ -80,6 +86,7 @@ class SearchConfig(StageConfig):
             fields["strategy_seed"] = fields.get("strategy_seed") or 0
         else:
             fields["strategy_seed"] = None
+        fields["laco"] = (fields.get("laco") or LacoSettings()) if strategy.procedure == "collapse" else None
         if not strategy.uses_metric:
             fields["metric"] = "perplexity"
         if strategy.whole_layers:  # what is left is one of the family's models anyway
@@ -145,8 +152,19 @@ class _Workbench:
         self._token_ids_BT = load_token_ids(inputs.calibration.path)
         self._idle = Meter()
 
-    @cached_property
+    @property
     def _scorer(self) -> SurveyScorer:
+        return self._parts[0]
+
+    @property
+    def merging(self) -> MergingModel:
+        """The model of the same scorer, to be merged."""
+        _, architecture, model = self._parts
+        stored = stored_dtype(architecture, self._inputs.model)
+        return MergingModel(architecture, model, self._token_ids_BT, stored, self._runtime.batch_size)
+
+    @cached_property
+    def _parts(self) -> tuple[SurveyScorer, Architecture, PreTrainedModel]:
         try:
             return self._built()
         except torch.OutOfMemoryError as error:
@@ -155,10 +173,11 @@ class _Workbench:
                 "--scorer sweep, which fetches weights layer by layer where they do not fit"
             ) from error
 
-    def _built(self) -> SurveyScorer:
+    def _built(self) -> tuple[SurveyScorer, Architecture, PreTrainedModel]:
         config, inputs, runtime, settings = self._config, self._inputs, self._runtime, self._runtime.scoring
         weight_bytes = self._num_parameters * torch_dtype(config.dtype).itemsize
-        streamed = settings.scorer == "sweep" and is_streamed(weight_bytes, runtime.device, settings.memory_budget)
+        can_stream = settings.scorer == "sweep" and config.laco is None
+        streamed = can_stream and is_streamed(weight_bytes, runtime.device, settings.memory_budget)
         model = load_model(
             inputs.model,
             device="cpu" if streamed else runtime.device,
@@ -166,8 +185,9 @@ class _Workbench:
             trust_remote_code=inputs.trust_remote_code,
         )
         purpose = made_for(runtime.device, settings, runtime.batch_size)
-        return build_scorer(
-            architecture_of(inputs.model.model_type).for_config(model.config),
+        architecture = architecture_of(inputs.model.model_type).for_config(model.config)
+        scorer = build_scorer(
+            architecture,
             model,
             self._token_ids_BT,
             runtime.device,
@@ -178,6 +198,7 @@ class _Workbench:
             lambda plan: self._journal.keep_plan(f"{purpose}\n{plan.cut.model_dump_json()}"),
             whole_layers=STRATEGIES[config.strategy].whole_layers,
         )
+        return scorer, architecture, model
 
     @property
     def num_sequences(self) -> int:
@@ -187,7 +208,7 @@ class _Workbench:
     @property
     def meter(self) -> Meter:
         """What was computed so far; asking for it loads nothing."""
-        return self._scorer.meter if "_scorer" in vars(self) else self._idle
+        return self._scorer.meter if "_parts" in vars(self) else self._idle
 
     def fill(self, removed: tuple[Block, ...], table: ScoreTable, on_update: TableCallback) -> None:
         """See `Scorer.fill`."""
@@ -230,6 +251,10 @@ def run(config: SearchConfig, inputs: SearchInputs, out_dir: Path, runtime: Runt
     target = SearchTarget(config.num_blocks, config.ratio, repackable, whole_layers)
     candidates = {block: sizes[block] for block in all_blocks(num_layers, config.block_kinds)}
     target.check(candidates, total)
+    if config.laco is not None:
+        check_laco(config.laco, num_layers)
+        check_mergeable(architecture, shapes)
+        stored_dtype(architecture, inputs.model)
     check_vocabulary(shapes, "calibration", load_token_ids(inputs.calibration.path))
     assert runtime.state_dir is not None
     settings = {name: str(value) for name, value in config.model_dump(exclude=set(STAGE.not_resume_fields)).items()}
@@ -290,7 +315,36 @@ def _ordered(
     return OrderedSearch(workbench, *sizes, journal, progress, metric, noise_nats, importance=importance, seed=seed)
 
 
-_SEARCHES: Mapping[Procedure, Callable[..., Search]] = {"greedy": _greedy, "ordered": _ordered}
+def _collapse(
+    config: SearchConfig, workbench: _Workbench, sizes: Sizes, journal: SearchJournal, progress: ProgressCallback
+) -> Search:
+    return CollapseSearch(_LateBench(workbench), *sizes, journal, progress, settings=config.laco)
+
+
+class _LateBench:
+    """A bench whose model is loaded when the first merge is tried."""
+
+    def __init__(self, workbench: _Workbench) -> None:
+        self._workbench = workbench
+
+    @cached_property
+    def _merging(self) -> MergingModel:
+        return self._workbench.merging
+
+    def similarity(self, merges: Sequence[LayerMerge], removed: Sequence[Block]) -> float:
+        """See `MergeBench.similarity`."""
+        return self._merging.similarity(merges, removed)
+
+    def nll(self, merges: Sequence[LayerMerge], removed: Sequence[Block]) -> Tensor:
+        """See `MergeBench.nll`."""
+        return self._merging.nll(merges, removed)
+
+
+_SEARCHES: Mapping[Procedure, Callable[..., Search]] = {
+    "greedy": _greedy,
+    "ordered": _ordered,
+    "collapse": _collapse,
+}
 
 
 def _pruning_step(step: SearchStep, block: Block) -> PruningStep:

@@ -65,7 +65,9 @@ def copied(checkpoint: Checkpoint, names: Mapping[str, str]) -> list[TensorSourc
     entries = checkpoint.tensors
     order = sorted(names, key=lambda name: (str(entries[name].file), name))
     return [
-        TensorSource(names[name], entries[name].num_bytes, partial(_read, checkpoint, name), dtype_of(entries[name]))
+        TensorSource(
+            names[name], entries[name].num_bytes, partial(read_tensor, checkpoint, name), dtype_of(entries[name])
+        )
         for name in order
     ]
 
@@ -97,7 +99,8 @@ def _assign(sources: Iterable[TensorSource], shard_bytes: int) -> Sequence[Seque
     return shards
 
 
-def _read(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A tensor as it is in a checkpoint."""
     with safe_open(checkpoint.tensors[name].file, "pt") as file:
         tensor: torch.Tensor = file.get_tensor(name)
     return tensor

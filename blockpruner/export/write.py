@@ -20,6 +20,8 @@ from blockpruner.export.formats import Format, format_for
 from blockpruner.export.names import ExportDtype, ExportFormat, FormatChoice
 from blockpruner.export.source import ExportSource
 from blockpruner.export.weights import SHARD_BYTES
+from blockpruner.merging import combinations
+from blockpruner.trace import LayerMerge
 
 MANIFEST_FILE = "pruning_manifest.json"
 
@@ -48,6 +50,7 @@ def write_export(
     *,
     dtype: ExportDtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    merges: Sequence[LayerMerge] = (),
 ) -> WrittenExport:
     """Write the checkpoint without the removed blocks into `out_dir`.
 
@@ -58,12 +61,13 @@ def write_export(
         wanted: the format; 'auto' chooses.
         dtype: of the weights; None: as they are.
         shard_bytes: size of a weights file at most.
+        merges: what became of removed layers' weights, in order.
 
     Raises:
         ExportError: if the format cannot hold the surviving blocks.
         UnsupportedArchitectureError: if the checkpoint has tensors that belong to no known part.
     """
-    source = ExportSource.of(checkpoint, removed, dtype)
+    source = ExportSource.of(checkpoint, removed, dtype, merges)
     chosen = format_for(source, wanted)
     out_dir.mkdir(parents=True, exist_ok=True)
     chosen.write(source, out_dir, shard_bytes)
@@ -86,6 +90,8 @@ def _write_manifest(source: ExportSource, chosen: Format, out_dir: Path) -> None
         "zeros": [block.model_dump(mode="json") for block in chosen.zeros(source)],
         "files": {file.name: file_digest(file) for file in sorted(out_dir.iterdir())},
     }
+    if source.merges:
+        manifest["merged_layers"] = combinations(source.merges)
     if not source.architecture.is_parallel and chosen.name not in ("decilm", "gguf", "zeroed"):
         manifest["layers"] = [layer.model_dump(mode="json") for layer in source.packed.layers]
     (out_dir / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
