@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -79,6 +79,7 @@ class CellPool:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            _close_output(process)
 
     def _process(self, slot: int) -> subprocess.Popen[str] | None:
         """The slot's process, started if there is none; None once the pool is stopped."""
@@ -104,32 +105,39 @@ class CellPool:
 
     def _converse(self, process: subprocess.Popen[str], request: Request, listener: Listener) -> Event | None:
         """Ask, and listen to the end; None if the process ends first."""
-        assert process.stdin is not None
-        assert process.stdout is not None
         try:
-            process.stdin.write(request.model_dump_json() + "\n")
-            process.stdin.flush()
-        except (BrokenPipeError, ValueError):  # it has died, or has just been stopped
-            return None
-        for line in process.stdout:
-            try:
-                event = Event.model_validate_json(line)
-            except ValidationError:  # torn by its end
-                continue
-            if event.kind == "end":
-                return event
-            listener(event)
+            for event in _events(process, request):
+                if event.kind == "end":
+                    return event
+                listener(event)
+        except (BrokenPipeError, ValueError):  # it has died, or has just been stopped and its pipes closed
+            pass
         return None
 
     def _died(self, slot: int, process: subprocess.Popen[str]) -> Event:
         status = process.wait()
         with self._guard:
-            self._processes.pop(slot, None)
+            if self._processes.pop(slot, None) is not None:
+                _close_input(process)
+                _close_output(process)
         if self._stopped:
             return Event(kind="end", text="stopped")
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         hint = " (out of memory?)" if status == -signal.SIGKILL else ""
         return Event(kind="end", text=f"the process of this cell {how}{hint}")
+
+
+def _events(process: subprocess.Popen[str], request: Request) -> Iterator[Event]:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(request.model_dump_json() + "\n")
+    process.stdin.flush()
+    for line in process.stdout:
+        try:
+            event = Event.model_validate_json(line)
+        except ValidationError:  # torn by its end
+            continue
+        yield event
 
 
 def environment_of(slot: int, width: int, *, spread: bool) -> dict[str, str]:
@@ -149,6 +157,11 @@ def _devices() -> list[str]:
     if (listed := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in listed.split(",") if name]
     return [str(index) for index, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+def _close_output(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    process.stdout.close()
 
 
 def _close_input(process: subprocess.Popen[str]) -> None:

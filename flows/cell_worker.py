@@ -84,9 +84,14 @@ class _Channel:
 class _SendingReporter(Reporter):
     """Tells the parent what a person would be told."""
 
-    def __init__(self, channel: _Channel) -> None:
+    def __init__(self, channel: _Channel, is_over: threading.Event) -> None:
         super().__init__()
-        self._channel = channel
+        self._channel, self._is_over = channel, is_over
+
+    def _go_on(self) -> None:
+        """Native code may have swallowed the order to end; here it is seen once more."""
+        if self._is_over.is_set():
+            raise Terminated
 
     def say(self, line: str, style: str | None = None) -> None:
         self._channel.send(Event(kind="say", text=line))
@@ -96,6 +101,7 @@ class _SendingReporter(Reporter):
 
     def stage_ended(self, label: str, seconds: float, *, cached: bool) -> None:
         self._channel.send(Event(kind="stage", text=label, seconds=seconds, cached=cached))
+        self._go_on()
 
     @contextmanager
     def working(self, label: str) -> Iterator[ProgressCallback]:
@@ -104,6 +110,7 @@ class _SendingReporter(Reporter):
 
         def show(progress: Progress) -> None:
             nonlocal sent_at
+            self._go_on()
             remaining_s = remaining.seconds(progress)
             if time.monotonic() - sent_at < _PROGRESS_EVERY_S:
                 return
@@ -120,7 +127,7 @@ class _Requests:
 
     def __init__(self, lines: IO[str]) -> None:
         self._lines, self._queue = lines, queue.Queue[str | None]()
-        self._busy = threading.Event()
+        self._busy, self.are_over = threading.Event(), threading.Event()
         threading.Thread(target=self._read, name="requests", daemon=True).start()
 
     def __iter__(self) -> Iterator[Request]:
@@ -133,8 +140,10 @@ class _Requests:
         for line in self._lines:
             self._queue.put(line)
         self._queue.put(None)
+        self.are_over.set()
         if self._busy.is_set():
-            os.kill(os.getpid(), signal.SIGTERM)
+            # To that thread, so that a system call in which it waits is interrupted.
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
             time.sleep(_GRACE_S)
             os._exit(1)
 
@@ -143,11 +152,11 @@ def _terminate(*_: object) -> None:
     raise Terminated
 
 
-def _carry_out(workspace: Path, request: Request, channel: _Channel) -> Event:
+def _carry_out(workspace: Path, request: Request, reporter: Reporter) -> Event:
     """Do the cell, or find that it was done; the event that says how it ended."""
     from flows.runner import Runner
 
-    runner = Runner(workspace, _SendingReporter(channel))
+    runner = Runner(workspace, reporter)
     try:
         found = runner.finished(request.recipe, request.goal, request.comparison, request.external)
         if found is not None:
@@ -164,9 +173,10 @@ def main() -> int:
     """Serve until there are no more requests."""
     signal.signal(signal.SIGTERM, _terminate)
     channel, workspace = _Channel.take_standard_output(), Path(json.loads(sys.argv[1]))
+    requests = _Requests(sys.stdin)
     try:
-        for request in _Requests(sys.stdin):
-            channel.send(_carry_out(workspace, request, channel))
+        for request in requests:
+            channel.send(_carry_out(workspace, request, _SendingReporter(channel, requests.are_over)))
     except KeyboardInterrupt:
         return 128 + signal.SIGTERM
     return 0

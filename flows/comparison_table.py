@@ -73,10 +73,10 @@ def people_table(rows: Sequence[Row]) -> DataTable:
 def comparison_view(comparison: Comparison, rows: Sequence[Row]) -> RenderableType:
     """For the terminal: what all cells share above the table, which has the rest."""
     shared, columns = _shared(rows), _people_columns(rows)
-    kept = [column for column in columns if column.name not in shared]
+    kept = [column for column in columns if column.name not in (*shared, *_REMARKS)]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in kept:
-        is_text = column.name in (*_ASKED, "status", "error", "note")
+        is_text = column.name in (*_ASKED, "status")
         table.add_column(column.name, justify="left" if is_text else "right", overflow="fold")
     for row in _with_dense(rows):
         style = "dim" if row.status == _DENSE else "red" if row.error else None
@@ -85,6 +85,9 @@ def comparison_view(comparison: Comparison, rows: Sequence[Row]) -> RenderableTy
     parts: list[RenderableType] = [Text(one_line(comparison.name), style="bold")]
     parts += [Text(one_line(text), style="dim") for text in (comparison.description, heading) if text]
     parts += [Text(), table]
+    remarks = [f"{row.label}: {text}" for row in rows for text in (row.error, row.note) if text]
+    if remarks:
+        parts += [Text(), *(Text(one_line(text), style="red") for text in remarks)]
     if any(row.published for row in rows):
         parts += [Text(), Text(f"paper: {paper_figures().source}", style="dim")]
     return Group(*parts)
@@ -98,6 +101,8 @@ def standing(rows: Sequence[Row]) -> str | None:
     return f"{failed} of {count(len(rows), 'cell')} failed; give the same command again to try them again"
 
 
+_REMARKS = ("error", "note")
+"""Columns of sentences, which the terminal has below the table."""
 _DENSE = "dense"
 _OF_CELLS_ALONE: Sequence[str] = (
     *("metric", "block_kinds", "num_samples", "ratio_asked", "num_blocks_asked", "num_blocks_removed", "error", "note"),
@@ -137,8 +142,7 @@ def _people_columns(rows: Sequence[Row]) -> list[_Column]:
     columns.append(_Column("search", lambda row: None if row.search_seconds is None else spell_out(row.search_seconds)))
     columns.append(_Column("time", lambda row: None if row.seconds is None else spell_out(row.seconds)))
     columns.append(_Column("status", lambda row: row.status))
-    columns += [_Column(name, _getter(name)) for name in ("error", "note") if any(getattr(row, name) for row in rows)]
-    return columns
+    return columns + [_Column(name, _getter(name)) for name in _REMARKS if any(getattr(row, name) for row in rows)]
 
 
 def _with_dense(rows: Sequence[Row]) -> list[Row]:

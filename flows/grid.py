@@ -291,7 +291,7 @@ def _valid_axes() -> str:
 
 
 def _labels(recipes: tuple[Recipe, ...]) -> list[str]:
-    """What distinguishes each recipe from the others, in words: model and strategy, and what differs among their own."""
+    """What tells each recipe from the others, in words: model and strategy, and what differs among their own."""
     dumped = [recipe.model_dump() for recipe in recipes]
     first = [name for name in ("model", "strategy") if _varies(name, dumped)]
     order = [*AXES, *(name for name in Recipe.model_fields if name not in AXES)]

@@ -187,6 +187,8 @@ class _OneLine(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Change the record; keep it."""
         error = record.exc_info[1] if record.exc_info else None
+        if error is None:  # of a task that says that it failed, and raised nothing
+            record.exc_info = None
         if error is not None and (words := in_plain_words(error)) is not None:
             record.msg, record.args, record.exc_info = words, (), None
         return True

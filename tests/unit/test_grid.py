@@ -53,7 +53,7 @@ def test_labels_name_what_differs_among_a_strategys_own_cells() -> None:
         *("oneshot", "rm", "random strategy_seed=0", "random strategy_seed=1"),
         *("blockpruner ratio=0.1", "blockpruner ratio=0.3"),
     ]
-    assert [cell.recipe.name for cell in cells][0] == "c: oneshot"
+    assert cells[0].recipe.name == "c: oneshot"
 
 
 def test_cells_that_differ_in_how_far_they_prune_share_a_family_the_furthest_first() -> None:
