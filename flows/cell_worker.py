@@ -152,9 +152,9 @@ def _terminate(*_: object) -> None:
     raise Terminated
 
 
-def _carry_out(workspace: Path, request: Request, reporter: Reporter) -> Event:
+def _carry_out(workspace: Path, request: Request, reporter: Reporter, is_over: threading.Event) -> Event:
     """Do the cell, or find that it was done; the event that says how it ended."""
-    from flows.runner import Runner
+    from flows.runner import CANCELLED, Runner
 
     runner = Runner(workspace, reporter)
     try:
@@ -163,9 +163,13 @@ def _carry_out(workspace: Path, request: Request, reporter: Reporter) -> Event:
             return Event(kind="end", run_id=found.run_id, cached=True)
         record = runner.run(request.recipe, request.goal, comparison=request.comparison, external=request.external)
     except Exception as error:  # noqa: BLE001  # whatever it is, it is this cell's, and the others go on
+        begun = next((each for each in runner.runs.list() if each.pid == os.getpid()), None)
+        if is_over.is_set():  # what native code (DuckDB's, for one) made of the order to end
+            if begun is not None and begun.status == "failed":
+                runner.runs.finish(begun, "cancelled", CANCELLED, at=begun.finished_at)
+            raise Terminated from error
         words = in_plain_words(error) or one_line(f"{type(error).__name__}: {error}")
-        begun = (each.run_id for each in runner.runs.list() if each.pid == os.getpid())
-        return Event(kind="end", text=words, run_id=next(begun, None))
+        return Event(kind="end", text=words, run_id=begun.run_id if begun else None)
     return Event(kind="end", run_id=record.run_id)
 
 
@@ -176,7 +180,8 @@ def main() -> int:
     requests = _Requests(sys.stdin)
     try:
         for request in requests:
-            channel.send(_carry_out(workspace, request, _SendingReporter(channel, requests.are_over)))
+            reporter = _SendingReporter(channel, requests.are_over)
+            channel.send(_carry_out(workspace, request, reporter, requests.are_over))
     except KeyboardInterrupt:
         return 128 + signal.SIGTERM
     return 0

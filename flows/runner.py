@@ -29,6 +29,9 @@ from stages.store import ResultStore
 _BRIEF_WAIT_S = 1.0
 """How long a run in progress waits for a database that somebody has open; at its end it waits longer."""
 
+CANCELLED = "cancelled; give the same command again to go on"
+"""The error of a run that was stopped."""
+
 
 @dataclass(frozen=True)
 class StageCall:
@@ -136,7 +139,7 @@ class Runner:
             self._end_early(record, "failed", words)
             raise
         except BaseException:  # Ctrl-C, or an order to end
-            self._end_early(record, "cancelled", "cancelled; give the same command again to go on")
+            self._end_early(record, "cancelled", CANCELLED)
             raise
         self._end(record, "completed", None)
 
