@@ -72,6 +72,8 @@ EvalText = Annotated[list[str] | None, _setting("eval_text", "NAME|FILE", autoco
 EvalTextColumn = Annotated[str | None, _setting("eval_text_column", "COLUMN")]
 Tasks = Annotated[str | None, _setting("tasks", "a,b")]
 TaskDir = Annotated[str | None, _setting("task_dir", "DIR")]
+TaskData = Annotated[str | None, _setting("task_data", "DIR")]
+LogSamples = Annotated[bool | None, typer.Option("--log-samples", help=SETTINGS["log_samples"], show_default=False)]
 NumFewshot = Annotated[int | None, _setting("num_fewshot", "N")]
 Limit = Annotated[int | None, _setting("limit", "N")]
 Device = Annotated[
@@ -81,7 +83,7 @@ Dtype = Annotated[
     str | None,
     _setting("dtype", "auto|float32|bfloat16", autocompletion=complete_choice("auto", "float32", "bfloat16")),
 ]
-BatchSize = Annotated[int | None, _setting("batch_size", "N")]
+BatchSize = Annotated[str | None, _setting("batch_size", "N|auto")]
 Metric = Annotated[
     str | None, _setting("metric", "perplexity|kl|js", autocompletion=complete_choice("perplexity", "kl", "js"))
 ]

@@ -32,6 +32,8 @@ def run(
     export_format: options.ExportFormat = None,
     tasks: options.Tasks = None,
     task_dir: options.TaskDir = None,
+    task_data: options.TaskData = None,
+    log_samples: options.LogSamples = None,
     num_fewshot: options.NumFewshot = None,
     limit: options.Limit = None,
     eval_text: options.EvalText = None,

@@ -51,6 +51,9 @@ _FOLDED = "fold"
 _EXTERNAL = "external:"
 """Begins the role of a text that was cut by the tokenizer of a model pruned elsewhere."""
 
+_DENSE = ("evaluate:dense", "evaluate dense")
+"""Role and label of the dense model's evaluation."""
+
 TextRefs = tuple[tuple[str, ArtifactRef], ...]
 """Prepared texts by the name under which their results are listed."""
 
@@ -141,6 +144,8 @@ class Plan:
         """Name every text and task and read every file, so that a bad one is refused before anything is computed."""
         if self.goal == "measure" and not (self.recipe.tasks or self.recipe.eval_text):
             raise ConfigurationError("there is nothing to evaluate; give --tasks a,b or --eval-text FILE")
+        if self.goal in ("evaluate", "measure") and self.recipe.task_data is not None and not self.recipe.tasks:
+            raise ConfigurationError("task_data is given and no tasks; say which, for example --tasks piqa,arc_easy")
         if self.goal != "measure":
             resolve_text(self.recipe.calibration, "calibration", self.recipe.calibration_column).check()
         for typed in self.texts.values():
@@ -185,7 +190,10 @@ class Plan:
     @cached_property
     def tasks(self) -> tuple[TaskSpec, ...]:
         """The lm-eval tasks, found and identified."""
-        return resolve_tasks(self.recipe.tasks, self._task_dir) if self.goal in ("evaluate", "measure") else ()
+        if self.goal not in ("evaluate", "measure"):
+            return ()
+        recipe = self.recipe
+        return resolve_tasks(recipe.tasks, self._task_dir, task_data=self._task_data, num_fewshot=recipe.num_fewshot)
 
     @property
     def stages(self) -> Iterator[PlannedStage]:
@@ -203,8 +211,7 @@ class Plan:
         if goal not in ("search", "export", "speed"):
             for name, typed in self.texts.items():
                 yield PlannedStage(f"text:{name}", f"calibrate {name}", partial(self._text, typed))
-        if goal == "measure" or (goal == "evaluate" and self.tasks):
-            yield PlannedStage("evaluate:dense", "evaluate dense", self._evaluate_dense)
+        yield from self._dense_evaluations
         if goal in ("baseline", "evaluate"):
             yield PlannedStage("baseline", "baseline", self._baseline)
         yield from self._pruning if self.external is None else self._texts_of(self.external)
@@ -231,6 +238,15 @@ class Plan:
         for name, typed in self.texts.items():
             label = f"calibrate {name} for {external.label}"
             yield PlannedStage(f"{_EXTERNAL}text:{name}", label, partial(self._text_of_external, typed))
+
+    @property
+    def _dense_evaluations(self) -> Iterator[PlannedStage]:
+        """The tasks, as an artifact that all runs of a model share; and the texts where no baseline measures them."""
+        if self.tasks:
+            yield PlannedStage(*_DENSE, self._evaluate_dense_tasks)
+        if self.goal == "measure" and self.texts:
+            role, label = ("evaluate:dense:texts", "evaluate dense on texts") if self.tasks else _DENSE
+            yield PlannedStage(role, label, self._evaluate_dense_texts)
 
     @property
     def _formats(self) -> list[FormatChoice]:
@@ -325,10 +341,11 @@ class Plan:
         inputs = speed.SpeedInputs(self._model(artifacts), self._pruned(artifacts), recipe.trust_remote_code)
         return Job(speed.STAGE, config, inputs)
 
-    def _evaluate_dense(self, artifacts: Artifacts) -> Job:
-        """The dense model on the tasks; on the texts as well where no baseline measures them."""
-        texts = () if self.goal == "evaluate" else self._text_refs(artifacts)
-        return self._evaluate(self._model(artifacts), texts, self.recipe.trust_remote_code)
+    def _evaluate_dense_tasks(self, artifacts: Artifacts) -> Job:
+        return self._evaluate(self._model(artifacts), (), self.recipe.trust_remote_code, self.tasks)
+
+    def _evaluate_dense_texts(self, artifacts: Artifacts) -> Job:
+        return self._evaluate(self._model(artifacts), self._text_refs(artifacts), self.recipe.trust_remote_code, ())
 
     def _evaluate_pruned(self, artifacts: Artifacts) -> Job:
         """The pruned model on everything."""
@@ -338,19 +355,26 @@ class Plan:
 
         named = ((baseline.CALIBRATION, ref("calibration")), *((name, ref(f"text:{name}")) for name in self.texts))
         trusts = self.recipe.trust_remote_code if self.external else True  # the code that an export may carry is ours
-        return self._evaluate(self._pruned(artifacts), named, trusts)
+        return self._evaluate(self._pruned(artifacts), named, trusts, self.tasks)
 
     def _pruned(self, artifacts: Artifacts) -> Checkpoint:
         if self.external is not None:
             return self.external.checkpoint
         return Checkpoint.open(str(artifacts["export"].path / export.MODEL_FOLDER))
 
-    def _evaluate(self, model: Checkpoint, texts: TextRefs, trust_remote_code: bool) -> Job:
+    def _evaluate(
+        self, model: Checkpoint, texts: TextRefs, trust_remote_code: bool, tasks: tuple[TaskSpec, ...]
+    ) -> Job:
         recipe = self.recipe
         config = evaluate.EvaluateConfig(
-            dtype=self.dtype, tasks=self.tasks, num_fewshot=recipe.num_fewshot, limit=recipe.limit
+            dtype=self.dtype,
+            tasks=tasks,
+            num_fewshot=recipe.num_fewshot,
+            limit=recipe.limit,
+            log_samples=recipe.log_samples,
         )
-        return Job(evaluate.STAGE, config, evaluate.EvaluateInputs(model, texts, self._task_dir, trust_remote_code))
+        inputs = evaluate.EvaluateInputs(model, texts, self._task_dir, self._task_data, trust_remote_code)
+        return Job(evaluate.STAGE, config, inputs)
 
     def _text_refs(self, artifacts: Artifacts) -> TextRefs:
         return tuple((name, artifacts[f"text:{name}"].ref) for name in self.texts)
@@ -362,6 +386,10 @@ class Plan:
     @property
     def _task_dir(self) -> Path | None:
         return user_path(self.recipe.task_dir).resolve() if self.recipe.task_dir else None
+
+    @property
+    def _task_data(self) -> Path | None:
+        return user_path(self.recipe.task_data).resolve() if self.recipe.task_data else None
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from blockpruner.strategies import LacoSettings, StrategyName, check_settings
 from flows.settings_text import SETTINGS
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
-_PATH_FIELDS = ("model", "calibration", "eval_text", "task_dir")
+_PATH_FIELDS = ("model", "calibration", "eval_text", "task_dir", "task_data")
 _TARGET_FIELDS = ("num_blocks", "ratio")
 _NUMBER_FIELDS = (
     *("num_samples", "sequence_length", "seed", "num_blocks", "ratio", "export_blocks"),
@@ -54,11 +54,19 @@ def _split_at_commas(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
+def _number(value: object) -> object:
+    """A number may be written as text, as the command line gives it."""
+    return int(value) if isinstance(value, str) and re.fullmatch(r"-?\d{1,18}", value) else value
+
+
 def _number_or_all(value: object) -> object:
-    """'all' rows means no number of rows; a number may be written as text, as the command line gives it."""
-    if isinstance(value, str) and re.fullmatch(r"-?\d{1,18}", value):
-        return int(value)
-    return None if value == "all" else value
+    """'all' rows means no number of rows."""
+    return None if value == "all" else _number(value)
+
+
+def _number_or_auto(value: object) -> object:
+    """'auto' means that no number is given: the device decides."""
+    return None if value == "auto" else _number(value)
 
 
 def _known_device(value: object) -> object:
@@ -132,11 +140,15 @@ class Recipe(BaseModel):
         default=(), description=SETTINGS["tasks"]
     )
     task_dir: NonBlank | None = Field(default=None, description=SETTINGS["task_dir"])
+    task_data: NonBlank | None = Field(default=None, description=SETTINGS["task_data"])
+    log_samples: bool = Field(default=False, description=SETTINGS["log_samples"])
     num_fewshot: int | None = Field(default=None, ge=0, le=_MOST_SHOTS, description=SETTINGS["num_fewshot"])
     limit: int | None = Field(default=None, ge=1, le=_MOST_EXAMPLES, description=SETTINGS["limit"])
     device: Annotated[str, BeforeValidator(_known_device)] = Field(default="auto", description=SETTINGS["device"])
     dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description=SETTINGS["dtype"])
-    batch_size: int | None = Field(default=None, ge=1, le=_MOST_SEQUENCES_AT_ONCE, description=SETTINGS["batch_size"])
+    batch_size: Annotated[int | None, BeforeValidator(_number_or_auto)] = Field(
+        default=None, ge=1, le=_MOST_SEQUENCES_AT_ONCE, description=SETTINGS["batch_size"]
+    )
     stock_compatible: bool = Field(default=False, description=SETTINGS["stock_compatible"])
     metric: MetricName = Field(default="perplexity", description=SETTINGS["metric"])
     strategy: StrategyName = Field(default="blockpruner", description=SETTINGS["strategy"])
@@ -368,6 +380,6 @@ def _describe(problem: ErrorDetails) -> str:
     if kind in ("device", "export_dtype", "strategy", "target"):
         return problem["msg"]
     shown = repr(came)
-    or_all = ", or all" if field == "num_samples" else ""
+    or_all = {"num_samples": ", or all", "batch_size": ", or auto"}.get(field, "")
     valid_is = problem["msg"].replace("Input ", "it ")
     return f"{field} is {shown if len(shown) <= 80 else shown[:77] + '...'}: {valid_is}{or_all}"

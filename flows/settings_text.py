@@ -31,11 +31,16 @@ SETTINGS: dict[str, str] = {
     "eval_text_column": "The column with the text, for evaluation texts that have several.",
     "tasks": "lm-eval tasks, separated by commas.",
     "task_dir": "A folder with lm-eval task files (YAML) of your own.",
+    "task_data": (
+        "A folder with the questions of piqa, winogrande, hellaswag, arc_easy or arc_challenge (TASK.jsonl), instead "
+        "of the hub's."
+    ),
+    "log_samples": "Keep the model's answer to every question of the tasks, as a Parquet file.",
     "num_fewshot": "Worked examples shown before each question; none: the task's own number.",
     "limit": "Use only so many questions of each task.",
     "device": "auto, cpu, cuda or cuda:N; auto takes the GPU where there is one.",
     "dtype": "auto, float32 or bfloat16; auto is float32 on a CPU and bfloat16 on a GPU.",
-    "batch_size": "Sequences in one forward pass; none: chosen for the device. Changes no result.",
+    "batch_size": "Sequences in one forward pass; auto or none: chosen for the device. Changes no result.",
     "stock_compatible": (
         "Remove blocks in pairs, so that the result can be repacked into an unchanged model of its family, which every "
         "engine loads; an even number of blocks."

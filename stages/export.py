@@ -128,7 +128,8 @@ def _verify(
         exact: DtypeName = "bfloat16" if stored == torch.bfloat16 else "float32"
         model = load_model(checkpoint, device=device, dtype=exact)
         MergedLayers(architecture, model, stored).use(merges)
-        nn.Module.to(model, torch_dtype(rounded))
+        for parameter in model.parameters():  # and no buffer: those of positions are never rounded
+            parameter.data = parameter.data.to(torch_dtype(rounded))
     else:
         model = load_model(checkpoint, device=device, dtype=rounded)
     nn.Module.to(model, torch_dtype(dtype))
@@ -154,7 +155,8 @@ def _write_card(inputs: ExportInputs, trace: SearchTrace, written: WrittenExport
     weights = (file for file in written.path.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
     num_bytes = sum(file.stat().st_size for file in weights)
     numbers = CardNumbers(total, num_kept, num_bytes_dense, num_bytes, (calibration,))
-    write_card(written, inputs.model.name, inputs.model.path, numbers, STRATEGIES[trace.summary.strategy].source)
+    method = STRATEGIES[trace.summary.strategy].source
+    write_card(written, inputs.model.name, inputs.model.path, numbers, method)
     return num_kept + sum(sizes[block] for block in written.zeros)
 
 

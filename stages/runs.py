@@ -46,7 +46,8 @@ class StageRun(_Record):
     label: str
     """For people: 'calibrate', or the name of a text."""
     role: str
-    """What the run uses it for: 'calibration', 'text:<name>', 'baseline', 'search', 'export', 'evaluate:dense' or
+    """What the run uses it for: 'calibration', 'text:<name>', 'baseline', 'search', 'export', 'evaluate:dense',
+    'evaluate:dense:texts' (where the dense model is measured on tasks and texts without a baseline) or
     'evaluate:pruned'."""
     fingerprint: str | None = None
     cached: bool = False

@@ -132,6 +132,7 @@ class _Found:
     steps: tuple[_Step, ...]
     baseline: _Measured
     dense: _Measured
+    dense_texts: _Measured
     pruned: _Measured
     exports: tuple[tuple[_Export, str], ...]
     """Each with the folder of its model; the first is the one that was evaluated."""
@@ -196,6 +197,7 @@ def _find(record: RunRecord, workspace: Workspace, warn: Warn) -> _Found:
         steps=search[1] if search else (),
         baseline=measured("baseline"),
         dense=measured("evaluate:dense"),
+        dense_texts=measured("evaluate:dense:texts"),
         pruned=measured("evaluate:pruned"),
         exports=tuple(export for export in exports if export is not None),
         speeds=read("speed", lambda _, envelope: _Speeds.model_validate(envelope.manifest)),
@@ -211,7 +213,7 @@ def _dense_perplexities(run_id: str, found: _Found) -> list[PerplexityRow]:
     """The baseline's; where it did not measure a text, the evaluation's, and for the calibration set the search's."""
     rows = {
         text.text: PerplexityRow(run_id, "dense", text.text, 0, text.num_tokens, text.perplexity)
-        for text in (*found.dense.texts, *found.baseline.texts)
+        for text in (*found.dense.texts, *found.dense_texts.texts, *found.baseline.texts)
     }
     if found.search is not None and _CALIBRATION not in rows:
         rows[_CALIBRATION] = PerplexityRow(run_id, "dense", _CALIBRATION, 0, None, found.search.dense_perplexity)

@@ -140,8 +140,48 @@ def test_lm_eval_tasks_for_dense_and_pruned(options: list[object], tmp_path: Pat
     )
     result = blockpruner("evaluate", *options, "--num-blocks", 1, "--tasks", "tiny", "--task-dir", tasks)
     rows = [(row["variant"], row["task"], row["metric"], row["num_examples"]) for row in result.json["evaluations"]]
-    assert rows == [("dense", "tiny", "acc", 4), ("pruned", "tiny", "acc", 4)]
+    assert rows == [
+        (variant, *row, 4)
+        for variant in ("dense", "pruned")
+        for row in (("tiny", "acc"), ("average", "acc_norm or acc"))
+    ]
     assert all(row["stderr"] is not None for row in result.json["evaluations"])
+
+
+@pytest.mark.slow
+def test_the_dense_models_tasks_are_scored_once_for_all_runs(
+    options: list[object], texts: Path, tmp_path: Path
+) -> None:
+    """Whatever else a run measures, and in whichever order the tasks are named; their data come from local files."""
+    data = tmp_path / "data"
+    data.mkdir()
+    question = {"goal": "the river", "sol1": "the stone", "sol2": "a lantern", "label": 0}
+    (data / "piqa.jsonl").write_text("".join(json.dumps(question | {"label": i}) + "\n" for i in (0, 1)))
+    question = {"sentence": "the _ was open", "option1": "river", "option2": "garden", "answer": "1"}
+    (data / "winogrande.jsonl").write_text(json.dumps(question) + "\n")
+    given = ["--task-data", data, "--batch-size", "auto"]
+    model = [*options[:2], *options[6:]]
+    alone = blockpruner(
+        "evaluate", *model, "--tasks", "winogrande,piqa", *given, "--eval-text", texts / "eval.txt"
+    ).json
+    assert cached(alone) == {"text:eval.txt": False, "evaluate:dense": False, "evaluate:dense:texts": False}
+    assert [row["text"] for row in alone["perplexities"]] == ["eval.txt"]
+    run = blockpruner("evaluate", *options, "--num-blocks", 1, "--tasks", "piqa,winogrande", *given).json
+    assert cached(run)["evaluate:dense"] is True
+    assert run["dense_average"] == alone["dense_average"]
+    values = {(row["variant"], row["task"], row["metric"]): row["value"] for row in run["evaluations"]}
+    for variant in ("dense", "pruned"):
+        taken = [values[variant, "piqa", "acc_norm"], values[variant, "winogrande", "acc"]]
+        assert run[f"{variant}_average"] == pytest.approx(sum(taken) / 2)
+    assert run["samples"] == {}
+    kept = blockpruner("evaluate", run["run_id"], "--log-samples", *options[-3:]).json
+    assert sorted(kept["samples"]) == ["dense", "pruned"]
+    assert all(Path(path).is_file() for path in kept["samples"].values())
+    assert kept["evaluations"] == run["evaluations"]
+    shown = blockpruner("show", kept["run_id"], *options[-3:-1]).stdout
+    assert "answers, pruned:" in shown
+    assert kept["samples"]["pruned"] in "".join(shown.split()), "in several lines, as wide as the terminal"
+    assert "acc_norm or acc" in shown
 
 
 def test_the_same_call_again_is_cached_and_says_so(options: list[object]) -> None:

@@ -97,6 +97,15 @@ def test_all_rows_are_no_number_of_rows() -> None:
     assert make_recipe({"model": "m", "num_samples": "all"}).num_samples is None
 
 
+def test_a_batch_size_of_auto_is_left_to_the_device() -> None:
+    assert make_recipe({"model": "m", "batch_size": "auto"}).batch_size is None
+    given = make_recipe({"model": "m", "batch_size": "4"})
+    assert given.batch_size == 4
+    assert given.changed({"batch_size": "auto"}).batch_size is None
+    with pytest.raises(ConfigurationError, match=r"batch_size is .all.: it should be a valid integer.*, or auto"):
+        make_recipe({"model": "m", "batch_size": "all"})
+
+
 def test_a_search_needs_a_target() -> None:
     make_recipe({"model": "m", "ratio": 0.2}).require_target()
     with pytest.raises(ConfigurationError, match="--num-blocks K or --ratio R"):
