@@ -162,7 +162,7 @@ def _carry_out(workspace: Path, request: Request, reporter: Reporter, is_over: t
         if found is not None:
             return Event(kind="end", run_id=found.run_id, cached=True)
         record = runner.run(request.recipe, request.goal, comparison=request.comparison, external=request.external)
-    except Exception as error:  # noqa: BLE001  # whatever it is, it is this cell's, and the others go on
+    except Exception as error:  # whatever it is, it is this cell's, and the others go on
         begun = next((each for each in runner.runs.list() if each.pid == os.getpid()), None)
         if is_over.is_set():  # what native code (DuckDB's, for one) made of the order to end
             if begun is not None and begun.status == "failed":

@@ -146,7 +146,7 @@ Json = Annotated[
 ]
 Csv = Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")]
-Latex = Annotated[bool, typer.Option("--latex", help="Print a LaTeX table.")]
+Latex = Annotated[bool, typer.Option("--latex", help="Print a LaTeX table (booktabs).")]
 
 DEFAULT_WORKSPACE = Path("data")
 

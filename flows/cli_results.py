@@ -46,16 +46,27 @@ def show(
     run: options.Run,
     workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE,
     as_json: options.Json = False,
+    as_csv: options.Csv = False,
+    as_markdown: options.Markdown = False,
+    as_latex: options.Latex = False,
 ) -> None:
     """Show one run.
 
-    What was removed, what it cost, and where the model is.
+    What was removed, what it cost, and where the model is. As CSV, Markdown or LaTeX: the measurements, dense beside
+    pruned; as JSON: everything.
     """
-    from flows.cli_output import print_result
+    from flows.cli_output import print_result, put
+    from flows.results_table import results_table
     from flows.summary import RunSummary
+    from flows.table_formats import chosen_format, formatted
 
+    form = chosen_format(as_json=as_json, as_csv=as_csv, as_markdown=as_markdown, as_latex=as_latex)
     store = _open_runs(workspace)
-    print_result(RunSummary.of(store.resolve(run), store.workspace, _warn), as_json=as_json)
+    summary = RunSummary.of(store.resolve(run), store.workspace, _warn)
+    if form is None or form == "json":
+        print_result(summary, as_json=as_json)
+    else:
+        put(formatted(results_table(summary), form))
 
 
 def sql(

@@ -29,9 +29,10 @@ from flows.cell_worker import Event, Request
 from flows.compare_progress import CompareProgress
 from flows.comparison import Outcome, rows_of
 from flows.comparison_table import people_table
+from flows.flow_artifacts import SERVER_ERRORS
 from flows.grid import Cell, Comparison, in_families, load_comparison
 from flows.plan import Plan
-from flows.prune_flow import SERVER_ERRORS, LoggingReporter, quieten_user_errors
+from flows.prune_flow import LoggingReporter, quieten_user_errors
 from flows.reporter import Reporter
 from flows.table_formats import markdown_table
 from flows.wording import one_line

@@ -19,6 +19,9 @@ from stages.runs import RunRecord
 from stages.store_schema import EvaluationRow, ExportRow, SpeedRow, StepRow
 
 KEPT, DROPPED = "■", "·"
+BARS = "▁▂▃▄▅▆▇█"
+_FLAT = 1e-9
+"""Logarithms that lie closer than this are drawn as equal."""
 _KINDS = ("mha", "mlp")
 
 
@@ -41,6 +44,28 @@ def strip(num_layers: int, removed: Iterable[StepRow]) -> Text:
     return Text("\n").join(lines)
 
 
+def sparkline(values: Sequence[float]) -> str:
+    """The values as a row of bars, the lowest and the highest as far apart as it goes, on a logarithmic scale."""
+    logs = [math.log(value) for value in values if math.isfinite(value) and value > 0]
+    low, span = (min(logs), max(logs) - min(logs)) if logs else (0.0, 0.0)
+    return "".join(_bar(value, low, span) for value in values)
+
+
+def _bar(value: float, low: float, span: float) -> str:
+    if not math.isfinite(value) or value <= 0:
+        return "?" if math.isnan(value) else "∞"
+    return BARS[round((math.log(value) - low) / span * (len(BARS) - 1)) if span > _FLAT else 0]
+
+
+def perplexity_line(summary: RunSummary) -> Text:
+    """Perplexity on the calibration set from the dense model to the last block that went, as a sparkline."""
+    dense = summary.perplexity("dense")
+    values = [*([dense] if dense is not None else []), *(step.perplexity for step in summary.removed)]
+    line = Text("ppl   ")
+    line.append(sparkline(values), style="cyan")
+    return line.append(f"  {number(values[0])} -> {number(values[-1])} on the calibration set", style="dim")
+
+
 def order_line(steps: Iterable[StepRow]) -> str:
     """The pruning order in one line: 'mha:7 mlp:3 ...'."""
     return " ".join(f"{step.block_kind}:{step.layer_index}" for step in steps)
@@ -51,7 +76,7 @@ def run_view(summary: RunSummary) -> RenderableType:
     record = summary.record
     parts: list[RenderableType] = [_headline(record)]
     if summary.rows.search_steps and record.num_layers:
-        parts += [strip(record.num_layers, summary.removed), _steps_table(summary)]
+        parts += [strip(record.num_layers, summary.removed), perplexity_line(summary), _steps_table(summary)]
     if summary.rows.perplexities:
         parts.append(perplexity_table(summary))
     if summary.rows.evaluations:

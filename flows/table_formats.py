@@ -85,7 +85,7 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def markdown_table(table: DataTable) -> str:
     """A table as GitHub, and Prefect's server, draw it; numbers to the right."""
     marks = ["---:" if is_number else "---" for is_number in _numeric(table)]
-    lines = [map(_for_markdown, table.columns), marks, *(map(_for_markdown, row) for row in table.rows)]
+    lines = [map(in_markdown, table.columns), marks, *(map(in_markdown, row) for row in table.rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -120,7 +120,8 @@ def _numeric(table: DataTable) -> list[bool]:
     return [bool(values) and all(isinstance(v, int | float) for v in values) for values in columns]
 
 
-def _for_markdown(value: object) -> str:
+def in_markdown(value: object) -> str:
+    """A value as text that Markdown takes for nothing else."""
     return _MARKDOWN.sub(lambda found: f"\\{found[0]}", shown(value))
 
 

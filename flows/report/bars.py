@@ -8,10 +8,14 @@ from typing import Any
 
 from flows.report.data import Accuracy, ReportRun, StageTime
 from flows.report.picture import Figure, Picture, axis, base_layout, drawable, plain
-from flows.report.theme import PATTERNS, Theme
+from flows.report.theme import HATCHING, Theme
+from flows.summary import AVERAGE
 from flows.table_formats import DataTable, shown
 from flows.wording import spell_out
 from stages.store_schema import SpeedRow
+
+_ROOM_FOR_TEXT = 1.2
+"""How far the axis reaches beyond the longest bar, whose value is written behind it."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +36,22 @@ class Series:
 
     label: str
     bars: tuple[Bar, ...]
+    index: int = 0
+    """The number of the run: its colour is that run's in every picture."""
     is_dense: bool = False
 
 
 def task_bars(runs: Sequence[ReportRun]) -> Picture | None:
     """Accuracy on every task, dense and pruned."""
     dense = [Series(name, _accuracy_bars(found), is_dense=True) for name, found in _dense_accuracies(runs)]
-    pruned = [(_pruned_name(run, runs), run.accuracies("pruned")) for run in runs]
-    series = [*dense, *(Series(name, _accuracy_bars(found)) for name, found in pruned if found)]
+    pruned = [(run, run.accuracies("pruned")) for run in runs]
+    series = [
+        *dense,
+        *(Series(_pruned_name(run, runs), _accuracy_bars(found), run.index) for run, found in pruned if found),
+    ]
     if not series:
         return None
-    several = any(bar.category == "average" for each in series for bar in each.bars)
+    several = any(bar.category == AVERAGE for each in series for bar in each.bars)
     words = " The average's error takes the tasks as independent." if several else ""
     return Picture(
         name="task-accuracy",
@@ -83,7 +92,7 @@ def stage_bars(runs: Sequence[ReportRun]) -> Picture | None:
     shown = [run for run in runs if run.stages]
     if not shown:
         return None
-    series = [Series(run.label, tuple(_stage_bar(stage) for stage in run.stages)) for run in shown]
+    series = [Series(run.label, tuple(_stage_bar(stage) for stage in run.stages), run.index) for run in shown]
     rows = [(run.label, s.label, s.seconds, "cached" if s.cached else s.status) for run in shown for s in run.stages]
     return Picture(
         name="stage-time",
@@ -107,7 +116,7 @@ def _speed_picture(
             Series(_dense_name(run, runs), _speed_bars(run, "dense", name, value), is_dense=True)
             for run in _one_a_model(runs)
         ),
-        *(Series(_pruned_name(run, runs), _speed_bars(run, "pruned", name, value)) for run in runs),
+        *(Series(_pruned_name(run, runs), _speed_bars(run, "pruned", name, value), run.index) for run in runs),
     ]
     return Picture(
         name=f"speed-{name}",
@@ -161,10 +170,8 @@ def _pruned_name(run: ReportRun, runs: Sequence[ReportRun]) -> str:
 
 def _draw(series: Sequence[Series], theme: Theme, unit: str, tick_format: str = ",.3~s") -> Figure:
     categories = list(dict.fromkeys(bar.category for each in series for bar in each.bars))
-    pruned = [each for each in series if not each.is_dense]
-    data = [
-        _trace(each, theme, theme.dense if each.is_dense else theme.series_color(pruned.index(each))) for each in series
-    ]
+    data = [_trace(each, theme, theme.dense if each.is_dense else theme.series_color(each.index)) for each in series]
+    largest = max((value for each in series for bar in each.bars if (value := drawable(bar.value))), default=1.0)
     per_category = 14 + 17 * len(series) if len(series) > 1 else 34
     return {
         "data": data,
@@ -173,7 +180,7 @@ def _draw(series: Sequence[Series], theme: Theme, unit: str, tick_format: str = 
             110 + per_category * len(categories),
             barmode="group",
             bargap=0.28,
-            xaxis=axis(theme, unit, tickformat=tick_format, rangemode="tozero", nticks=7),
+            xaxis=axis(theme, unit, tickformat=tick_format, range=[0, _ROOM_FOR_TEXT * largest], nticks=7),
             yaxis=axis(
                 theme,
                 type="category",
@@ -199,7 +206,7 @@ def _trace(series: Series, theme: Theme, color: str) -> dict[str, Any]:
         "marker": {
             "color": color,
             "pattern": {
-                "shape": [PATTERNS[1] if bar.is_hatched else "" for bar in series.bars],
+                "shape": [HATCHING if bar.is_hatched else "" for bar in series.bars],
                 "fillmode": "overlay",
                 "fgcolor": theme.surface,
                 "fgopacity": 0.55,
@@ -207,7 +214,7 @@ def _trace(series: Series, theme: Theme, color: str) -> dict[str, Any]:
             },
         },
         "text": [bar.text for bar in series.bars],
-        "textposition": "auto",
+        "textposition": "inside" if any(error is not None for error in errors) else "outside",
         "insidetextanchor": "start",
         "insidetextfont": {"color": theme.surface},
         "outsidetextfont": {"color": theme.text},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flows.report.data import ReportRun
@@ -18,8 +18,15 @@ _SMALLEST = 1e-12
 _CLIPPED_SHARE = 0.9
 """Scores above this quantile share the last colour: the few blocks that nothing works without would hide the rest."""
 
+HOW_TO_READ = (
+    "In the maps of scores, from one removal to the next: pale blocks can go; dark ones (bright, on a dark page) carry "
+    "the model. A ring marks the block that went; after it, its column is empty. The colour is the score over the "
+    "lowest of its step, on a logarithmic scale; the highest tenth share the last colour."
+)
 _ABOVE, _BETWEEN, _BELOW = 80, 60, 50
-"""Around and between the heat maps of the two kinds, in CSS pixels."""
+_TIMES = "\u00d7"
+_RUN, _BETWEEN_RUNS = 72, 34
+"""Around and between the heat maps of the two kinds, and of the rows of two runs, in CSS pixels."""
 
 Cells = list[list[float | None]]
 
@@ -39,12 +46,12 @@ def removal_map(runs: Sequence[ReportRun]) -> Picture | None:
         title="What was removed, and when",
         caption="One column a layer. The number is the step at which the block went; grey blocks are still there.",
         draw=lambda theme: _draw_removals(shown, theme),
-        table=DataTable(("run", "step", "block", "layer", "perplexity after", "ratio removed"), tuple(rows)),
+        table=DataTable(("run", "step", "block", "layer", "perplexity after", "parameters removed"), tuple(rows)),
     )
 
 
 def score_map(run: ReportRun, number: int) -> Picture | None:
-    """The score of every block at every step of a run's search."""
+    """The score of every block at every step of a run's search; `HOW_TO_READ` says how to read it."""
     scores = [row for row in run.summary.rows.block_scores if not math.isnan(row.score)]
     if not scores:
         return None
@@ -53,9 +60,7 @@ def score_map(run: ReportRun, number: int) -> Picture | None:
     return Picture(
         name=f"block-scores-{number}",
         title=f"Every block at every step: {run.label}",
-        caption=f"The {unit} of the model without the block, from one removal to the next. Pale blocks can go; dark "
-        "ones (bright, on a dark page) carry the model. A ring marks the block that went; after it, its column is "
-        "empty. The colours are logarithmic, and the highest tenth of the scores share the last one.",
+        caption=f"The score is the {unit} of the model without the block.",
         draw=lambda theme: _draw_scores(scores, run.record.num_layers or 0, theme),
         table=_score_table(run.summary.rows.search_steps, scores),
     )
@@ -83,47 +88,64 @@ def _name(row: ScoreRow | StepRow) -> str:
 
 def _draw_removals(runs: Sequence[ReportRun], theme: Theme) -> Figure:
     num_layers = max(run.record.num_layers or 0 for run in runs)
-    labels, kept, when = list[str](), Cells(), Cells()
-    for run in runs:
-        prefix = f"{plain(run.label)}<br>" if len(runs) > 1 else ""
-        steps = {(step.block_kind, step.layer_index): float(step.step) for step in run.summary.removed}
-        for kind in KINDS:
-            labels.append(f"{prefix}{kind.upper()}")
-            has_layer = [index < (run.record.num_layers or 0) for index in range(num_layers)]
-            when.append([steps.get((kind, index)) for index in range(num_layers)])
-            kept.append([0.0 if there else None for there in has_layer])
-    last = max(value for row in when for value in row if value is not None)
-    grid = {"type": "heatmap", "x": list(range(num_layers)), "y": labels, "xgap": 3, "ygap": 3}
-    return {
-        "data": [
-            {**grid, "z": kept, "showscale": False, "hoverinfo": "skip", "colorscale": _flat(theme.kept)},
-            {
-                **grid,
-                "z": when,
-                "zmin": 1 - last * 0.25,  # the first steps are the strongest, and the last still stand out from grey
-                "zmax": last,
-                "colorscale": _colorscale(theme.scale[:0:-1]),
-                "showscale": False,
-                "texttemplate": "%{z}",
-                "hovertemplate": "layer %{x}: step %{z}<extra></extra>",
-            },
-        ],
-        "layout": base_layout(
-            theme,
-            90 + 44 * len(labels),
-            xaxis=axis(theme, "layer", showgrid=False, zeroline=False, tick0=0, dtick=_layer_ticks(num_layers)),
-            yaxis=axis(theme, autorange="reversed", showgrid=False, type="category"),
-        ),
+    inside = len(runs) * (_RUN + _BETWEEN_RUNS) - _BETWEEN_RUNS
+    layout = base_layout(theme, inside + 40 + _BELOW, showlegend=False, annotations=[])
+    layout["margin"] |= {"t": 40, "b": _BELOW}
+    layout["xaxis"] = axis(
+        theme,
+        "layer",
+        anchor="y" if len(runs) == 1 else f"y{len(runs)}",
+        showgrid=False,
+        zeroline=False,
+        tick0=0,
+        dtick=_layer_ticks(num_layers),
+        range=[-0.5, num_layers - 0.5],
+    )
+    data: list[dict[str, Any]] = []
+    for place, run in enumerate(runs):
+        suffix = "" if place == 0 else str(place + 1)
+        top = 1 - place * (_RUN + _BETWEEN_RUNS) / inside
+        domain = [max(0.0, top - _RUN / inside), top]
+        layout[f"yaxis{suffix}"] = axis(
+            theme, autorange="reversed", showgrid=False, type="category", domain=domain, ticks=""
+        )
+        layout["annotations"].append(_heading(plain(run.label), top, theme))
+        data += _removals(run, f"y{suffix}", theme)
+    return {"data": data, "layout": layout}
+
+
+def _removals(run: ReportRun, yaxis: str, theme: Theme) -> list[dict[str, Any]]:
+    """Two rows of layers: what is there, and over it when what is gone went."""
+    num_layers, kinds = run.record.num_layers or 0, [kind.upper() for kind in KINDS]
+    steps = {(step.block_kind, step.layer_index): step.step for step in run.summary.removed}
+    when = [[steps.get((kind, index)) for index in range(num_layers)] for kind in KINDS]
+    last = len(steps)
+    grid = {"type": "heatmap", "x": list(range(num_layers)), "y": kinds, "yaxis": yaxis, "xgap": 3, "ygap": 3}
+    kept = {"z": [[0] * num_layers for _ in KINDS], "hoverinfo": "skip", "colorscale": _flat(theme.kept)}
+    gone = {
+        "z": when,
+        "zmin": 1,
+        "zmax": last * 1.25 + 1,  # the first steps are the strongest, and the last still stand out from what is kept
+        "colorscale": _colorscale(theme.scale[:0:-1]),
+        "texttemplate": "%{z}",
+        "hovertemplate": "layer %{x}: step %{z}<extra></extra>",
     }
+    return [{**grid, **kept, "showscale": False}, {**grid, **gone, "showscale": False}]
 
 
 def _draw_scores(scores: Sequence[ScoreRow], num_layers: int, theme: Theme) -> Figure:
-    num_steps = max(row.step for row in scores)
+    lowest = _lowest(scores)
+    num_steps = max(lowest)
     num_layers = max(num_layers, 1 + max(row.layer_index for row in scores))
     kinds = [kind for kind in KINDS if any(row.block_kind == kind for row in scores)]
     facet = min(440, max(120, 22 * num_steps))
     inside = len(kinds) * (facet + _BETWEEN) - _BETWEEN
-    layout = base_layout(theme, inside + _ABOVE + _BELOW, coloraxis=_coloraxis(scores, theme), showlegend=False)
+    layout = base_layout(
+        theme,
+        inside + _ABOVE + _BELOW,
+        coloraxis=_coloraxis([_log(row.score) - lowest[row.step] for row in scores], theme),
+        showlegend=False,
+    )
     layout["margin"] |= {"t": _ABOVE, "b": _BELOW}
     layout["annotations"] = []
     data: list[dict[str, Any]] = []
@@ -152,15 +174,16 @@ def _draw_scores(scores: Sequence[ScoreRow], num_layers: int, theme: Theme) -> F
             dtick=max(1, num_steps // 8),
         )
         layout["annotations"].append(_heading(KINDS[kind], top, theme))
-        data += [_heat(of_kind, num_layers, num_steps, suffix), _rings(of_kind, suffix, theme)]
+        data += [_heat(of_kind, lowest, num_layers, suffix), _rings(of_kind, suffix, theme)]
     return {"data": data, "layout": layout}
 
 
-def _heat(rows: Sequence[ScoreRow], num_layers: int, num_steps: int, suffix: str) -> dict[str, Any]:
+def _heat(rows: Sequence[ScoreRow], lowest: Mapping[int, float], num_layers: int, suffix: str) -> dict[str, Any]:
+    num_steps = max(lowest)
     colors: Cells = [[None] * num_layers for _ in range(num_steps)]
     shown: list[list[str]] = [[""] * num_layers for _ in range(num_steps)]
     for row in rows:
-        colors[row.step - 1][row.layer_index] = _log(row.score)
+        colors[row.step - 1][row.layer_index] = _log(row.score) - lowest[row.step]
         shown[row.step - 1][row.layer_index] = f"{row.score:.4g} (rank {row.rank})"
     return {
         "type": "heatmap",
@@ -192,8 +215,8 @@ def _rings(rows: Sequence[ScoreRow], suffix: str, theme: Theme) -> dict[str, Any
     }
 
 
-def _coloraxis(scores: Sequence[ScoreRow], theme: Theme) -> dict[str, Any]:
-    values = sorted(_log(row.score) for row in scores)
+def _coloraxis(values: Sequence[float], theme: Theme) -> dict[str, Any]:
+    values = sorted(values)
     low, high = values[0], values[min(len(values) - 1, int(_CLIPPED_SHARE * len(values)))]
     if high - low < 1e-6:
         low, high = low - 0.5, high + 0.5
@@ -205,7 +228,7 @@ def _coloraxis(scores: Sequence[ScoreRow], theme: Theme) -> dict[str, Any]:
         "colorbar": {
             "thickness": 12,
             "tickvals": ticks,
-            "ticktext": [*(f"{10**tick:.3g}" for tick in ticks[:-1]), f"≥ {10 ** ticks[-1]:.3g}"],
+            "ticktext": [*(f"{10**tick:.3g}{_TIMES}" for tick in ticks[:-1]), f"≥ {10 ** ticks[-1]:.3g}{_TIMES}"],
             "tickfont": {"color": theme.muted},
             "outlinewidth": 0,
             "orientation": "h",
@@ -218,6 +241,14 @@ def _coloraxis(scores: Sequence[ScoreRow], theme: Theme) -> dict[str, Any]:
             "xanchor": "center",
         },
     }
+
+
+def _lowest(scores: Sequence[ScoreRow]) -> dict[int, float]:
+    """log10 of each step's lowest score."""
+    lowest: dict[int, float] = {}
+    for row in scores:
+        lowest[row.step] = min(lowest.get(row.step, math.inf), _log(row.score))
+    return lowest
 
 
 def _log(score: float) -> float:

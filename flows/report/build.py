@@ -12,7 +12,7 @@ import blockpruner
 from blockpruner.paths import naming
 from flows.paper_figures import paper_figures
 from flows.report.bars import speed_bars, stage_bars, task_bars
-from flows.report.blocks import removal_map, score_map
+from flows.report.blocks import HOW_TO_READ, removal_map, score_map
 from flows.report.curves import CALIBRATION, held_out_curves, search_curves
 from flows.report.data import ReportRun, distinct_searches, report_runs
 from flows.report.page import Card, Page, RunDetails, Section, render
@@ -95,7 +95,7 @@ def _sections(runs: Sequence[ReportRun]) -> Iterator[Section]:
     perplexity = [search_curves(runs), *held_out_curves(runs, [comparison.paper for comparison in compared])]
     yield _section("perplexity", "Perplexity", perplexity)
     maps = [score_map(run, number) for number, run in enumerate(distinct_searches(runs), 1)]
-    yield _section("blocks", "Blocks", [removal_map(runs), *maps])
+    yield _section("blocks", "Blocks", [removal_map(runs), *maps], *([HOW_TO_READ] if any(maps) else []))
     yield _section("tasks", "Tasks", [task_bars(runs)])
     yield _section("speed", "Speed and memory", speed_bars(runs))
     yield _section("time", "Time", [stage_bars(runs)])
@@ -108,8 +108,8 @@ def _sections(runs: Sequence[ReportRun]) -> Iterator[Section]:
         )
 
 
-def _section(name: str, title: str, pictures: Sequence[Picture | None]) -> Section:
-    return Section(name, title, tuple(picture for picture in pictures if picture is not None))
+def _section(name: str, title: str, pictures: Sequence[Picture | None], *notes: str) -> Section:
+    return Section(name, title, tuple(picture for picture in pictures if picture is not None), notes=notes)
 
 
 def _overview(runs: Sequence[ReportRun]) -> DataTable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,8 @@ from flows.report.theme import DASHES, SYMBOLS, Theme
 from flows.table_formats import DataTable
 
 CALIBRATION = "calibration"
-_LINEAR_BELOW = 4.0
-"""How many times the lowest perplexity the highest must be for a logarithmic axis."""
+_LINEAR_BELOW, _POWERS_ABOVE = 4.0, 1000.0
+"""The highest perplexity over the lowest: from where on the axis is logarithmic, and has powers of ten only."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Curve:
 
     label: str
     points: tuple[Point, ...]
+    index: int = 0
+    """The number of the run that it is drawn for: its colour is that run's in every picture."""
     is_published: bool = False
 
 
@@ -76,7 +79,7 @@ def _search_curve(run: ReportRun) -> Curve | None:
         return None
     start = [Point(0.0, dense, "dense")] if dense is not None else []
     removals = [Point(s.ratio, s.perplexity, f"step {s.step}: {s.block_kind} {s.layer_index}") for s in steps]
-    return Curve(run.label, (*start, *removals))
+    return Curve(run.label, (*start, *removals), run.index)
 
 
 def _texts(runs: Sequence[ReportRun]) -> list[str]:
@@ -90,7 +93,7 @@ def _text_curves(runs: Sequence[ReportRun], text: str) -> list[Curve]:
     for run in runs:
         if run.summary.perplexity("dense", text) is not None or run.summary.perplexity("pruned", text) is not None:
             groups.setdefault(_method(run), []).append(run)
-    return [Curve(_group_label(members), _text_points(members, text)) for members in groups.values()]
+    return [Curve(_group_label(group), _text_points(group, text), group[0].index) for group in groups.values()]
 
 
 def _text_points(members: Sequence[ReportRun], text: str) -> tuple[Point, ...]:
@@ -128,19 +131,22 @@ def _published(papers: Sequence[PaperModel]) -> Iterator[Curve]:
 
 
 def _draw(curves: Sequence[Curve], theme: Theme) -> Figure:
+    last = max((point.ratio for curve in curves for point in curve.points), default=0.0) or 1.0
+    ratios = {"tickformat": ".0%", "range": [-0.03 * last, 1.05 * last], "zeroline": False}
     return {
-        "data": [_trace(curve, index, theme) for index, curve in enumerate(curves)],
+        "data": [_trace(curve, theme) for curve in curves],
         "layout": base_layout(
             theme,
             400,
-            xaxis=axis(theme, "parameters removed", tickformat=".0%", rangemode="tozero"),
+            xaxis=axis(theme, "parameters removed", **ratios),
             yaxis=_perplexity_axis(curves, theme),
-            showlegend=True,
+            showlegend=len(curves) > 1,
         ),
     }
 
 
-def _trace(curve: Curve, index: int, theme: Theme) -> dict[str, Any]:
+def _trace(curve: Curve, theme: Theme) -> dict[str, Any]:
+    index = curve.index
     color = theme.muted if curve.is_published else theme.series_color(index)
     symbol = "diamond-open" if curve.is_published else SYMBOLS[index % len(SYMBOLS)]
     return {
@@ -151,7 +157,8 @@ def _trace(curve: Curve, index: int, theme: Theme) -> dict[str, Any]:
         "y": [drawable(point.perplexity) for point in curve.points],
         "text": [plain(point.note) for point in curve.points],
         "line": {"color": color, "width": 2, "dash": DASHES[index // len(theme.series) % len(DASHES)]},
-        "marker": {"color": color, "size": 12 if curve.is_published else 8, "symbol": symbol, "line": {"width": 2}},
+        "marker": {"color": color, "size": 12 if curve.is_published else 8, "symbol": symbol, "line": {"color": color}},
+        "cliponaxis": False,
         "hovertemplate": "%{text}<br>perplexity %{y:.4g}, %{x:.2%} removed<extra></extra>",
     }
 
@@ -163,9 +170,14 @@ def _perplexity_axis(curves: Sequence[Curve], theme: Theme) -> dict[str, Any]:
     span = max(values) / min(values) if values else 1.0
     if span < _LINEAR_BELOW:
         return axis(theme, "perplexity", nticks=7)
-    return axis(theme, "perplexity", type="log", dtick=1 if span > 1000 else "D2")
+    ticks = [
+        digit * 10.0**power
+        for power in range(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)
+        for digit in ((1,) if span > _POWERS_ABOVE else (1, 2, 5))
+    ]
+    return axis(theme, "perplexity", type="log", tickvals=ticks, ticktext=[f"{tick:,.4g}" for tick in ticks])
 
 
 def _table(curves: Sequence[Curve]) -> DataTable:
     rows = [(curve.label, point.note, point.ratio, point.perplexity) for curve in curves for point in curve.points]
-    return DataTable(("series", "model", "ratio removed", "perplexity"), tuple(rows))
+    return DataTable(("series", "model", "parameters removed", "perplexity"), tuple(rows))

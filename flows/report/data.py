@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from blockpruner.errors import ArtifactError
-from flows.summary import RunSummary
+from flows.summary import AVERAGE, RunSummary
 from flows.wording import one_line
 from stages.artifacts import read_envelope
 from stages.runs import RunRecord, StageRun
@@ -51,6 +51,8 @@ class ReportRun:
     """One run, under the name by which the report calls it."""
 
     label: str
+    index: int
+    """Its place among the report's runs."""
     summary: RunSummary
     stages: tuple[StageTime, ...]
 
@@ -91,8 +93,8 @@ def report_runs(summaries: Sequence[RunSummary]) -> tuple[ReportRun, ...]:
     unique = list({summary.record.run_id: summary for summary in summaries}.values())
     names = _labels([summary.record for summary in unique])
     return tuple(
-        ReportRun(name, summary, tuple(_stage_time(stage, summary.workspace) for stage in summary.record.stages))
-        for name, summary in zip(names, unique, strict=True)
+        ReportRun(name, index, each, tuple(_stage_time(stage, each.workspace) for stage in each.record.stages))
+        for index, (name, each) in enumerate(zip(names, unique, strict=True))
     )
 
 
@@ -106,13 +108,18 @@ def short_model(record: RunRecord) -> str:
 def accuracies(rows: Iterable[EvaluationRow]) -> list[Accuracy]:
     """The primary metric of each task of one model, then, of several tasks, their average.
 
-    The average's standard error is that of a mean of independent measurements.
+    The average is the one that was stored with them, which knows of groups of tasks; where there is none, their mean,
+    with the standard error of a mean of independent measurements.
     """
     by_task: dict[str, dict[str, EvaluationRow]] = {}
     for row in rows:
-        by_task.setdefault(row.task, {})[row.metric] = row
+        by_task.setdefault(row.task, {}).setdefault(row.metric.partition(",")[0], row)
+    measured = by_task.pop(AVERAGE, {})
     found = [each for task, metrics in by_task.items() if (each := _primary(task, metrics)) is not None]
-    return [*found, _average(found)] if len(found) > 1 else found
+    if len(found) < 2:
+        return found
+    stored = [Accuracy(AVERAGE, "", row.value, row.stderr) for row in measured.values() if row.value is not None]
+    return [*found, *(stored or [_average(found)])]
 
 
 def distinct_searches(runs: Sequence[ReportRun]) -> list[ReportRun]:
@@ -137,12 +144,11 @@ def _is_start(rows: Sequence[ScoreRow], of: Sequence[ScoreRow], *, or_same: bool
 
 
 def _labels(records: Sequence[RunRecord]) -> list[str]:
-    """The runs' names, or their models' where they have none; with the id where that does not tell them apart."""
+    """The runs' names, or their models' where they have none; with the end of the id where that is not enough."""
     names = [one_line(record.name or "") or short_model(record) for record in records]
     times = Counter(names)
-    return [
-        name if times[name] == 1 else f"{name} {record.run_id}" for name, record in zip(names, records, strict=True)
-    ]
+    ends = [record.run_id.rpartition("-")[2] for record in records]
+    return [name if times[name] == 1 else f"{name} {end}" for name, end in zip(names, ends, strict=True)]
 
 
 def _stage_time(stage: StageRun, workspace: Workspace) -> StageTime:
@@ -166,4 +172,4 @@ def _primary(task: str, metrics: dict[str, EvaluationRow]) -> Accuracy | None:
 def _average(parts: Sequence[Accuracy]) -> Accuracy:
     errors = [part.stderr for part in parts if part.stderr is not None]
     stderr = math.sqrt(sum(error**2 for error in errors)) / len(parts) if len(errors) == len(parts) else None
-    return Accuracy("average", "", sum(part.value for part in parts) / len(parts), stderr)
+    return Accuracy(AVERAGE, "", sum(part.value for part in parts) / len(parts), stderr)

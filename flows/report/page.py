@@ -23,7 +23,8 @@ from flows.summary import finite
 from flows.table_formats import DataTable, shown
 
 _FILES = Path(__file__).with_name("page")
-_RATIO_WORDS = ("ratio", "removed")
+_SHARES = frozenset({"parameters removed", "accuracy", "standard error"})
+"""What the columns that hold shares from 0 to 1 are called, up to a comma."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def _drawings(pictures: Sequence[Picture]) -> Markup:
 
 
 def _cell(value: object, column: str) -> str:
-    """A value as the tables show it: a share of parameters as a percentage."""
-    if isinstance(value, float) and any(word in column for word in _RATIO_WORDS):
+    """A value as the tables show it: a share as a percentage."""
+    if isinstance(value, float) and column.partition(",")[0] in _SHARES:
         return f"{value:.2%}"
     return shown(value)

@@ -63,4 +63,4 @@ DARK = Theme(
 )
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "triangle-down", "star-triangle-up")
 DASHES = ("solid", "dash", "dot", "dashdot")
-PATTERNS = ("", "/", ".", "x", "\\", "-", "+", "|")
+HATCHING = "/"

@@ -433,12 +433,13 @@ def test_help_comes_at_once() -> None:
         ("runs", {"torch", "prefect", "duckdb", "transformers", "lm_eval"}),
         ("show latest", {"torch", "prefect", "duckdb", "transformers", "lm_eval"}),
         ("sql 'SELECT * FROM runs'", {"torch", "prefect", "transformers", "lm_eval"}),
+        ("report latest --output {}/r.html", {"torch", "prefect", "duckdb", "transformers", "lm_eval", "kaleido"}),
     ],
 )
 def test_looking_imports_nothing_heavy(command: str, unwanted: set[str], options: list[object], tmp_path: Path) -> None:
     if "help" not in command:
         blockpruner("search", *options, "--num-blocks", 1)
-        command += f" --workspace {tmp_path / 'ws'}"
+        command = f"{command.format(tmp_path)} --workspace {tmp_path / 'ws'}"
     code = (
         "import atexit, shlex, sys; from flows.cli import app; "
         "atexit.register(lambda: print(*sorted(sys.modules), file=sys.stderr)); app(shlex.split(sys.argv[1]))"
