@@ -13,6 +13,7 @@ from flows.cli_pipeline import demo, run
 from flows.cli_report import report
 from flows.cli_results import runs, show, sql
 from flows.cli_stages import baseline, calibrate, evaluate, export, search, speed
+from flows.cli_storage import cache, db
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -37,3 +38,6 @@ def main(
 
 for _command in (demo, run, compare, calibrate, baseline, search, export, evaluate, speed, runs, show, sql, report):
     app.command()(_command)
+
+app.add_typer(cache, name="cache")
+app.add_typer(db, name="db")

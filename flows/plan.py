@@ -74,6 +74,11 @@ class Job:
         """Identifies the result."""
         return self.stage.fingerprint(self.config, self.inputs)
 
+    @property
+    def checkpoints(self) -> str | None:
+        """Identifies the checkpoints that it may go on from; None if it keeps none."""
+        return self.stage.resume_fingerprint(self.config, self.inputs) if self.stage.resumable else None
+
 
 @dataclass(frozen=True)
 class PlannedStage:

@@ -155,10 +155,10 @@ def speed_table(rows: Sequence[SpeedRow]) -> Table:
 
 
 def query_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    """A query's answer."""
+    """A query's answer, with the digits that can be compared by eye; CSV and JSON have them all."""
     table = _table(*columns)
     for row in rows:
-        table.add_row(*(_cell(value) for value in row))
+        table.add_row(*(_cell(f"{value:.6g}" if isinstance(value, float) else value) for value in row))
     return table
 
 

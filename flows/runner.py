@@ -156,7 +156,13 @@ class Runner:
         self._results.ingest(record)
 
     def _stage(self, record: RunRecord, plan: Plan, planned: PlannedStage, job: Job, execute: Execute) -> Artifact[Any]:
-        entry = StageRun(stage=job.stage.name, label=planned.label, role=planned.role, fingerprint=job.fingerprint)
+        entry = StageRun(
+            stage=job.stage.name,
+            label=planned.label,
+            role=planned.role,
+            fingerprint=job.fingerprint,
+            checkpoints=job.checkpoints,
+        )
         record.stages.append(entry)
         self.runs.save(record)
 

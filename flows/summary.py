@@ -17,6 +17,8 @@ from stages.store_schema import ExportRow, PerplexityRow, StepRow
 from stages.workspace import Warn, Workspace
 
 _CALIBRATION = "calibration"
+_NOT_SHOWN = {"fingerprint", "checkpoints", "started_at"}
+"""What `--json` does not tell of a stage."""
 AVERAGE = "average"
 """The name under which the tasks' average is listed among them."""
 _SAMPLES_FILE = "samples.parquet"
@@ -101,7 +103,7 @@ class RunSummary:
             "perplexities": [_plain(row._asdict()) for row in self.rows.perplexities],
             "speed": [_plain(row._asdict()) for row in self.rows.speed],
             "evaluations": [_plain(row._asdict()) for row in self.rows.evaluations],
-            "stages": [stage.model_dump(mode="json", exclude={"fingerprint", "started_at"}) for stage in record.stages],
+            "stages": [stage.model_dump(mode="json", exclude=_NOT_SHOWN) for stage in record.stages],
             "workspace": str(self.workspace.path),
             "database": str(self.workspace.database),
         }

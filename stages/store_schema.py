@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import NamedTuple
 
+from stages.store_views import VIEWS
+
 TABLES: Mapping[str, Mapping[str, str]] = {
     "runs": {
         "run_id": "VARCHAR NOT NULL",
@@ -130,14 +132,20 @@ SKIPPED_TABLE = "skipped_runs"
 
 _SKIPPED_COLUMNS = {"run_id": "VARCHAR NOT NULL", "record_digest": "VARCHAR NOT NULL", "reason": "VARCHAR NOT NULL"}
 
-CREATE = "\n".join(
-    f"CREATE TABLE {table} ({', '.join(f'{column} {kind}' for column, kind in columns.items())});"
-    for table, columns in {**TABLES, SKIPPED_TABLE: _SKIPPED_COLUMNS}.items()
-)
-"""Makes every table of an empty database."""
+DEFINITIONS: Mapping[str, str] = {
+    **{
+        table: f"CREATE TABLE {table} (\n    " + ",\n    ".join(map(" ".join, columns.items())) + "\n);"
+        for table, columns in {**TABLES, SKIPPED_TABLE: _SKIPPED_COLUMNS}.items()
+    },
+    **{view: f"CREATE VIEW {view} AS\n{query.strip()};" for view, query in VIEWS.items()},
+}
+"""The statement that makes each table and view, by name."""
+
+CREATE = "\n".join(DEFINITIONS.values())
+"""Makes every table and view of an empty database."""
 
 SCHEMA_DIGEST = hashlib.sha256(CREATE.encode()).hexdigest()
-"""Kept in INFO_TABLE: a database with other tables is made anew."""
+"""Kept in INFO_TABLE: a database with other tables or views is made anew."""
 
 
 def delete_statement(table: str) -> str:
