@@ -27,14 +27,14 @@ from blockpruner.errors import BlockPrunerError, ConfigurationError
 from flows.cell_pool import CellPool
 from flows.cell_worker import Event, Request
 from flows.compare_progress import CompareProgress
-from flows.comparison import Outcome, rows_of
-from flows.comparison_table import people_table
-from flows.flow_artifacts import SERVER_ERRORS
+from flows.comparison import Outcome, Row, rows_of
+from flows.comparison_table import full_table, people_table
+from flows.flow_artifacts import publish_table, with_server
 from flows.grid import Cell, Comparison, in_families, load_comparison
 from flows.plan import Plan
 from flows.prune_flow import LoggingReporter, quieten_user_errors
 from flows.reporter import Reporter
-from flows.table_formats import markdown_table
+from flows.table_formats import in_markdown, markdown_table
 from flows.wording import one_line
 from stages.runs import RunStore
 from stages.workspace import Workspace
@@ -71,7 +71,7 @@ def compare(
     outcomes = _Comparing(comparison, Path(workspace), reporter).run(parallel)
     store = Workspace(Path(workspace))
     rows = rows_of(comparison, outcomes, store, reporter.warn)
-    _publish(comparison, markdown_table(people_table(rows)), reporter)
+    _publish(comparison, rows, reporter)
     if report is not None:
         write_report(comparison, outcomes, store, Path(report), reporter)
     return {"comparison": comparison.name, "outcomes": [each.model_dump(mode="json") for each in outcomes]}
@@ -185,10 +185,9 @@ def _outcome(cell: Cell, event: Event, timed: Event | None) -> Outcome:
     )
 
 
-def _publish(comparison: Comparison, table: str, reporter: Reporter) -> None:
-    """The table as an artifact of the flow run."""
-    try:
-        text = f"# {one_line(comparison.name)}\n\n{table}\n"
-        create_markdown_artifact(text, key="comparison", description=comparison.description or comparison.name)
-    except SERVER_ERRORS as error:
-        reporter.warn(f"the table is not on Prefect's server: {one_line(str(error))}")
+def _publish(comparison: Comparison, rows: Sequence[Row], reporter: Reporter) -> None:
+    """The table as artifacts of the flow run: to be read, and with every number."""
+    text = f"# {in_markdown(comparison.name)}\n\n{markdown_table(people_table(rows))}\n"
+    about = one_line(comparison.description or comparison.name)
+    with_server(reporter, lambda: create_markdown_artifact(text, key="comparison", description=about))
+    publish_table(full_table(rows), "comparison-numbers", about, reporter)

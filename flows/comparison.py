@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, geometric_mean
+from statistics import geometric_mean
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -16,14 +16,12 @@ from pydantic import BaseModel, ConfigDict
 from blockpruner.errors import ArtifactError
 from flows.grid import Cell, Comparison
 from flows.paper_figures import PaperModel, paper_figures
-from flows.summary import RunSummary, finite
+from flows.summary import AVERAGE, RunSummary, finite
 from stages.artifacts import read_envelope
 from stages.runs import RunRecord, RunStore
 from stages.store_schema import EvaluationRow, SpeedRow
 from stages.workspace import Warn, Workspace
 
-AVERAGE = "average"
-"""The name under which an evaluation lists the tasks' average."""
 _NEAR = 0.03
 """How far two shares of removed parameters may lie apart and still be compared."""
 _EXTERNAL = "external:"
@@ -122,13 +120,12 @@ def _row(cell: Cell, outcome: Outcome, runs: RunStore, warn: Warn) -> Row:
     summary = _summary(outcome.run_id, runs, warn)
     timed = _summary(outcome.speed_run_id, runs, warn)
     record = summary.record if summary else None
-    accuracies, average = _accuracies(summary.rows.evaluations if summary else ())
     prefill, decode = _speedups(timed.rows.speed if timed else ())
     ratio = _ratio(summary) if summary else None
     row = Row(
         label=cell.label,
         model=recipe.model,
-        strategy=external.label if external else _known(record, "strategy", getattr(recipe, "strategy", "blockpruner")),
+        strategy=external.label if external else recipe.strategy,
         metric=None if external else _known(record, "metric", recipe.metric),
         block_kinds=None if external else recipe.block_kinds,
         calibration=recipe.calibration,
@@ -139,8 +136,8 @@ def _row(cell: Cell, outcome: Outcome, runs: RunStore, warn: Warn) -> Row:
         ratio=ratio,
         num_blocks_removed=record.num_blocks_removed if record and not external else None,
         perplexities=_perplexities(summary) if summary else {},
-        accuracies=accuracies,
-        average=average,
+        accuracies=_accuracies(summary.rows.evaluations) if summary else {},
+        average=Pair(summary.average("dense"), summary.average("pruned")) if summary else Pair(),
         prefill_speedup=prefill,
         decode_speedup=decode,
         search_seconds=_search_seconds(summary, ratio) if summary else None,
@@ -211,27 +208,18 @@ def _perplexities(summary: RunSummary) -> dict[str, Pair]:
     return {text: Pair(*(summary.perplexity(variant, text) for variant in ("dense", "pruned"))) for text in shown}
 
 
-def _accuracies(evaluations: Iterable[EvaluationRow]) -> tuple[dict[str, Pair], Pair]:
-    """By task, and their mean."""
+def _accuracies(evaluations: Iterable[EvaluationRow]) -> dict[str, Pair]:
+    """By task, what it counts with in the average."""
     rows = list(evaluations)
     tasks = list(dict.fromkeys(row.task for row in rows if row.task != AVERAGE))
     by_task = {task: Pair(*(_accuracy(rows, variant, task) for variant in ("dense", "pruned"))) for task in tasks}
-    by_task = {task: pair for task, pair in by_task.items() if pair != Pair()}
-    listed = {row.variant: row.value for row in rows if row.task == AVERAGE}
-    dense = listed.get("dense", _mean(pair.dense for pair in by_task.values()))
-    return by_task, Pair(dense, listed.get("pruned", _mean(pair.pruned for pair in by_task.values())))
+    return {task: pair for task, pair in by_task.items() if pair != Pair()}
 
 
 def _accuracy(rows: Iterable[EvaluationRow], variant: str, task: str) -> float | None:
     """Normalised by length where the task has that, as in the paper."""
     values = {row.metric.partition(",")[0]: row.value for row in rows if (row.variant, row.task) == (variant, task)}
     return values.get("acc_norm", values.get("acc"))
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    """None where one is missing: a mean over fewer tasks is another number."""
-    known = list(values)
-    return fmean(value for value in known if value is not None) if known and None not in known else None
 
 
 def _speedups(rows: Iterable[SpeedRow]) -> tuple[float | None, float | None]:
