@@ -19,9 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from blockpruner.errors import ConfigurationError, nearest
 from blockpruner.paths import user_path
-from flows.recipe import NonBlank, Recipe, make_recipe, paths_beside, read_yaml
-
-COMPARISONS_FOLDER = Path(__file__).parent / "recipes" / "compare"
+from flows.recipe import COMPARISONS_FOLDER, NonBlank, Recipe, make_recipe, paths_beside, read_yaml
 
 AXES = tuple(
     name

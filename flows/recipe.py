@@ -25,6 +25,8 @@ from blockpruner.strategies import LacoSettings, StrategyName, check_settings
 from flows.settings_text import SETTINGS
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
+COMPARISONS_FOLDER = RECIPES_FOLDER / "compare"
+"""Recipes of another kind: see `flows.grid`."""
 _PATH_FIELDS = ("model", "calibration", "eval_text", "task_dir", "task_data")
 _TARGET_FIELDS = ("num_blocks", "ratio")
 _NUMBER_FIELDS = (
@@ -290,6 +292,8 @@ def _locate(source: str) -> Path:
         return path
     if source in recipe_names():
         return RECIPES_FOLDER / f"{source}.yaml"
+    if source in (path.stem for path in COMPARISONS_FOLDER.glob("*.yaml")):
+        raise ConfigurationError(f"{source} is a comparison of runs; give `blockpruner compare {source}`")
     raise ConfigurationError(
         f"there is no recipe file {source!r}; give a YAML file, or one of: {', '.join(recipe_names())}"
         f"{nearest(source, recipe_names())}"

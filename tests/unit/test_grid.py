@@ -12,6 +12,7 @@ from blockpruner.strategies import STRATEGIES
 from flows.completion import complete_comparison
 from flows.grid import Comparison, comparison_names, in_families, load_comparison, make_comparison
 from flows.paper_figures import paper_figures
+from flows.recipe import load_recipe
 
 BASE = {"model": "m", "ratio": 0.2}
 
@@ -128,6 +129,11 @@ def test_a_file_and_its_overrides(tmp_path: Path) -> None:
 def test_no_such_comparison() -> None:
     with pytest.raises(ConfigurationError, match="did you mean 'ratios'"):
         load_comparison("ratio", {}, {})
+
+
+def test_a_comparison_is_no_recipe_of_a_run() -> None:
+    with pytest.raises(ConfigurationError, match="give `blockpruner compare ratios`"):
+        load_recipe("ratios", {})
 
 
 # --- the project's own ------------------------------------------------------------------------------------------------
