@@ -70,6 +70,8 @@ class Row:
     label: str
     model: str
     strategy: str | None
+    strategy_seed: int | None
+    """Of a strategy that draws; None of any other."""
     metric: str | None
     block_kinds: str | None
     calibration: str
@@ -126,6 +128,7 @@ def _row(cell: Cell, outcome: Outcome, runs: RunStore, warn: Warn) -> Row:
         label=cell.label,
         model=recipe.model,
         strategy=external.label if external else recipe.strategy,
+        strategy_seed=recipe.strategy_seed if recipe.strategy == "random" and not external else None,
         metric=None if external else _known(record, "metric", recipe.metric),
         block_kinds=None if external else recipe.block_kinds,
         calibration=recipe.calibration,

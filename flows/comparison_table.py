@@ -36,7 +36,17 @@ def comparison_text(comparison: Comparison, rows: Sequence[Row], form: TableForm
 
 def full_table(rows: Sequence[Row]) -> DataTable:
     """Every number, a line a cell."""
-    first = ("label", "model", "strategy", "metric", "block_kinds", "calibration", "num_samples", "seed")
+    first = (
+        "label",
+        "model",
+        "strategy",
+        "strategy_seed",
+        "metric",
+        "block_kinds",
+        "calibration",
+        "num_samples",
+        "seed",
+    )
     reached = ("ratio_asked", "num_blocks_asked", "ratio", "num_blocks_removed")
     last = ("prefill_speedup", "decode_speedup", "search_seconds", "seconds", "status", "error", "note")
     columns = [_Column(name, _getter(name)) for name in (*first, *reached)]
@@ -105,7 +115,17 @@ _REMARKS = ("error", "note")
 """Columns of sentences, which the terminal has below the table."""
 _DENSE = "dense"
 _OF_CELLS_ALONE: Sequence[str] = (
-    *("metric", "block_kinds", "num_samples", "ratio_asked", "num_blocks_asked", "num_blocks_removed", "error", "note"),
+    *(
+        "strategy_seed",
+        "metric",
+        "block_kinds",
+        "num_samples",
+        "ratio_asked",
+        "num_blocks_asked",
+        "num_blocks_removed",
+        "error",
+        "note",
+    ),
     *("prefill_speedup", "decode_speedup", "search_seconds", "seconds", "run_id", "speed_run_id"),
 )
 """What a dense model's line has nothing for."""
@@ -115,6 +135,11 @@ def _people_columns(rows: Sequence[Row]) -> list[_Column]:
     columns = [
         _Column("model", lambda row: row.model),
         _Column("strategy", lambda row: row.strategy),
+        *(
+            [_Column("draw", lambda row: row.strategy_seed)]
+            if any(row.strategy_seed is not None for row in rows)
+            else []
+        ),
         _Column("metric", lambda row: row.metric),
         _Column("block kinds", lambda row: row.block_kinds),
         _Column("calibration", lambda row: row.calibration),

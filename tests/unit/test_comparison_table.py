@@ -23,6 +23,7 @@ GREEDY = Row(
     label="blockpruner",
     model="org/Llama-2-7b_hf",
     strategy="blockpruner",
+    strategy_seed=None,
     metric="perplexity",
     block_kinds="both",
     calibration="alpaca",
@@ -178,6 +179,13 @@ def test_columns_are_of_what_was_measured() -> None:
     bare = dataclasses.replace(GREEDY, accuracies={}, average=Pair(), prefill_speedup=None, published=None)
     assert not {"average", "retained", "prefill", "paper PPL", "error"} & set(people_table([bare]).columns)
     assert len(full_table([bare]).rows) == 1
+
+
+def test_draws_are_told_apart() -> None:
+    draws = [dataclasses.replace(GREEDY, strategy="random", strategy_seed=seed) for seed in (0, 1)]
+    table = people_table([GREEDY, *draws])
+    assert [row[table.columns.index("draw")] for row in table.rows] == [None, None, 0, 1]
+    assert "draw" not in people_table([GREEDY]).columns
 
 
 def test_what_failed_is_counted() -> None:
