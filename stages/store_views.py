@@ -119,26 +119,28 @@ WITH searches AS (
           AND (b.num_steps, b.run_id) > (a.num_steps, a.run_id)
     )
 ), candidates AS (
-    SELECT run_id, layer_index, block_kind FROM block_scores WHERE step = 1
-    UNION
-    SELECT run_id, layer_index, block_kind FROM search_steps
+    SELECT run_id, layer_index, block_kind, min(rank) AS first_rank
+    FROM (
+        SELECT run_id, layer_index, block_kind, rank FROM block_scores WHERE step = 1
+        UNION ALL
+        SELECT run_id, layer_index, block_kind, NULL FROM search_steps
+    )
+    GROUP BY ALL
 )
 SELECT any_value(d.model) AS model, d.strategy, c.layer_index, c.block_kind, count(*) AS num_searches,
        count(s.step) AS num_removed, min(s.step) AS first_step, avg(s.step) AS mean_step,
        avg(if(s.step IS NULL, 0, 1 - (s.step - 1) / d.num_steps)) AS redundancy,
-       avg(b.rank) AS mean_first_rank, d.model_fingerprint
+       avg(c.first_rank) AS mean_first_rank, d.model_fingerprint
 FROM distinct_searches d
 JOIN candidates c USING (run_id)
 LEFT JOIN search_steps s ON s.run_id = c.run_id AND s.layer_index = c.layer_index AND s.block_kind = c.block_kind
-LEFT JOIN block_scores b ON b.run_id = c.run_id AND b.layer_index = c.layer_index AND b.block_kind = c.block_kind
-                        AND b.step = 1
 GROUP BY d.model_fingerprint, d.strategy, c.layer_index, c.block_kind
 ORDER BY model, d.strategy, redundancy DESC, c.layer_index, c.block_kind
 """
 """A row a model, strategy and block, over the searches in which the block could have been removed. `redundancy`: 1 if
-it always goes first, 0 if it never goes; the mean over searches of K of 1 - (step - 1) / K. `mean_first_rank`: its mean
-place among all candidates of the first step. A search that another one of the same settings continues counts with it.
-"""
+it always goes first, 0 if it never goes; the mean over searches of K steps of 1 - (step - 1) / K. `mean_first_rank`:
+its mean place among all candidates of the first step, the best where it is part of several. A search that another one
+of the same settings continues counts with it."""
 
 METHOD_COMPARISON = f"""
 WITH accuracies AS ({_ACCURACIES}), removed AS ({_REMOVED}), points AS (

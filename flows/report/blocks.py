@@ -50,17 +50,28 @@ def removal_map(runs: Sequence[ReportRun]) -> Picture | None:
     )
 
 
+_SCORE_IS = {
+    "perplexity": "the perplexity of the model without the block",
+    "kl": "the KL divergence in nats a token of the model without the block",
+    "js": "the JS divergence in nats a token of the model without the block",
+    "block_influence": "the Block Influence of the block's layer",
+    "relative_magnitude": "the relative magnitude of the block's layer",
+    "dissimilarity": "1 less the similarity of the last hidden states with the layers merged",
+    "chance": "a number drawn at random",
+}
+"""In words, by a search's metric."""
+
+
 def score_map(run: ReportRun, number: int) -> Picture | None:
     """The score of every block at every step of a run's search; `HOW_TO_READ` says how to read it."""
     scores = [row for row in run.summary.rows.block_scores if not math.isnan(row.score)]
     if not scores:
         return None
     metric = run.record.metric or "perplexity"
-    unit = "perplexity" if metric == "perplexity" else f"{metric.upper()} divergence in nats a token"
     return Picture(
         name=f"block-scores-{number}",
         title=f"Every block at every step: {run.label}",
-        caption=f"The score is the {unit} of the model without the block.",
+        caption=f"The score is {_SCORE_IS.get(metric, metric)}.",
         draw=lambda theme: _draw_scores(scores, run.record.num_layers or 0, theme),
         table=_score_table(run.summary.rows.search_steps, scores),
     )

@@ -275,6 +275,7 @@ def test_a_step_may_take_several_blocks(lab: ViewLab) -> None:
     rows = [json.loads(line) for line in lines]
     for row, step, ratio in zip(rows, (1, 1, 2), (0.3, 0.3, 0.4), strict=True):
         row["step"], row["ratio"] = step, ratio
+        row["candidates"].append({**row["candidates"][-1], "rank": 9})  # a block may be part of several candidates
     record.stages = [
         lab.artifact("search", {"dense_perplexity": 10.0}, "l", trace__jsonl="\n".join(map(json.dumps, rows)))
     ]
@@ -284,8 +285,10 @@ def test_a_step_may_take_several_blocks(lab: ViewLab) -> None:
         (2, 0.3, 12.0),
         (3, 0.4, 14.0),
     ]
-    assert lab.view("block_redundancy", "layer_index", "block_kind", "redundancy", where="num_removed > 0") == [
-        (1, "mha", 1.0),
-        (1, "mlp", 1.0),
-        (0, "mha", 0.5),
+    columns = ("layer_index", "block_kind", "redundancy", "num_searches")
+    assert lab.view("block_redundancy", *columns, where="num_removed > 0") == [
+        (1, "mha", 1.0, 1),
+        (1, "mlp", 1.0, 1),
+        (0, "mha", 0.5, 1),
     ]
+    assert lab.view("block_redundancy", *columns, where="num_removed = 0") == [(0, "mlp", 0.0, 1)]
