@@ -6,12 +6,11 @@ Opens the model's folder and checks what can be checked before anything is compu
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from blockpruner.architectures import block_sizes, num_parameters
 from blockpruner.baichuan import is_foldable
@@ -20,7 +19,7 @@ from blockpruner.checkpoint import Checkpoint
 from blockpruner.collapse import check_laco
 from blockpruner.errors import ConfigurationError
 from blockpruner.export.names import FOR_OTHER_ENGINES, FormatChoice, dtypes_of
-from blockpruner.loading import DtypeName, any_meta_model, check_tensors, meta_model, resolve_device, resolve_dtype
+from blockpruner.loading import DtypeName, check_tensors, meta_model, resolve_device, resolve_dtype
 from blockpruner.merging import check_mergeable, stored_dtype
 from blockpruner.paths import user_path
 from blockpruner.positions import check_sequence_length
@@ -28,6 +27,7 @@ from blockpruner.repackable import Repackable
 from blockpruner.search import SearchTarget
 from blockpruner.strategies import STRATEGIES
 from flows.grid import External
+from flows.opened_models import PrunedElsewhere, check_any_model, opened
 from flows.recipe import Recipe
 from stages import baseline, calibrate, evaluate, export, fold, search, speed
 from stages.artifacts import Artifact
@@ -35,9 +35,6 @@ from stages.contract import ArtifactRef, Stage, StageConfig, StageInputs
 from stages.lm_tasks import TaskSpec, resolve_tasks
 from stages.runs import RunDescription
 from stages.text_sources import Purpose, resolve_text
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Goal = Literal["calibrate", "baseline", "search", "export", "evaluate", "measure", "speed"]
 """How far to go: to the stage of this name with all that it needs ('evaluate' is the whole pipeline); 'measure'
@@ -133,13 +130,13 @@ class Plan:
             raise ConfigurationError(
                 "compile is 'on', and the device is the CPU; compiling pays on a GPU only: leave it out"
             )
-        checkpoint = _opened(recipe.model)
+        checkpoint = opened(recipe.model)
         if external is None:
             shape = _checked_shape(recipe, goal, checkpoint) if goal in _SEARCHING else None
         else:
             shape = _shape(recipe, checkpoint)
         if goal == "baseline" or (goal == "measure" and recipe.eval_text):
-            _check_any_model(recipe, checkpoint)
+            check_any_model(recipe, checkpoint)
         elsewhere = PrunedElsewhere.open(external, recipe) if external else None
         plan = cls(recipe, goal, checkpoint, device, dtype, shape, elsewhere)
         plan.check()
@@ -397,44 +394,6 @@ class Plan:
         return user_path(self.recipe.task_data).resolve() if self.recipe.task_data else None
 
 
-@dataclass(frozen=True)
-class PrunedElsewhere:
-    """A checkpoint that something else has pruned."""
-
-    label: str
-    checkpoint: Checkpoint
-    num_parameters: int
-
-    @classmethod
-    def open(cls, external: External, recipe: Recipe) -> PrunedElsewhere:
-        """Open it and check what can be checked.
-
-        Raises:
-            BlockPrunerError: if it cannot be measured.
-        """
-        checkpoint = _opened(external.path)
-        shapes = _check_any_model(recipe, checkpoint)
-        stored = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
-        _ = checkpoint.tokenizer_fingerprint
-        return cls(external.label, checkpoint, stored if shapes is None else num_parameters(shapes))
-
-    def has_other_tokenizer(self, model: Checkpoint) -> bool:
-        """Whether its tokenizer's files are not the model's; it may cut texts alike all the same."""
-        return self.checkpoint.tokenizer_fingerprint != model.tokenizer_fingerprint
-
-
-_known: dict[tuple[object, ...], Checkpoint] = {}
-"""Models that were opened before: their fingerprints, which read every weight, are kept by the objects."""
-
-
-def _opened(id_or_dir: str) -> Checkpoint:
-    """Open a model; one whose files are the same as when it was last opened is that one."""
-    checkpoint = Checkpoint.open(id_or_dir)
-    files = sorted({*(entry.file for entry in checkpoint.tensors.values()), *checkpoint.path.glob("*.*")})
-    stats = [(str(file), stat.st_ino, stat.st_size, stat.st_mtime_ns) for file in files if (stat := file.stat())]
-    return _known.setdefault((id_or_dir, *stats), checkpoint)
-
-
 @cache  # its fingerprint reads every weight, and is kept by the object
 def _folded_model(folder: Path, name: str) -> Checkpoint:
     """A folded model under the name of the one that it was."""
@@ -490,13 +449,6 @@ def _judged_by(recipe: Recipe) -> str:
     """The metric, or where the strategy has an importance of its own, that."""
     strategy = STRATEGIES[recipe.strategy]
     return recipe.metric if strategy.uses_metric else strategy.importance
-
-
-def _check_any_model(recipe: Recipe, checkpoint: Checkpoint) -> PreTrainedModel | None:
-    """What must hold of a model that is only measured, of whatever family; without weights, where it can be had."""
-    if (shapes := any_meta_model(checkpoint)) is not None:
-        check_sequence_length(shapes, recipe.sequence_length)
-    return shapes
 
 
 def _check_num_blocks(recipe: Recipe, num_candidates: int) -> None:
