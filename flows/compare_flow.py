@@ -88,6 +88,8 @@ def check_comparison(comparison: Comparison, parallel: int) -> None:
     for cell in comparison.cells:
         try:
             Plan.make(cell.recipe, "evaluate", cell.external)
+            if comparison.speed:
+                Plan.make(cell.recipe, "speed", cell.external)
         except BlockPrunerError as error:
             raise ConfigurationError(f"cell {cell.label}: {error}") from error
 

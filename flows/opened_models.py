@@ -5,8 +5,11 @@ Loads no weights.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blockpruner.architectures import num_parameters
@@ -29,6 +32,12 @@ def opened(id_or_dir: str) -> Checkpoint:
     files = sorted({*(entry.file for entry in checkpoint.tensors.values()), *checkpoint.path.glob("*.*")})
     stats = [(str(file), stat.st_ino, stat.st_size, stat.st_mtime_ns) for file in files if (stat := file.stat())]
     return _known.setdefault((id_or_dir, *stats), checkpoint)
+
+
+@cache  # its fingerprint reads every weight, and is kept by the object
+def folded_model(folder: Path, name: str, hub_id: str | None) -> Checkpoint:
+    """A folded model under the name of the one that it was."""
+    return dataclasses.replace(Checkpoint.open(str(folder)), name=name, hub_id=hub_id)
 
 
 def check_any_model(recipe: Recipe, checkpoint: Checkpoint) -> PreTrainedModel | None:

@@ -5,10 +5,9 @@ Opens the model's folder and checks what can be checked before anything is compu
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,16 +17,20 @@ from blockpruner.blocks import all_blocks
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.collapse import check_laco
 from blockpruner.errors import ConfigurationError
-from blockpruner.export.names import FOR_OTHER_ENGINES, FormatChoice, dtypes_of
+from blockpruner.export.formats import FORMATS
+from blockpruner.export.names import ExportFormat, FormatChoice
 from blockpruner.loading import DtypeName, check_tensors, meta_model, resolve_device, resolve_dtype
 from blockpruner.merging import check_mergeable, stored_dtype
 from blockpruner.paths import user_path
 from blockpruner.positions import check_sequence_length
 from blockpruner.repackable import Repackable
 from blockpruner.search import SearchTarget
+from blockpruner.speed import check_prompts
 from blockpruner.strategies import STRATEGIES
+from blockpruner.trace import read_trace
+from flows.formats import PrunedModel, check_family, check_formats, dtype_for, is_repeated
 from flows.grid import External
-from flows.opened_models import PrunedElsewhere, check_any_model, opened
+from flows.opened_models import PrunedElsewhere, check_any_model, folded_model, opened
 from flows.recipe import Recipe
 from stages import baseline, calibrate, evaluate, export, fold, search, speed
 from stages.artifacts import Artifact
@@ -85,7 +88,8 @@ class PlannedStage:
     """What the run uses it for: see `stages.runs.StageRun.role`."""
     label: str
     """For people."""
-    job: Callable[[Artifacts], Job]
+    job: Callable[[Artifacts], Job | None]
+    """None where it turns out that there is nothing to do."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ class Plan:
         if external is None:
             shape = _checked_shape(recipe, goal, checkpoint) if goal in _SEARCHING else None
         else:
-            shape = _shape(recipe, checkpoint)
+            shape = _shape(recipe, goal, checkpoint)
         if goal == "baseline" or (goal == "measure" and recipe.eval_text):
             check_any_model(recipe, checkpoint)
         elsewhere = PrunedElsewhere.open(external, recipe) if external else None
@@ -153,6 +157,12 @@ class Plan:
         for typed in self.texts.values():
             resolve_text(typed, "evaluation", self._column(typed)).check()
         _ = self.tasks
+        if not is_foldable(self.checkpoint):
+            self._check_family(self.checkpoint)
+
+    def _check_family(self, model: Checkpoint) -> None:
+        if self.goal in _EXPORTING:
+            check_family(PrunedModel(model, dtype=self.recipe.export_dtype), self._formats)
 
     def description(self) -> RunDescription:
         """What the run's record says from the beginning. Reads the model's weights once, to identify them."""
@@ -230,7 +240,7 @@ class Plan:
             first, *others = self._formats
             yield PlannedStage("export", "export", partial(self._export, first))
             for name in others:
-                yield PlannedStage(f"export:{name}", f"export as {name}", partial(self._export, name))
+                yield PlannedStage(f"export:{name}", f"export as {name}", partial(self._another_export, name))
 
     def _texts_of(self, external: PrunedElsewhere) -> Iterator[PlannedStage]:
         """The texts that it is measured on, cut by its own tokenizer where that is another one."""
@@ -257,8 +267,8 @@ class Plan:
         if self.goal == "export":
             return asked
         # A stable sort: the order that was asked for stays, but for those that only other engines load.
-        first, *others = sorted(asked, key=lambda name: name in FOR_OTHER_ENGINES)
-        return ["auto", first, *others] if first in FOR_OTHER_ENGINES else [first, *others]
+        first, *others = sorted(asked, key=_only_other_engines)
+        return ["auto", first, *others] if _only_other_engines(first) else [first, *others]
 
     def _fold(self, _: Artifacts) -> Job:
         return Job(fold.STAGE, fold.FoldConfig(), fold.FoldInputs(self.checkpoint))
@@ -267,7 +277,7 @@ class Plan:
         """The model that the stages work on: the user's, or what it was folded into."""
         if _FOLDED not in artifacts:
             return self.checkpoint
-        return _folded_model(artifacts[_FOLDED].path / fold.MODEL_FOLDER, self.checkpoint.name)
+        return folded_model(artifacts[_FOLDED].path / fold.MODEL_FOLDER, self.checkpoint.name, self.checkpoint.hub_id)
 
     def _calibration(self, artifacts: Artifacts) -> Job:
         return self._calibration_by(self._model(artifacts))
@@ -310,6 +320,8 @@ class Plan:
 
     def _search(self, artifacts: Artifacts) -> Job:
         recipe = self.recipe
+        if _FOLDED in artifacts:  # what no format knew before
+            self._check_family(self._model(artifacts))
         config = search.SearchConfig(
             block_kinds=recipe.block_kinds,
             num_blocks=recipe.num_blocks,
@@ -324,11 +336,25 @@ class Plan:
         inputs = search.SearchInputs(self._model(artifacts), artifacts["calibration"].ref, recipe.trust_remote_code)
         return Job(search.STAGE, config, inputs)
 
-    def _export(self, name: FormatChoice, artifacts: Artifacts) -> Job:
+    def _export(self, first: FormatChoice, artifacts: Artifacts) -> Job:
+        """The first format, once it is known that all of them can be written."""
+        check_formats(self._pruned(artifacts), self._formats)
+        return self._export_as(first, artifacts)
+
+    def _another_export(self, name: FormatChoice, artifacts: Artifacts) -> Job | None:
+        earlier = self._formats[: self._formats.index(name)]
+        return None if is_repeated(self._pruned(artifacts), name, earlier) else self._export_as(name, artifacts)
+
+    def _export_as(self, name: FormatChoice, artifacts: Artifacts) -> Job:
         recipe = self.recipe
-        dtype = recipe.export_dtype if recipe.export_dtype in dtypes_of(name) else None
+        dtype = dtype_for(name, recipe.export_dtype)
         config = export.ExportConfig(num_blocks=recipe.export_blocks, format=name, dtype=dtype)
         return Job(export.STAGE, config, export.ExportInputs(self._model(artifacts), artifacts["search"].ref))
+
+    def _pruned(self, artifacts: Artifacts) -> PrunedModel:
+        """What is exported."""
+        trace, count = read_trace(artifacts["search"].path), self.recipe.export_blocks
+        return PrunedModel(self._model(artifacts), trace.removed(count), trace.merges(count), self.recipe.export_dtype)
 
     def _speed(self, artifacts: Artifacts) -> Job:
         recipe = self.recipe
@@ -340,14 +366,15 @@ class Plan:
             dtype=self.dtype,
             machine=speed.machine(self.device),
         )
-        inputs = speed.SpeedInputs(self._model(artifacts), self._pruned(artifacts), recipe.trust_remote_code)
+        pruned, has_code = self._measured(artifacts)
+        inputs = speed.SpeedInputs(self._model(artifacts), pruned, recipe.trust_remote_code, has_code)
         return Job(speed.STAGE, config, inputs)
 
     def _evaluate_dense_tasks(self, artifacts: Artifacts) -> Job:
-        return self._evaluate(self._model(artifacts), (), self.recipe.trust_remote_code, self.tasks)
+        return self._evaluate(self._model(artifacts), (), self.tasks)
 
     def _evaluate_dense_texts(self, artifacts: Artifacts) -> Job:
-        return self._evaluate(self._model(artifacts), self._text_refs(artifacts), self.recipe.trust_remote_code, ())
+        return self._evaluate(self._model(artifacts), self._text_refs(artifacts), ())
 
     def _evaluate_pruned(self, artifacts: Artifacts) -> Job:
         """The pruned model on everything."""
@@ -356,16 +383,17 @@ class Plan:
             return artifacts.get(f"{_EXTERNAL}{role}", artifacts[role]).ref
 
         named = ((baseline.CALIBRATION, ref("calibration")), *((name, ref(f"text:{name}")) for name in self.texts))
-        trusts = self.recipe.trust_remote_code if self.external else True  # the code that an export may carry is ours
-        return self._evaluate(self._pruned(artifacts), named, trusts, self.tasks)
+        pruned, has_code = self._measured(artifacts)
+        return self._evaluate(pruned, named, self.tasks, has_code=has_code)
 
-    def _pruned(self, artifacts: Artifacts) -> Checkpoint:
+    def _measured(self, artifacts: Artifacts) -> tuple[Checkpoint, bool]:
+        """The model to be measured, and whether code that comes with it may be run: an export's is our own."""
         if self.external is not None:
-            return self.external.checkpoint
-        return Checkpoint.open(str(artifacts["export"].path / export.MODEL_FOLDER))
+            return self.external.checkpoint, self.recipe.trust_remote_code
+        return _exported(artifacts["export"])
 
     def _evaluate(
-        self, model: Checkpoint, texts: TextRefs, trust_remote_code: bool, tasks: tuple[TaskSpec, ...]
+        self, model: Checkpoint, texts: TextRefs, tasks: tuple[TaskSpec, ...], *, has_code: bool = False
     ) -> Job:
         recipe = self.recipe
         config = evaluate.EvaluateConfig(
@@ -375,7 +403,8 @@ class Plan:
             limit=recipe.limit,
             log_samples=recipe.log_samples,
         )
-        inputs = evaluate.EvaluateInputs(model, texts, self._task_dir, self._task_data, trust_remote_code)
+        trusts = recipe.trust_remote_code
+        inputs = evaluate.EvaluateInputs(model, texts, self._task_dir, self._task_data, trusts, has_code)
         return Job(evaluate.STAGE, config, inputs)
 
     def _text_refs(self, artifacts: Artifacts) -> TextRefs:
@@ -394,10 +423,15 @@ class Plan:
         return user_path(self.recipe.task_data).resolve() if self.recipe.task_data else None
 
 
-@cache  # its fingerprint reads every weight, and is kept by the object
-def _folded_model(folder: Path, name: str) -> Checkpoint:
-    """A folded model under the name of the one that it was."""
-    return dataclasses.replace(Checkpoint.open(str(folder)), name=name)
+def _only_other_engines(name: FormatChoice) -> bool:
+    """Whether transformers does not load the format; 'auto' takes one that it does."""
+    return name != "auto" and not FORMATS[name].in_transformers
+
+
+def _exported(artifact: Artifact[Any]) -> tuple[Checkpoint, bool]:
+    """An exported model, and whether it comes with code of ours."""
+    name: ExportFormat = artifact.manifest.format
+    return Checkpoint.open(str(artifact.path / export.MODEL_FOLDER)), FORMATS[name].has_code
 
 
 def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelShape:
@@ -406,11 +440,13 @@ def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelS
     Raises:
         UnsupportedArchitectureError: if the model's family is not in the table.
         CheckpointError: if the weights are not those of the model that config.json describes.
-        ConfigurationError: if the target cannot be reached, or a sequence is longer than the model can read.
+        ConfigurationError: if the target cannot be reached, or a sequence or prompt is longer than the model can read.
     """
     architecture, shapes = meta_model(checkpoint)
     check_tensors(checkpoint, shapes)
     check_sequence_length(shapes, recipe.sequence_length)
+    if goal == "speed":
+        check_prompts(shapes, recipe.speed_prompt_tokens, recipe.speed_new_tokens)
     num_layers, total = len(architecture.decoder_layers(shapes)), num_parameters(shapes)
     sizes = block_sizes(architecture, shapes)
     candidates = {block: sizes[block] for block in all_blocks(num_layers, recipe.block_kinds)}
@@ -437,11 +473,13 @@ def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelS
     return ModelShape(num_layers, total)
 
 
-def _shape(recipe: Recipe, checkpoint: Checkpoint) -> ModelShape:
+def _shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelShape:
     """The size of a model whose pruning is not searched for; raises what `_checked_shape` does, less its target's."""
     architecture, shapes = meta_model(checkpoint)
     check_tensors(checkpoint, shapes)
     check_sequence_length(shapes, recipe.sequence_length)
+    if goal == "speed":
+        check_prompts(shapes, recipe.speed_prompt_tokens, recipe.speed_new_tokens)
     return ModelShape(len(architecture.decoder_layers(shapes)), num_parameters(shapes))
 
 

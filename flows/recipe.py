@@ -29,6 +29,12 @@ COMPARISONS_FOLDER = RECIPES_FOLDER / "compare"
 """Recipes of another kind: see `flows.grid`."""
 _PATH_FIELDS = ("model", "calibration", "eval_text", "task_dir", "task_data")
 _TARGET_FIELDS = ("num_blocks", "ratio")
+_SEARCH_FIELDS = (
+    *("model", "calibration", "calibration_column", "num_samples", "sequence_length", "seed"),
+    *("block_kinds", "stock_compatible", "metric", "strategy", "strategy_seed", "laco"),
+    *("device", "dtype", "trust_remote_code"),
+)
+"""What a pruning order may depend on, beside how far it goes."""
 _NUMBER_FIELDS = (
     *("num_samples", "sequence_length", "seed", "num_blocks", "ratio", "export_blocks"),
     *("num_fewshot", "limit", "batch_size", "strategy_seed", "laco_layers_per_merge"),
@@ -249,6 +255,27 @@ class Recipe(BaseModel):
         """
         return make_recipe(_overridden(self.model_dump(), changes))
 
+    def going_on(self, changes: Mapping[str, Any], num_searched: int) -> Recipe:
+        """The recipe of a run, changed so as to go on from it.
+
+        A number of blocks counts from the whole model, whatever the run exported. Where the run's search has reached
+        it, it is a prefix of that search's order, and needs no other search; beyond, it is a new target. Without one,
+        what is exported stays as it was.
+
+        Args:
+            changes: fields given anew.
+            num_searched: how many blocks the run's search removed.
+
+        Raises:
+            ConfigurationError: if a change is not valid.
+        """
+        asked = self.changed(changes)
+        same_search = all(getattr(asked, field) == getattr(self, field) for field in _SEARCH_FIELDS)
+        if not same_search or not 1 <= changes.get("num_blocks", 0) <= num_searched:
+            return asked
+        others = {field: value for field, value in changes.items() if field not in _TARGET_FIELDS}
+        return self.changed({**others, "export_blocks": asked.num_blocks})
+
     def anchored(self) -> Recipe:
         """The recipe with the paths that exist made absolute, so that it means the same from any folder."""
         return self.model_copy(update={field: _mapped(getattr(self, field), _absolute) for field in _PATH_FIELDS})
@@ -282,8 +309,12 @@ def recipe_names() -> list[str]:
 
 
 def _overridden(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with some given anew. A target replaces the one before, whichever of the two fields that is."""
-    replaced = set(_TARGET_FIELDS) if overrides.keys() & set(_TARGET_FIELDS) else set()
+    """The values with some given anew.
+
+    A target replaces the one before, whichever of the two fields that is, and with it the number of blocks to export:
+    that was a part of the old one.
+    """
+    replaced = {*_TARGET_FIELDS, "export_blocks"} if overrides.keys() & set(_TARGET_FIELDS) else set()
     return {**{name: value for name, value in values.items() if name not in replaced}, **overrides}
 
 

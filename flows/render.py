@@ -86,7 +86,7 @@ def run_view(summary: RunSummary) -> RenderableType:
     if summary.export:
         parts.append(_export_lines(summary))
     if summary.rows.speed:
-        parts.append(speed_table(summary.rows.speed))
+        parts += [speed_sizes(summary.rows.speed), speed_table(summary.rows.speed)]
     parts.append(_stages_table(record))
     spaced = [element for part in parts for element in (part, Text())]
     return Group(*spaced[:-1])
@@ -133,6 +133,15 @@ def task_table(evaluations: Sequence[EvaluationRow]) -> Table:
     return table
 
 
+def speed_sizes(rows: Sequence[SpeedRow]) -> Text:
+    """What of the two models does not depend on batch and prompt, in one line."""
+    sizes = {row.variant: row for row in rows}
+    pair = [sizes[variant] for variant in ("dense", "pruned") if variant in sizes]
+    numbers = " -> ".join("?" if row.num_parameters is None else f"{row.num_parameters:,}" for row in pair)
+    weights = " -> ".join("?" if row.weight_bytes is None else size(row.weight_bytes) for row in pair)
+    return Text(f"dense -> pruned: {numbers} parameters, weights of {weights} on disk")
+
+
 def speed_table(rows: Sequence[SpeedRow]) -> Table:
     """Dense and pruned side by side: speeds as measured, and how many times the dense model's."""
     table = _table("batch", "prompt", "prefill ms", "times", "decode tokens/s", "times", "memory", "cache B/token")
@@ -148,7 +157,7 @@ def speed_table(rows: Sequence[SpeedRow]) -> Table:
             f"{before.prefill_ms / row.prefill_ms:.2f}",
             f"{before.decode_tokens_per_s:.4g} -> {row.decode_tokens_per_s:.4g}",
             f"{row.decode_tokens_per_s / before.decode_tokens_per_s:.2f}",
-            f"{size(before.peak_memory_bytes)} -> {size(row.peak_memory_bytes)}",
+            " -> ".join("?" if b is None else size(b) for b in (before.peak_memory_bytes, row.peak_memory_bytes)),
             f"{before.kv_cache_bytes_per_token:.0f} -> {row.kv_cache_bytes_per_token:.0f}",
         )
     return table

@@ -101,7 +101,8 @@ class Runner:
             _describe(record, plan.description().model_copy(update={"comparison": comparison}))
             artifacts: dict[str, Artifact[Any]] = {}
             for planned in plan.stages:
-                artifacts[planned.role] = self._stage(record, plan, planned, planned.job(artifacts), execute)
+                if (job := planned.job(artifacts)) is not None:
+                    artifacts[planned.role] = self._stage(record, plan, planned, job, execute)
         return record
 
     def finished(
@@ -116,7 +117,8 @@ class Runner:
             return None
         plan, artifacts = Plan.make(recipe, goal, external), dict[str, Artifact[Any]]()
         for planned in plan.stages:
-            job = planned.job(artifacts)
+            if (job := planned.job(artifacts)) is None:
+                continue
             if (found := self._artifacts.lookup(job.stage, job.fingerprint)) is None:
                 return None
             artifacts[planned.role] = found

@@ -15,7 +15,7 @@ SETTINGS: dict[str, str] = {
     "num_samples": "How many rows of the calibration set to take, drawn with the seed; 'all' takes all, in order.",
     "sequence_length": "Tokens in one sequence.",
     "seed": "Seed of the drawing of rows.",
-    "num_blocks": "How many blocks to remove (K); this or the ratio.",
+    "num_blocks": "How many blocks to remove (K), counted from the whole model; this or the ratio.",
     "ratio": "Remove blocks until this share of all parameters is gone (between 0 and 1); this or a number of blocks.",
     "block_kinds": "Which blocks may be removed: mha (attention), mlp (feed-forward) or both.",
     "export_blocks": "Export without only the first so many blocks of the pruning order; none: without all of them.",
@@ -68,7 +68,7 @@ SETTINGS: dict[str, str] = {
     "speed_batch_sizes": "How many sequences side by side to time, separated by commas.",
     "speed_prompt_tokens": "Lengths of the prompts to time, in tokens, separated by commas.",
     "speed_new_tokens": "Tokens to decode after each prompt.",
-    "speed_repeats": "Repetitions of each measurement; the median counts.",
+    "speed_repeats": "Repetitions of each measurement, in each of a model's two turns; the median counts.",
     "trust_remote_code": "Run the Python code that comes with the model. Only for models whose code you have read.",
     "name": "A name for the run, by which `show` and others find it.",
 }

@@ -74,7 +74,9 @@ class EvaluateInputs:
     task_data: Path | None = None
     """Folder with local data of lm-eval's tasks; identified likewise."""
     trust_remote_code: bool = False
-    """Whether the model may bring its own code: True for folders that we exported."""
+    """Whether the user lets model and tokenizer bring code of their own."""
+    has_code: bool = False
+    """Whether the model is one that we exported with code, which is run in any case."""
 
     def fingerprints(self) -> Mapping[str, str]:
         """Model, tokenizer and texts, by content."""
@@ -123,9 +125,8 @@ def _check(config: EvaluateConfig) -> None:
 
 
 def _load(config: EvaluateConfig, inputs: EvaluateInputs, runtime: Runtime) -> PreTrainedModel:
-    return load_model(
-        inputs.model, device=runtime.device, dtype=config.dtype, trust_remote_code=inputs.trust_remote_code
-    )
+    trusts = inputs.trust_remote_code or inputs.has_code
+    return load_model(inputs.model, device=runtime.device, dtype=config.dtype, trust_remote_code=trusts)
 
 
 def _score(

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
-from torch import nn
 
 from blockpruner.architectures import block_sizes, num_parameters
 from blockpruner.blocks import Block
-from blockpruner.checkpoint import COMPANION_FILES, Checkpoint
+from blockpruner.checkpoint import COMPANION_FILES, LEGAL_FILES, Checkpoint
 from blockpruner.errors import ExportError
 from blockpruner.export.card import CardNumbers, write_card
 from blockpruner.export.formats import FORMATS, verify_export
 from blockpruner.export.names import ExportDtype, ExportFormat, FormatChoice
-from blockpruner.export.verify import Verification, masked_logits, verification_request
-from blockpruner.export.write import WrittenExport, write_export
+from blockpruner.export.verify import Verification, masked_logits, shorter_window, verification_request
+from blockpruner.export.write import WrittenExport, files_in, write_export
 from blockpruner.loading import DtypeName, load_model, meta_model, release_memory, torch_dtype
 from blockpruner.merging import MergedLayers, stored_dtype
 from blockpruner.progress import Progress
@@ -55,7 +53,7 @@ class ExportInputs:
         """Model with all that goes with it, and pruning order, by content; the card tells the model's name."""
         return {
             "model": self.model.fingerprint,
-            "companions": self.model.files_fingerprint((*COMPANION_FILES, "README.md")),
+            "companions": self.model.files_fingerprint((*COMPANION_FILES, *LEGAL_FILES, "README.md")),
             "search": self.search.fingerprint,
         }
 
@@ -102,7 +100,7 @@ def run(config: ExportConfig, inputs: ExportInputs, out_dir: Path, runtime: Runt
         format=written.format,
         num_blocks_removed=len(removed),
         num_parameters=num_parameters_written,
-        bytes=sum(file.stat().st_size for file in written.path.iterdir()),
+        bytes=sum(file.stat().st_size for file in files_in(written.path)),
         kept=written.kept,
         dropped=written.dropped,
         verified=True,
@@ -120,27 +118,24 @@ def _verify(
 ) -> Verification:
     architecture, shapes = meta_model(checkpoint)
     dtype: DtypeName = "float32" if num_parameters(shapes) <= _FLOAT32_LIMIT else "bfloat16"
-    # Weights that were rounded are compared with the original's, rounded likewise; what was merged is merged first.
-    coarsen = FORMATS[written.format].coarsen
-    rounded = cast("DtypeName | None", written_dtype if coarsen is None else None) or dtype
-    if merges:
-        stored = stored_dtype(architecture, checkpoint)
-        exact: DtypeName = "bfloat16" if stored == torch.bfloat16 else "float32"
-        model = load_model(checkpoint, device=device, dtype=exact)
+    text_config = shapes.config.get_text_config()
+    request = verification_request(text_config.vocab_size, text_config.max_position_embeddings)
+    window = shorter_window(written.window, request)
+    settings = {} if window is None else {"sliding_window": window}
+    stored = stored_dtype(architecture, checkpoint) if merges else None
+    # What was merged was summed up from the stored weights, which float32 holds exactly.
+    exact: DtypeName = "float32" if stored not in (None, torch.bfloat16) else dtype
+    model = load_model(checkpoint, device=device, dtype=exact, settings=settings)
+    if stored is not None:
         MergedLayers(architecture, model, stored).use(merges)
         for parameter in model.parameters():  # and no buffer: those of positions are never rounded
-            parameter.data = parameter.data.to(torch_dtype(rounded))
-    else:
-        model = load_model(checkpoint, device=device, dtype=rounded)
-    nn.Module.to(model, torch_dtype(dtype))
-    if coarsen is not None:
-        coarsen(model, written.path)
-    text_config = model.config.get_text_config()
-    request = verification_request(text_config.vocab_size, text_config.max_position_embeddings)
+            parameter.data = parameter.data.to(torch_dtype(dtype))
+    # Weights that were rounded are compared with the original's, rounded likewise.
+    FORMATS[written.format].coarsen(model, written.path, written_dtype)
     expected = masked_logits(architecture, model, written.dropped, request)
     del model
     release_memory()  # the fresh process needs it
-    return verify_export(written.format, written.path, request, expected, device=device, dtype=dtype)
+    return verify_export(written.format, written.path, request, expected, device=device, dtype=dtype, window=window)
 
 
 def _write_card(inputs: ExportInputs, trace: SearchTrace, written: WrittenExport) -> int:
@@ -156,10 +151,10 @@ def _write_card(inputs: ExportInputs, trace: SearchTrace, written: WrittenExport
     num_bytes = sum(file.stat().st_size for file in weights)
     numbers = CardNumbers(total, num_kept, num_bytes_dense, num_bytes, (calibration,))
     method = STRATEGIES[trace.summary.strategy].source
-    write_card(written, inputs.model.name, inputs.model.path, numbers, method)
+    write_card(written, inputs.model, numbers, method)
     return num_kept + sum(sizes[block] for block in written.zeros)
 
 
 STAGE: Stage[ExportConfig, ExportInputs, ExportManifest] = Stage(
-    name="export", version=3, manifest_type=ExportManifest, run=run
+    name="export", version=4, manifest_type=ExportManifest, run=run
 )

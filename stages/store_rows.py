@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -102,9 +102,22 @@ class _Export(BaseModel):
     verified_with: str | None = None
 
 
+class _Speed(BaseModel):
+    variant: str
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+    prefill_ms: float
+    decode_tokens_per_s: float
+    peak_memory_bytes: int | None
+    kv_cache_bytes_per_token: float
+    num_parameters: int | None = None
+    weight_bytes: int | None = None
+
+
 class _Speeds(BaseModel):
     machine: str
-    speeds: tuple[dict[str, Any], ...]
+    speeds: tuple[_Speed, ...]
 
 
 FoundT = TypeVar("FoundT")
@@ -294,10 +307,7 @@ def _score_row(run_id: str, step: int, candidate: _Candidate, block: _Block) -> 
 def _speed_rows(run_id: str, found: _Speeds | None) -> list[SpeedRow]:
     if found is None:
         return []
-    names = set(SpeedRow._fields) - {"run_id", "machine"}
-    return [
-        SpeedRow(run_id=run_id, machine=found.machine, **{name: row[name] for name in names}) for row in found.speeds
-    ]
+    return [SpeedRow(run_id=run_id, machine=found.machine, **speed.model_dump()) for speed in found.speeds]
 
 
 def _export_row(run_id: str, export: _Export, path: str) -> ExportRow:

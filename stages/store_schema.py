@@ -118,9 +118,11 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "new_tokens": "BIGINT NOT NULL",
         "prefill_ms": "DOUBLE NOT NULL",
         "decode_tokens_per_s": "DOUBLE NOT NULL",
-        "peak_memory_bytes": "BIGINT NOT NULL",
+        "peak_memory_bytes": "BIGINT",
         "kv_cache_bytes_per_token": "DOUBLE NOT NULL",
         "machine": "VARCHAR NOT NULL",
+        "num_parameters": "BIGINT",
+        "weight_bytes": "BIGINT",
     },
 }
 """Column name to SQL type, by table."""
@@ -291,6 +293,13 @@ class SpeedRow(NamedTuple):
     new_tokens: int
     prefill_ms: float
     decode_tokens_per_s: float
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
+    """None where the system does not tell it."""
     kv_cache_bytes_per_token: float
+    """Of one sequence, after the prompt. Where layers have windows it falls with longer prompts, for such a layer keeps
+    no more than its window."""
     machine: str
+    num_parameters: int | None = None
+    """Of the variant, as it is loaded; None in rows of earlier versions."""
+    weight_bytes: int | None = None
+    """Of the variant's weights, on disk; None likewise."""

@@ -21,6 +21,9 @@ from blockpruner.surgery import PackedModel, pack
 from blockpruner.trace import LayerMerge
 
 _DTYPE_SETTINGS = ("dtype", "torch_dtype")
+_CODE_SETTINGS = frozenset({"auto_map", "custom_pipelines", "model_file"})
+"""Settings that name code: the source's own never goes with an export, which brings the exporter's or none. The last
+one is MLX-LM's."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,13 @@ class ExportSource:
         return pack(self.num_layers, self.removed)
 
     def settings(self, **changes: Any) -> dict[str, Any]:
-        """The source's own config.json with changes.
+        """The source's own config.json with changes, and without the names of any code.
 
         Other settings stay in the words of the source: engines other than transformers 5 read `rope_theta` at the top
         level, which `config.to_dict()` drops.
         """
-        settings = {key: value for key, value in self.checkpoint.config.items() if key != "_name_or_path"}
+        left_out = _CODE_SETTINGS | {"_name_or_path"}
+        settings = {key: value for key, value in self.checkpoint.config.items() if key not in left_out}
         if self.dtype is not None:
             settings |= {name: self.dtype for name in _DTYPE_SETTINGS if name in settings} or {"dtype": self.dtype}
         return settings | changes

@@ -78,13 +78,17 @@ def write_tensors(sources: Iterable[TensorSource], out_dir: Path, shard_bytes: i
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file_name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {source.name: source.read() for source in shard}
-        save_file(tensors, out_dir / file_name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file_name)
+        _write_shard(shard, out_dir / file_name)
+        weight_map |= {source.name: file_name for source in shard}
     if len(shards) > 1:
         total = sum(source.num_bytes for shard in shards for source in shard)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (out_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shard(shard: Sequence[TensorSource], path: Path) -> None:
+    """In a function of its own, so that its tensors are gone before the next shard is read."""
+    save_file({source.name: source.read() for source in shard}, path, metadata={"format": "pt"})
 
 
 def _assign(sources: Iterable[TensorSource], shard_bytes: int) -> Sequence[Sequence[TensorSource]]:

@@ -72,19 +72,20 @@ def speed_bars(runs: Sequence[ReportRun]) -> list[Picture]:
     where = f"Measured on {machines[0]}." if len(machines) == 1 else "Measured on several machines."
     new_tokens = sorted({row.new_tokens for run in timed for row in run.summary.rows.speed})
     decoded = " or ".join(map(str, new_tokens))
-    measured: tuple[tuple[str, str, str, str, Callable[[SpeedRow], float]], ...] = (
+    measured: tuple[tuple[str, str, str, str, Callable[[SpeedRow], float | None]], ...] = (
         ("prefill", "Prefill", "milliseconds", f"Time to read the prompts of a batch; less is better. {where}",
          lambda row: row.prefill_ms),
         ("decode", "Decoding", "tokens per second",
          f"All sequences of a batch together, over {decoded} tokens; more is better. {where}",
          lambda row: row.decode_tokens_per_s),
         ("memory", "Peak memory", "MB", "Of the device; on a CPU, of the whole process. Less is better.",
-         lambda row: row.peak_memory_bytes / 1e6),
+         lambda row: row.peak_memory_bytes and row.peak_memory_bytes / 1e6),
         ("kv-cache", "KV cache", "bytes per token of one sequence",
          "What a longer context costs; attention blocks that went take none.",
          lambda row: row.kv_cache_bytes_per_token),
     )  # fmt: skip
-    return [_speed_picture(timed, *each) for each in measured]
+    rows = [row for run in timed for row in run.summary.rows.speed]
+    return [_speed_picture(timed, *each) for each in measured if any(each[-1](row) is not None for row in rows)]
 
 
 def stage_bars(runs: Sequence[ReportRun]) -> Picture | None:
@@ -109,14 +110,18 @@ def _speed_picture(
     title: str,
     unit: str,
     caption: str,
-    value: Callable[[SpeedRow], float],
+    value: Callable[[SpeedRow], float | None],
 ) -> Picture:
+    # A KV cache is the same whatever the prompt, but where windows are.
+    by_case = name != "kv-cache" or any(
+        len(set(_by_case(run, variant, value).values())) > 1 for run in runs for variant in ("dense", "pruned")
+    )
     series = [
         *(
-            Series(_dense_name(run, runs), _speed_bars(run, "dense", name, value), is_dense=True)
+            Series(_dense_name(run, runs), _speed_bars(run, "dense", by_case, value), is_dense=True)
             for run in _one_a_model(runs)
         ),
-        *(Series(_pruned_name(run, runs), _speed_bars(run, "pruned", name, value), run.index) for run in runs),
+        *(Series(_pruned_name(run, runs), _speed_bars(run, "pruned", by_case, value), run.index) for run in runs),
     ]
     return Picture(
         name=f"speed-{name}",
@@ -128,11 +133,18 @@ def _speed_picture(
     )
 
 
-def _speed_bars(run: ReportRun, variant: str, name: str, value: Callable[[SpeedRow], float]) -> tuple[Bar, ...]:
-    rows = run.speeds(variant)
-    if name == "kv-cache":  # the same whatever the batch and the prompt
-        return tuple(_speed_bar("every case", value(row)) for row in list(rows.values())[:1])
-    return tuple(_speed_bar(f"batch {batch}, prompt {prompt}", value(row)) for (batch, prompt), row in rows.items())
+def _speed_bars(
+    run: ReportRun, variant: str, by_case: bool, value: Callable[[SpeedRow], float | None]
+) -> tuple[Bar, ...]:
+    measured = _by_case(run, variant, value)
+    if not by_case:
+        return tuple(_speed_bar("every case", number) for number in list(measured.values())[:1])
+    return tuple(_speed_bar(f"batch {batch}, prompt {prompt}", number) for (batch, prompt), number in measured.items())
+
+
+def _by_case(run: ReportRun, variant: str, value: Callable[[SpeedRow], float | None]) -> dict[tuple[int, int], float]:
+    """What was measured, by batch size and prompt length."""
+    return {case: number for case, row in run.speeds(variant).items() if (number := value(row)) is not None}
 
 
 def _accuracy_bars(found: Sequence[Accuracy]) -> tuple[Bar, ...]:

@@ -467,34 +467,3 @@ def test_tab_completes_commands_and_runs(options: list[object], tmp_path: Path) 
     assert complete("blockpruner search --block-kinds m") == ["mha", "mlp"]
     run_id = blockpruner("search", *options, "--num-blocks", 1).json["run_id"]
     assert complete(f"blockpruner show --workspace {tmp_path / 'ws'} 2") == [run_id]
-
-
-def test_several_formats_are_several_rows_and_folders(options: list[object], tmp_path: Path) -> None:
-    searched = blockpruner("search", *options, "--num-blocks", 3).json
-    given = ["--workspace", tmp_path / "ws", "--json"]
-    out = tmp_path / "out"
-    result = blockpruner(
-        "export",
-        "latest",
-        "--format",
-        "transformers",
-        "--format",
-        "zeroed",
-        "--dtype",
-        "bfloat16",
-        "--output",
-        out,
-        *given,
-    ).json
-    assert order(result) == order(searched)
-    assert [export["format"] for export in result["exports"]] == ["transformers", "zeroed"]
-    assert [role for role in cached(result) if role.startswith("export")] == ["export", "export:zeroed"]
-    assert cached(result)["search"], "another dtype of the files is no other search"
-    for name in ("transformers", "zeroed"):
-        model = AutoModelForCausalLM.from_pretrained(out / name, trust_remote_code=True)
-        assert model.dtype == torch.bfloat16
-    query = "SELECT format, verified, verified_with FROM exports ORDER BY format"
-    rows = blockpruner("sql", query, *given).json
-    assert [tuple(row.values()) for row in rows] == [
-        ("transformers", True, "transformers"), ("zeroed", True, "transformers"),
-    ]  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 
 from flows.paper_figures import paper_figures
 from flows.render import sparkline
+from flows.report.bars import speed_bars
 from flows.report.build import Report
 from flows.report.curves import held_out_curves, search_curves
 from flows.report.data import accuracies, distinct_searches, report_runs
@@ -108,6 +109,21 @@ def test_what_a_later_run_measured_of_the_same_export_is_there(lab: Lab) -> None
     assert len(found.rows.evaluations) == 2
     assert with_related(evaluated, []) == evaluated
     assert found.record.run_id == evaluated.run_id
+
+
+def test_speeds_without_a_peak_of_memory_and_with_windows_have_the_bars_that_are_known(lab: Lab) -> None:
+    rows: list[dict[str, Any]] = [
+        {**row, "prompt_tokens": length, "peak_memory_bytes": None, "kv_cache_bytes_per_token": value}
+        for row in SPEED["speeds"]
+        for length, value in ((8, 4.0), (64, 3.0 if row["variant"] == "dense" else 4.0))
+    ]
+    timed = lab.run("timed", roles="sx")
+    timed.stages.append(lab.artifact("speed", {"machine": "m", "speeds": rows}, "windows"))
+    pictures = {picture.name: picture for picture in speed_bars(report_runs([summary(lab, timed)]))}
+    assert list(pictures) == ["speed-prefill", "speed-decode", "speed-kv-cache"]
+    dense, pruned = pictures["speed-kv-cache"].draw(LIGHT)["data"]
+    assert list(dense["y"]) == list(pruned["y"]) == ["batch 1, prompt 8", "batch 1, prompt 64"]
+    assert (list(dense["x"]), list(pruned["x"])) == ([4.0, 3.0], [4.0, 4.0])
 
 
 def test_values_that_are_not_finite_leave_a_gap(lab: Lab) -> None:
