@@ -25,6 +25,8 @@ from blockpruner.strategies import LacoSettings, StrategyName, check_settings
 from flows.settings_text import SETTINGS
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
+COMPARISONS_FOLDER = RECIPES_FOLDER / "compare"
+"""Recipes of another kind: see `flows.grid`."""
 _PATH_FIELDS = ("model", "calibration", "eval_text", "task_dir", "task_data")
 _TARGET_FIELDS = ("num_blocks", "ratio")
 _SEARCH_FIELDS = (
@@ -325,6 +327,8 @@ def _locate(source: str) -> Path:
         return path
     if source in recipe_names():
         return RECIPES_FOLDER / f"{source}.yaml"
+    if source in (path.stem for path in COMPARISONS_FOLDER.glob("*.yaml")):
+        raise ConfigurationError(f"{source} is a comparison of runs; give `blockpruner compare {source}`")
     raise ConfigurationError(
         f"there is no recipe file {source!r}; give a YAML file, or one of: {', '.join(recipe_names())}"
         f"{nearest(source, recipe_names())}"
@@ -345,16 +349,29 @@ class _Loader(yaml.SafeLoader):
 
 
 def _read(path: Path) -> dict[str, Any]:
+    return paths_beside(path.parent, read_yaml(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings that a YAML file holds, unchecked.
+
+    Raises:
+        ConfigurationError: if it cannot be read, or holds no mapping.
+    """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigurationError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigurationError(f"recipe {path} holds no settings; write lines such as `model: DIR`")
-    folder = path.parent
+    return {str(key): value for key, value in values.items()}
+
+
+def paths_beside(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's fields with the paths that exist in the folder made those."""
     return {
-        str(key): _mapped(value, lambda text: _beside(folder, text)) if key in _PATH_FIELDS else value
-        for key, value in values.items()
+        name: _mapped(value, lambda text: _beside(folder, text)) if name in _PATH_FIELDS else value
+        for name, value in values.items()
     }
 
 
