@@ -51,13 +51,13 @@ def check_repositories(repo_id: str, formats: Sequence[FormatChoice]) -> None:
 
 def _refuse_public(repo_id: str) -> None:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         is_private = HfApi().model_info(repo_id).private
     except RepositoryNotFoundError:
         return
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except _refusals() as error:
         raise ConfigurationError(f"the hub cannot be asked for {repo_id} ({_one_line(error)})") from error
     if not is_private:
         raise ConfigurationError(
@@ -73,7 +73,6 @@ def push_folder(folder: Path, repo_id: str) -> str:
         ConfigurationError: if the hub refuses or cannot be reached; the folder stays where it is.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
     try:
@@ -84,11 +83,20 @@ def push_folder(folder: Path, repo_id: str) -> str:
             commit_message="Pruned by blockpruner",
             delete_patterns=list(_REPLACED),
         )
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except _refusals() as error:
         raise ConfigurationError(
             f"{repo_id} was not pushed ({_one_line(error)}); the model is kept in {folder}: give the same command again"
         ) from error
     return str(repository)
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """How the hub's client says that something did not work; without a network its HTTP library speaks for itself."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Which library that is depends on the client's version; the client's own error derives from the library's.
+    http_errors = (base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+    return (HfHubHTTPError, *http_errors, OSError, ValueError)
 
 
 def _one_line(error: Exception) -> str:

@@ -165,7 +165,9 @@ def export(
     Of a run, or of the search that the options describe, as a folder that transformers or another engine loads.
     """
     if output is not None:
-        require_new_folder(output)
+        from stages.workspace import Workspace
+
+        require_new_folder(output, Workspace(workspace))
     asked = _recipe_of_run(context, run, workspace)
     if push_to_hub is not None:
         from blockpruner.hub import check_repositories

@@ -129,3 +129,14 @@ def test_the_command_pushes_every_format(hub: Hub, tiny_folder: Callable[[str], 
         (Path(options["folder_path"]) / "README.md").is_file() for call, options in hub.calls if call == "upload"
     )
     assert "pushed to https://hub.example/me/smaller-zeroed" in outcome.stderr
+
+
+def test_without_a_network_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    api = huggingface_hub.HfApi  # the client itself, and nobody listens where it calls
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api(endpoint="http://127.0.0.1:9", token="hf_x"))
+    monkeypatch.setattr(constants, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
+    with pytest.raises(ConfigurationError, match=r"cannot be asked for me/smaller \(.*Connection refused.*\)"):
+        check_repositories("me/smaller", ("auto",))
+    with pytest.raises(ConfigurationError, match=r"me/smaller was not pushed \(.*\); the model is kept in "):
+        push_folder(tmp_path, "me/smaller")
