@@ -108,9 +108,10 @@ def _numbers(value: object) -> object:
     return tuple(map(_number_or_all, parts)) if isinstance(parts, tuple) else parts
 
 
-def _lower(value: object) -> object:
-    """llama.cpp writes Q8_0."""
-    return value.lower() if isinstance(value, str) else value
+def _dtype_or_none(value: object) -> object:
+    """llama.cpp writes Q8_0; 'none' leaves weights as they are."""
+    lower = value.lower() if isinstance(value, str) else value
+    return None if lower == "none" else lower
 
 
 _Count = Annotated[int, Field(ge=1, le=2**20)]
@@ -137,7 +138,7 @@ class Recipe(BaseModel):
     export_format: Annotated[tuple[FormatChoice, ...], BeforeValidator(_split_at_commas)] = Field(
         default=("auto",), min_length=1, description=SETTINGS["export_format"]
     )
-    export_dtype: Annotated[ExportDtype | None, BeforeValidator(_lower)] = Field(
+    export_dtype: Annotated[ExportDtype | None, BeforeValidator(_dtype_or_none)] = Field(
         default=None, description=SETTINGS["export_dtype"]
     )
     eval_text: Annotated[tuple[NonBlank, ...], BeforeValidator(_as_list)] = Field(
@@ -214,7 +215,8 @@ class Recipe(BaseModel):
             if self.export_dtype is not None and self.export_dtype not in dtypes_of(name):
                 raise PydanticCustomError(
                     "export_dtype",
-                    "format {name} has no dtype {dtype} (it has {valid}); {dtype} is for format gguf alone",
+                    "format {name} has no dtype {dtype} (it has {valid}, and none: as they are); "
+                    "{dtype} is for format gguf alone",
                     {"name": name, "dtype": self.export_dtype, "valid": ", ".join(dtypes_of(name))},
                 )
         return self
@@ -260,7 +262,7 @@ class Recipe(BaseModel):
 
         A number of blocks counts from the whole model, whatever the run exported. Where the run's search has reached
         it, it is a prefix of that search's order, and needs no other search; beyond, it is a new target. Without one,
-        what is exported stays as it was.
+        what is exported stays as it was. Another format begins with the weights' own dtype.
 
         Args:
             changes: fields given anew.
@@ -269,6 +271,8 @@ class Recipe(BaseModel):
         Raises:
             ConfigurationError: if a change is not valid.
         """
+        if "export_format" in changes:  # the dtype was of the format before
+            changes = {"export_dtype": None, **changes}
         asked = self.changed(changes)
         same_search = all(getattr(asked, field) == getattr(self, field) for field in _SEARCH_FIELDS)
         if not same_search or not 1 <= changes.get("num_blocks", 0) <= num_searched:

@@ -99,6 +99,8 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "num_fewshot": "BIGINT",
         "num_examples": "BIGINT",
     },
+    # Only exports that are there, so `verified` is true: one that fails the comparison is deleted, and its row of
+    # `stage_runs` has the status 'failed' and an `error` with the difference of the logits.
     "exports": {
         "run_id": "VARCHAR NOT NULL",
         "format": "VARCHAR NOT NULL",

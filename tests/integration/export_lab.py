@@ -215,11 +215,13 @@ def left_padded(prompts: list[list[int]]) -> dict[str, Tensor]:
     }
 
 
-def generate(model: Any, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+def generate(
+    model: Any, prompts: list[list[int]], assistant: PreTrainedModel | None = None, **options: Any
+) -> list[list[int]]:
     batch = left_padded(prompts)
     settings = GenerationConfig(
         max_new_tokens=NUM_NEW, min_new_tokens=NUM_NEW, do_sample=False, pad_token_id=0, eos_token_id=2, **options
     )
-    output = model.generate(**batch, generation_config=settings)
+    output = model.generate(**batch, generation_config=settings, assistant_model=assistant)
     rows: list[list[int]] = output[:, batch["input_ids"].shape[1] :].tolist()
     return rows

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import random
+import runpy
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -416,6 +418,29 @@ def test_rotary_frequencies_of_old_checkpoints_are_left_out(sources: dict[str, S
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "case"), [("llama", LEADING), ("qwen2", "first attention")])
+@pytest.mark.parametrize("role", ["assisted", "assistant"])
+def test_assisted_decoding_generates_the_same(
+    sources: dict[str, Source], exports: Exports, family: str, case: str, role: str
+) -> None:
+    """With the dense model on the other side; tokens are taken back from the caches of both."""
+    source, pruned = sources[family], load(exports[family, case].path)
+    prompt, dense = PROMPTS[0], source.model
+    if role == "assisted":
+        assert generate(pruned, [prompt], assistant=dense) == [greedy(source, CASES[case], prompt, NUM_NEW)]
+    else:
+        assert generate(dense, [prompt], assistant=pruned) == [greedy(source, (), prompt, NUM_NEW)]
+
+
+def test_an_older_transformers_is_told_what_the_code_needs(
+    exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
+    runpy.run_path(str(exports["llama", IN_A_ROW].path / "configuration_decilm.py"))  # other engines read it
+    with pytest.raises(ImportError, match=r"needs transformers 5.*4\.57\.1"):
+        load(shutil.copytree(exports["llama", IN_A_ROW].path, tmp_path / "not-loaded-before"))
 
 
 @pytest.fixture
