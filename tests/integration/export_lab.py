@@ -170,6 +170,13 @@ def ask_here(program: Path, export_dir: Path, request: Mapping[str, Tensor], *op
         return load_file(answered)
 
 
+def verify_here(patch: pytest.MonkeyPatch) -> None:
+    """Let the gate ask in this process."""
+    import blockpruner.export.gguf_file.verification  # noqa: F401  # else it would import the stand-in, and keep it
+
+    patch.setattr("blockpruner.export.verify.ask", ask_here)
+
+
 def _code(program: ModuleType, folder: Path) -> list[str]:
     return ["--has-code"] if program is fresh_load and list(folder.glob("*.py")) else []
 
