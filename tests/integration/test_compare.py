@@ -261,7 +261,7 @@ def processes_naming(text: str) -> list[int]:
     return found
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 90.0) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 150.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
@@ -284,6 +284,7 @@ def standing(runs: RunStore) -> Counter[str]:
     return Counter(record.status for record in runs.list())
 
 
+@pytest.mark.timeout(400)  # three commands, each of which imports everything
 def test_one_that_is_stopped_goes_on_where_it_was(tiny_folder: TinyFolder, tmp_path: Path) -> None:
     grid = {"metric": ["perplexity", "js", "kl"], "num_blocks": 2}
     file = write_comparison(tmp_path, tiny_folder("llama"), grid=grid)
