@@ -64,6 +64,8 @@ class Runner:
         """
         transformers_logging.disable_progress_bar()  # one bar at a time, and that is ours
         self._reporter = reporter
+        self.begun: RunRecord | None = None
+        """The last run that this runner began, whatever became of it."""
         self._said: set[str] = set()
         self._artifacts = ArtifactStore(workspace, self._warn)
         self.workspace = self._artifacts.workspace
@@ -94,8 +96,8 @@ class Runner:
         Raises:
             BlockPrunerError: if the recipe cannot be carried out.
         """
-        begun = RunDescription(name=recipe.name, comparison=comparison, model=recipe.model, config=_settings(recipe))
-        record = self.runs.create(begun)
+        run = RunDescription(name=recipe.name, comparison=comparison, model=recipe.model, config=_settings(recipe))
+        record = self.begun = self.runs.create(run)
         with self._recorded(record):
             plan = Plan.make(recipe, goal, external)
             _describe(record, plan.description().model_copy(update={"comparison": comparison}))

@@ -187,7 +187,7 @@ def test_tasks_show_acc_norm_with_its_error_and_the_average(report: Report) -> N
 def test_every_figure_is_one_that_plotly_knows(report: Report) -> None:
     for picture in report.pictures:
         for theme in (LIGHT, DARK):
-            go.Figure(picture.draw(theme))  # raises for a name or a value that plotly does not have
+            assert go.Figure(picture.draw(theme)).data  # raises for a name or a value that plotly does not have
 
 
 # --- to do it again ---------------------------------------------------------------------------------------------------

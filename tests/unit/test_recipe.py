@@ -162,7 +162,9 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_the_projects_recipes_are_valid(name: str) -> None:
-    load_recipe(name, {}).require_target()
+    recipe = load_recipe(name, {})
+    recipe.require_target()
+    assert (recipe.num_blocks is None) != (recipe.ratio is None)
 
 
 @pytest.mark.parametrize(
