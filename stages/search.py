@@ -7,25 +7,24 @@ how far it goes: one that reached K blocks is the start of any longer one, and t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from blockpruner.architectures import architecture_of, block_sizes, num_parameters
+from blockpruner.architectures import block_sizes, num_parameters
 from blockpruner.blocks import Block, BlockKind, BlockKinds, all_blocks
 from blockpruner.calibration import load_token_ids
 from blockpruner.checkpoint import Checkpoint
-from blockpruner.errors import ConfigurationError
 from blockpruner.journal import SearchJournal
-from blockpruner.loading import DtypeName, load_model, meta_model, torch_dtype
+from blockpruner.loading import DtypeName, meta_model
 from blockpruner.perplexity import perplexity
 from blockpruner.repackable import Repackable
-from blockpruner.scoring.build import build_scorer, device_memory, is_streamed, made_for
+from blockpruner.scoring.build import device_memory
 from blockpruner.scoring.interface import Scorer, TableCallback
 from blockpruner.scoring.metrics import metric_of
 from blockpruner.scoring.plan import SweepCut
@@ -35,6 +34,8 @@ from blockpruner.scoring.work import Meter
 from blockpruner.search import GreedySearch, SearchTarget
 from blockpruner.trace import SearchStep, SearchSummary, write_trace
 from stages.contract import ArtifactRef, Runtime, Stage, StageConfig, StageManifest
+from stages.executor import ExecutorSettings
+from stages.search_scorer import ScoringJob
 from stages.text_perplexity import check_vocabulary
 
 _NOISE_NATS: dict[DtypeName, float] = {"float32": 1e-5, "bfloat16": 2e-3}
@@ -99,53 +100,36 @@ class SearchManifest(StageManifest):
 
 
 class _Workbench:
-    """The scorer and its model, loaded when the first score is needed: a search that checkpoints answer loads none."""
+    """The scorer and its model, loaded when the first score is needed: a search that checkpoints answer loads none.
+
+    A context: what was started for the scorer ends with it.
+    """
 
     def __init__(
-        self,
-        config: SearchConfig,
-        inputs: SearchInputs,
-        journal: SearchJournal,
-        runtime: Runtime,
-        num_parameters: int,
+        self, job: ScoringJob, token_ids_BT: Tensor, journal: SearchJournal, executor: ExecutorSettings
     ) -> None:
-        self._config, self._inputs, self._journal, self._runtime = config, inputs, journal, runtime
-        self._num_parameters = num_parameters
-        self._token_ids_BT = load_token_ids(inputs.calibration.path)
+        self._job, self._token_ids_BT, self._journal, self._executor = job, token_ids_BT, journal, executor
         self._idle = Meter()
+        self._started = ExitStack()
+
+    def __enter__(self) -> _Workbench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        vars(self).pop("_scorer", None)  # and with it the model, whose memory the device is to have back
+        self._started.close()
 
     @cached_property
     def _scorer(self) -> Scorer:
-        try:
-            return self._built()
-        except torch.OutOfMemoryError as error:
-            raise ConfigurationError(
-                "the device has too little memory for the model and the scorer; give a larger --memory-budget, or "
-                "--scorer sweep, which fetches weights layer by layer where they do not fit"
-            ) from error
+        if self._executor.executor == "ray":
+            from stages.ray_scorer import ray_scorer  # Ray is an optional extra
 
-    def _built(self) -> Scorer:
-        config, inputs, runtime, settings = self._config, self._inputs, self._runtime, self._runtime.scoring
-        weight_bytes = self._num_parameters * torch_dtype(config.dtype).itemsize
-        streamed = settings.scorer == "sweep" and is_streamed(weight_bytes, runtime.device, settings.memory_budget)
-        model = load_model(
-            inputs.model,
-            device="cpu" if streamed else runtime.device,
-            dtype=config.dtype,
-            trust_remote_code=inputs.trust_remote_code,
-        )
-        purpose = made_for(runtime.device, settings, runtime.batch_size)
-        return build_scorer(
-            architecture_of(inputs.model.model_type).for_config(model.config),
-            model,
-            self._token_ids_BT,
-            runtime.device,
-            metric_of(config.metric),
-            settings,
-            runtime.batch_size,
-            self._cut_so_far(purpose),
-            lambda plan: self._journal.keep_plan(f"{purpose}\n{plan.cut.model_dump_json()}"),
-        )
+            spread = ray_scorer(self._job, self._token_ids_BT, self._executor, self._cut_so_far, self._keep_cut)
+            return self._started.enter_context(spread)
+        job = self._job
+        self._started.enter_context(device_memory(job.device, job.settings.memory_budget))
+        purpose = job.purpose
+        return job.scorer(self._token_ids_BT, self._cut_so_far(purpose), lambda plan: self._keep_cut(purpose, plan.cut))
 
     @property
     def num_sequences(self) -> int:
@@ -173,6 +157,9 @@ class _Workbench:
         except ValidationError:  # of another version of this program
             return None
 
+    def _keep_cut(self, purpose: str, cut: SweepCut) -> None:
+        self._journal.keep_plan(f"{purpose}\n{cut.model_dump_json()}")
+
 
 def run(config: SearchConfig, inputs: SearchInputs, out_dir: Path, runtime: Runtime) -> SearchManifest:
     """Search until the target is reached, going on from the checkpoints in `runtime.state_dir`.
@@ -193,8 +180,7 @@ def run(config: SearchConfig, inputs: SearchInputs, out_dir: Path, runtime: Runt
     settings = {name: str(value) for name, value in config.model_dump(exclude=set(STAGE.not_resume_fields)).items()}
     parts = {**inputs.fingerprints(), **settings}
     journal = SearchJournal(runtime.state_dir, STAGE.resume_fingerprint(config, inputs), parts=parts)
-    with device_memory(runtime.device, runtime.scoring.memory_budget):
-        dense_nll_B, steps = _search(config, inputs, journal, runtime, (candidates, total), target)
+    dense_nll_B, steps = _search(config, inputs, journal, runtime, (candidates, total), target)
     summary = SearchSummary(dense_perplexity=perplexity(dense_nll_B), num_layers=num_layers, num_parameters=total)
     write_trace(out_dir, summary, steps)
     return SearchManifest(
@@ -217,13 +203,23 @@ def _search(
 ) -> tuple[Tensor, tuple[SearchStep, ...]]:
     """Each sequence's dense NLL, and the steps; when this returns, nothing holds the model any more."""
     candidates, num_parameters = sizes
-    workbench = _Workbench(config, inputs, journal, runtime, num_parameters)
-    dense_nll_B = journal.dense_nll()
-    if dense_nll_B is None:
-        journal.keep_dense_nll(dense_nll_B := workbench.dense_nll())
+    job = ScoringJob(
+        model=inputs.model,
+        num_parameters=num_parameters,
+        dtype=config.dtype,
+        metric=config.metric,
+        device=runtime.device,
+        batch_size=runtime.batch_size,
+        settings=runtime.scoring,
+        trust_remote_code=inputs.trust_remote_code,
+    )
     metric, noise_nats = metric_of(config.metric), _NOISE_NATS[config.dtype]
-    greedy = GreedySearch(workbench, candidates, num_parameters, journal, runtime.progress, metric, noise_nats)
-    return dense_nll_B, greedy.run(target)
+    with _Workbench(job, load_token_ids(inputs.calibration.path), journal, runtime.executor) as workbench:
+        dense_nll_B = journal.dense_nll()
+        if dense_nll_B is None:
+            journal.keep_dense_nll(dense_nll_B := workbench.dense_nll())
+        greedy = GreedySearch(workbench, candidates, num_parameters, journal, runtime.progress, metric, noise_nats)
+        return dense_nll_B, greedy.run(target)
 
 
 def _without_candidates(step: SearchStep) -> PruningStep:
