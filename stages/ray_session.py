@@ -1,6 +1,6 @@
 """Ray, started for one search or joined where it runs already, and left as it was found.
 
-Started here it listens on 127.0.0.1 alone, without dashboard or usage statistics, with its files in a folder that goes
+Started here it listens on 127.0.0.1 alone, for this process alone, without dashboard or usage statistics, with its files in a folder that goes
 when the search ends. A cluster that is joined listens where whoever started it said.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import tempfile
 import threading
@@ -32,6 +33,8 @@ _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": 
 # What makes Ray stay on loopback, as it does by itself on macOS: it replaces a 127.0.0.1 that it is given as this
 # machine's address by the one that others reach it by.
 _ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# Other users of this machine could reach Ray's ports as well: a token of this process's own, and none in the home folder.
+_TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 @contextmanager
@@ -42,7 +45,7 @@ def ray_session(settings: ExecutorSettings) -> Iterator[Any]:
         ExecutorError: if Ray does not start, or the cluster cannot be joined.
     """
     with ExitStack() as stack:
-        stack.enter_context(_environment(_QUIET if settings.ray_address else {**_QUIET, **_ON_LOOPBACK}))
+        stack.enter_context(_environment(_QUIET if settings.ray_address else {**_QUIET, **_ON_LOOPBACK, **_TOKEN}))
         with _handlers_kept():
             import ray  # reads its environment when it is imported
 

@@ -5,6 +5,7 @@ Says what is wrong in words, as plain data: an exception that crosses processes 
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -82,8 +83,9 @@ class RayWorker:
 
     def prepare(self, job: ScoringJob, token_ids_BT: Tensor, cut: SweepCut | None, place: Place) -> Prepared | Refused:
         """Load the model and make a scorer with this cut (None: what fits)."""
-        if place.num_threads is not None:
-            torch.set_num_threads(place.num_threads)
+        if place.num_threads is not None:  # what the user or Ray has set goes before, as it does in one process
+            given = os.environ.get("OMP_NUM_THREADS", "")
+            torch.set_num_threads(int(given) if given.isdecimal() else place.num_threads)
         try:
             if place.is_elsewhere:
                 job = replace(job, model=_found_here(job.model))

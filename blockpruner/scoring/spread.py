@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from blockpruner.blocks import Block
@@ -207,8 +208,9 @@ class SpreadScorer:
         for task in self._tasks.values():
             if task.table is table:
                 claimed_B[task.request.batch] = True
-        starts = dict.fromkeys(self._cut.batch_of(int(index), self._num_sequences).start for index in _false(claimed_B))
-        return [self._cut.batch_of(start, self._num_sequences) for start in starts]
+        size = self._cut.micro_batch
+        numbers = torch.unique((~claimed_B).nonzero().flatten() // size)
+        return [self._cut.batch_of(number * size, self._num_sequences) for number in numbers.tolist()]
 
     def _own(self, worker: str, waiting: list[slice]) -> slice | None:
         """The first that this worker has snapshots of."""
@@ -226,7 +228,3 @@ class SpreadScorer:
             return homeless
         busiest, count = Counter(homes.values()).most_common(1)[0]
         return next(batch for batch in reversed(waiting) if homes[batch.start] == busiest) if count > 1 else None
-
-
-def _false(flags: Tensor) -> Iterable[int]:
-    return (~flags).nonzero().flatten().tolist()

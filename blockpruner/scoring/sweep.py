@@ -123,8 +123,10 @@ class SweepScorer:
 
     def rank_by(self, ranking: Sequence[Block]) -> None:
         """Expect the next removals among the first of these; it decides where snapshots are kept, and no score."""
-        self._rank_before = {block: rank for rank, block in enumerate(ranking, start=1)}
-        self._steps.clear()
+        ranks = {block: rank for rank, block in enumerate(ranking, start=1)}
+        if ranks != self._rank_before:
+            self._rank_before = ranks
+            self._steps.clear()
 
     def use(self, plan: SweepPlan) -> None:
         """Go on with another plan, and without the snapshots there are."""
