@@ -1,7 +1,7 @@
 """Ray, started for one search or joined where it runs already, and left as it was found.
 
-Started here it listens on 127.0.0.1 alone, for this process alone, without dashboard or usage statistics, with its files in a folder that goes
-when the search ends. A cluster that is joined listens where whoever started it said.
+Started here it listens on 127.0.0.1 alone and to this process alone, without dashboard or usage statistics, with its
+files in a folder that goes when the search ends. A cluster that is joined listens where whoever started it said.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": 
 # What makes Ray stay on loopback, as it does by itself on macOS: it replaces a 127.0.0.1 that it is given as this
 # machine's address by the one that others reach it by.
 _ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-# Other users of this machine could reach Ray's ports as well: a token of this process's own, and none in the home folder.
+# Other users of this machine reach its loopback as well: a token of this process's own, not the one in the home folder.
 _TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 

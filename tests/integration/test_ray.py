@@ -184,7 +184,7 @@ def test_an_order_to_end_ends_ray_and_its_workers(tiny_folder: Callable[[str], P
     )
     home = tmp_path / "home"
     home.mkdir()
-    process = start(*command, *more, HOME=str(home))
+    process = start(*command, *more, "--workspace", tmp_path / "workspace", HOME=str(home))
     try:
         family = _family_that_scores(process.pid, tmp_path / "workspace")
         listening = {at.laddr.ip for each in family for at in each.net_connections("tcp") if at.status == "LISTEN"}
