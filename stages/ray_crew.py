@@ -88,9 +88,20 @@ class _Gone:
 class RayCrew:
     """See `blockpruner.scoring.spread.Crew`. `assemble` comes first, `close` last."""
 
-    def __init__(self, ray: Any, job: ScoringJob, token_ids_BT: Tensor, share: Share) -> None:
-        """Let `share` workers of a connected Ray score the calibration set [B, T]."""
+    def __init__(
+        self,
+        ray: Any,
+        job: ScoringJob,
+        token_ids_BT: Tensor,
+        share: Share,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Let `share` workers of a connected Ray score the calibration set [B, T].
+
+        `environment` has variables for the workers' processes, beside what these have from whoever started Ray.
+        """
         self._ray, self._job, self._share = ray, job, share
+        self._environment = {"runtime_env": {"env_vars": dict(environment)}} if environment else {}
         self._token_ids = ray.put(token_ids_BT)
         self._actor_class = ray.remote(RayWorker)
         self._members: dict[str, _Member] = {}
@@ -167,8 +178,13 @@ class RayCrew:
 
     def _hire(self) -> None:
         self._num_hired += 1
-        options = {"num_cpus": self._share.num_cpus, "num_gpus": self._share.num_gpus, "scheduling_strategy": "SPREAD"}
-        actor = self._actor_class.options(max_restarts=0, max_task_retries=0, **options).remote()
+        options: dict[str, Any] = {
+            "num_cpus": self._share.num_cpus,
+            "num_gpus": self._share.num_gpus,
+            "scheduling_strategy": "SPREAD",
+        }
+        options |= {"max_restarts": 0, "max_task_retries": 0, **self._environment}
+        actor = self._actor_class.options(**options).remote()
         member = _Member(f"worker {self._num_hired}", actor, time.monotonic())
         self._members[member.name] = member
         self._under_way[actor.introduce.remote(self._job.device, self._job)] = member

@@ -37,6 +37,14 @@ _ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
+_FOR_TORCH = ("OMP_WAIT_POLICY", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def workers_environment(settings: ExecutorSettings) -> dict[str, str]:
+    """What this process has told torch and a Ray that was started before does not know."""
+    return {name: os.environ[name] for name in _FOR_TORCH if settings.ray_address and name in os.environ}
+
+
 @contextmanager
 def ray_session(settings: ExecutorSettings) -> Iterator[Any]:
     """Ray's module, connected while the body runs.
