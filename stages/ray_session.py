@@ -54,14 +54,15 @@ def ray_session(settings: ExecutorSettings) -> Iterator[Any]:
     """
     with ExitStack() as stack:
         stack.enter_context(_environment(_QUIET if settings.ray_address else {**_QUIET, **_ON_LOOPBACK, **_TOKEN}))
+        folder = stack.enter_context(_folder()) if settings.ray_address is None else None
         with _handlers_kept():
             import ray  # reads its environment when it is imported
 
             stack.callback(ray.shutdown)
-            if settings.ray_address:
+            if settings.ray_address is not None:
                 _join(ray, settings.ray_address)
-            else:
-                _start(ray, Path(stack.enter_context(_folder())))
+            elif folder is not None:
+                _start(ray, Path(folder))
         yield ray
 
 
