@@ -57,6 +57,11 @@ def mlp(layer_index: int) -> Block:
     return Block(layer_index=layer_index, block_kind=BlockKind.MLP)
 
 
+def both_of(layer_index: int) -> tuple[Block, Block]:
+    """Both blocks of a layer."""
+    return mha(layer_index), mlp(layer_index)
+
+
 def all_blocks(num_layers: int, kinds: BlockKinds = "both") -> tuple[Block, ...]:
     """Every block of a decoder of `num_layers` layers, of the kinds asked for, in stream order."""
     wanted = set(BlockKind) if kinds == "both" else {BlockKind(kinds)}
@@ -69,3 +74,13 @@ def survivors(num_layers: int, removed: Iterable[Block]) -> tuple[Block, ...]:
     """The blocks that remain, in stream order."""
     gone = set(removed)
     return tuple(block for block in all_blocks(num_layers) if block not in gone)
+
+
+def removal_units(blocks: Iterable[Block], *, whole_layers: bool = False) -> dict[Block, tuple[Block, ...]]:
+    """What leaves in one step, by the first block of it: each block alone, or the blocks of a layer together."""
+    if not whole_layers:
+        return {block: (block,) for block in sorted(blocks)}
+    there = sorted(blocks)
+    layers = sorted({block.layer_index for block in there})
+    grouped = [tuple(block for block in there if block.layer_index == index) for index in layers]
+    return {group[0]: group for group in grouped}

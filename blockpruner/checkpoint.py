@@ -18,7 +18,9 @@ from blockpruner.errors import CheckpointError
 from blockpruner.paths import user_path
 
 _VOLATILE_CONFIG_KEYS = frozenset({"_name_or_path", "_commit_hash", "transformers_version"})
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*"]
+LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+"""The terms under which a model is given on, as patterns of names."""
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "README.md", *LEGAL_FILES]
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,11 +34,10 @@ TOKENIZER_FILES = (
 COMPANION_FILES = (
     *TOKENIZER_FILES,
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
-    "LICENSE",
-    "LICENSE.txt",
 )
-"""Files beside the weights that a model is not complete without."""
+"""Files beside the weights that a model is not complete without, as patterns of names."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Checkpoint:
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry]
+    hub_id: str | None = None
+    """Where it is from, if from the hub."""
 
     @classmethod
     def open(cls, id_or_dir: str) -> Checkpoint:
@@ -71,12 +74,22 @@ class Checkpoint:
         if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
             raise CheckpointError(f"{path / 'config.json'} names no model_type; give a Hugging Face model folder")
         tensors = {name: entry for file in _weight_files(path) for name, entry in _read_header(file).items()}
-        return cls(id_or_dir, path, config, tensors)
+        return cls(id_or_dir, path, config, tensors, None if user_path(id_or_dir).is_dir() else id_or_dir)
 
     @property
     def model_type(self) -> str:
         """The family, as config.json names it."""
         return str(self.config["model_type"])
+
+    @property
+    def public_name(self) -> str:
+        """What others may know of `name`: the hub id, or the folder's own name without where it is."""
+        return self.hub_id or user_path(self.name).resolve().name
+
+    def files(self, patterns: Iterable[str]) -> list[Path]:
+        """The files, relative to the folder, that any of the patterns fits; sorted."""
+        found = {path for pattern in patterns for path in self.path.glob(pattern) if path.is_file()}
+        return sorted(path.relative_to(self.path) for path in found)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -101,9 +114,9 @@ class Checkpoint:
             raise CheckpointError(f"{self.name} has no tokenizer; put tokenizer.json beside its config.json")
         return self.files_fingerprint(TOKENIZER_FILES)
 
-    def files_fingerprint(self, names: Iterable[str]) -> str:
-        """sha256 over those of the named files that there are."""
-        identity = {name: file_digest(self.path / name) for name in names if (self.path / name).is_file()}
+    def files_fingerprint(self, patterns: Iterable[str]) -> str:
+        """sha256 over the files that the patterns fit."""
+        identity = {path.as_posix(): file_digest(self.path / path) for path in self.files(patterns)}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 

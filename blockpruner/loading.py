@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import torch
@@ -74,9 +75,21 @@ def torch_dtype(dtype: DtypeName) -> torch.dtype:
 
 
 def load_model(
-    checkpoint: Checkpoint, *, device: str, dtype: DtypeName, trust_remote_code: bool = False
+    checkpoint: Checkpoint,
+    *,
+    device: str,
+    dtype: DtypeName,
+    trust_remote_code: bool = False,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> PreTrainedModel:
     """Load a causal LM in eval mode on a device.
+
+    Args:
+        checkpoint: the files.
+        device: a torch device.
+        dtype: of weights and activations.
+        trust_remote_code: whether to run code that the files bring along.
+        settings: what counts in place of config.json's own.
 
     Raises:
         CheckpointError: if the model cannot be built, needs a library that is not here, or lacks tensors
@@ -92,6 +105,7 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                **settings,
             )
         model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     except ImportError as error:
@@ -131,7 +145,8 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
     """
     _ = checkpoint.tokenizer_fingerprint  # says clearly when there is none at all
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+        with _without_load_report():  # nor its remark that it does not know the type of an export with code
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise CheckpointError(f"the tokenizer of {checkpoint.name} cannot be loaded: {_one_line(error)}") from error
     return cast(PreTrainedTokenizerBase, tokenizer)

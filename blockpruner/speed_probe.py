@@ -7,7 +7,6 @@ line) on standard output; see `speed`.
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,9 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+
+_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+"""Where Linux has a process's peak of memory set back, and tells it."""
 
 
 def main() -> None:
@@ -28,24 +30,26 @@ def main() -> None:
     )
     model.train(False)
     torch.nn.Module.to(model, device)  # the method as transformers annotates it takes no device
-    rows = [_measured(model, device, case, request["num_repeats"]) for case in request["cases"]]
-    print(json.dumps(rows))  # noqa: T201
+    answer = {
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "cases": [measured(model, device, case, request["num_repeats"]) for case in request["cases"]],
+    }
+    print(json.dumps(answer))  # noqa: T201
 
 
 @torch.inference_mode()
-def _measured(model: Any, device: torch.device, case: dict[str, int], num_repeats: int) -> dict[str, Any]:
-    _forget_peak_memory(device)
+def measured(model: Any, device: torch.device, case: dict[str, int], num_repeats: int) -> dict[str, Any]:
+    """Run one case `num_repeats` times, after once that does not count: the seconds of each, and bytes."""
+    can_tell = _forget_peak_memory(device)
     generator = torch.Generator().manual_seed(0)
     shape = (case["batch_size"], case["prompt_tokens"])
     prompt_BT = torch.randint(model.config.get_text_config().vocab_size, shape, generator=generator).to(device)
     runs = [_run(model, device, prompt_BT, case["new_tokens"]) for _ in range(1 + num_repeats)][1:]
-    prefill_s, decode_s = (statistics.median(values) for values in zip(*[run[:2] for run in runs], strict=True))
     return {
-        **case,
-        "prefill_ms": 1e3 * prefill_s,
-        "decode_tokens_per_s": case["batch_size"] * case["new_tokens"] / decode_s,
-        "peak_memory_bytes": _peak_memory(device),
-        "kv_cache_bytes_per_token": runs[0][2] / prompt_BT.numel(),
+        "prefill_s": [prefill_s for prefill_s, _, _ in runs],
+        "decode_s": [decode_s for _, decode_s, _ in runs],
+        "peak_memory_bytes": _peak_memory(device) if can_tell else None,
+        "kv_cache_bytes": runs[0][2],
     }
 
 
@@ -71,19 +75,24 @@ def _cache_bytes(cache: Any) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None)
 
 
-def _forget_peak_memory(device: torch.device) -> None:
+def _forget_peak_memory(device: torch.device) -> bool:
+    """Begin to look for the peak; whether this system can tell one. On a CPU only Linux can, from any moment on."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
+        return True
+    try:
+        _CLEAR_REFS.write_text("5")
+    except OSError:
+        return False
+    return True
 
 
-def _peak_memory(device: torch.device) -> int:
+def _peak_memory(device: torch.device) -> int | None:
     """Bytes of the GPU's memory; on a CPU of the process, which getrusage would count from its parent's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    lines = _STATUS.read_text().splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
 
 
 if __name__ == "__main__":

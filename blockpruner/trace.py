@@ -8,27 +8,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from blockpruner.blocks import Block
+from blockpruner.errors import ConfigurationError
+from blockpruner.strategies import StrategyName
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
+class LayerMerge(_Record):
+    """Layers that became one: what each that is gone has more than the one that stays was added to it (LaCo)."""
+
+    layer_index: NonNegativeInt
+    """The layer that stays."""
+    merged: tuple[NonNegativeInt, ...]
+    """The layers that were added to it and are gone, as they were by then: with what was merged into them before."""
+
+
 class CandidateScore(_Record):
-    """What one step found for one candidate block."""
+    """What one step found for one candidate: a block, or whole layers."""
 
     block: Block
+    also: tuple[Block, ...] = Field(default=(), exclude_if=lambda value: not value)
+    """The blocks that leave with it, where a whole layer, or several, are one step."""
     score: float
-    """The importance: the metric's value without the block; lower means less important."""
-    perplexity: float
+    """The importance: the metric's value without the block, or the strategy's own; lower means less important."""
+    perplexity: float | None
+    """Of the model without it; None where it was not measured, for the strategy did not ask."""
     rank: PositiveInt
     """1 is the least important."""
     chosen: bool
     tied: bool = False
     """Whether the score is too close to the chosen one's for the arithmetic to tell them apart."""
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """All blocks that leave."""
+        return (self.block, *self.also)
 
 
 class SearchStep(_Record):
@@ -36,6 +55,8 @@ class SearchStep(_Record):
 
     step: PositiveInt
     block: Block
+    also: tuple[Block, ...] = Field(default=(), exclude_if=lambda value: not value)
+    """The blocks that leave with it, where a whole layer, or several, are one step."""
     score: float
     perplexity: float
     """Of the model on the calibration set once this block is gone as well."""
@@ -48,6 +69,13 @@ class SearchStep(_Record):
     """The share of a whole sweep that did not have to be computed again after the step before."""
     candidates: tuple[CandidateScore, ...]
     """In stream order."""
+    merge: LayerMerge | None = Field(default=None, exclude_if=lambda value: value is None)
+    """What became of the removed layers' weights, where they are not just gone."""
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """All blocks that leave."""
+        return (self.block, *self.also)
 
 
 class SearchSummary(_Record):
@@ -58,6 +86,7 @@ class SearchSummary(_Record):
     num_layers: int
     num_parameters: int
     """Of the whole model; tied ones count once."""
+    strategy: StrategyName = Field(default="blockpruner", exclude_if=lambda value: value == "blockpruner")
 
 
 class SearchTrace(_Record):
@@ -66,9 +95,46 @@ class SearchTrace(_Record):
     summary: SearchSummary
     steps: tuple[SearchStep, ...]
 
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks the search removed."""
+        return sum(len(step.blocks) for step in self.steps)
+
+    def reaching(self, num_blocks: int | None = None) -> tuple[SearchStep, ...]:
+        """The first steps, as many as remove `num_blocks` blocks (None: all).
+
+        Raises:
+            ConfigurationError: if no step ends there.
+        """
+        if num_blocks is None:
+            return self.steps
+        ends, count = [], 0
+        for number, step in enumerate(self.steps, start=1):
+            count += len(step.blocks)
+            ends.append(count)
+            if count == num_blocks:
+                return self.steps[:number]
+        in_steps = f" in steps that end at {', '.join(map(str, ends))}" if count > len(ends) else ""
+        valid = "one of these" if in_steps else f"1 to {count}"
+        raise ConfigurationError(
+            f"num_blocks is {num_blocks}, but the search removed {count}{in_steps}; give {valid}, or search further"
+        )
+
     def removed(self, num_blocks: int | None = None) -> tuple[Block, ...]:
-        """The first `num_blocks` blocks of the pruning order (None: all)."""
-        return tuple(step.block for step in self.steps[:num_blocks])
+        """The first `num_blocks` blocks of the pruning order (None: all).
+
+        Raises:
+            ConfigurationError: if no step ends there.
+        """
+        return tuple(block for step in self.reaching(num_blocks) for block in step.blocks)
+
+    def merges(self, num_blocks: int | None = None) -> tuple[LayerMerge, ...]:
+        """What became of the weights of those blocks, in order; empty where they are just gone.
+
+        Raises:
+            ConfigurationError: if no step ends there.
+        """
+        return tuple(step.merge for step in self.reaching(num_blocks) if step.merge is not None)
 
 
 SUMMARY_FILE = "search.json"

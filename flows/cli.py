@@ -9,8 +9,10 @@ import typer
 import blockpruner
 from flows.boundary import OneLineErrors
 from flows.cli_pipeline import demo, run
+from flows.cli_report import report
 from flows.cli_results import runs, show, sql
 from flows.cli_stages import baseline, calibrate, evaluate, export, search, speed
+from flows.cli_storage import cache, db
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -33,5 +35,8 @@ def main(
         typer.echo(context.get_help())
 
 
-for _command in (demo, run, calibrate, baseline, search, export, evaluate, speed, runs, show, sql):
+for _command in (demo, run, calibrate, baseline, search, export, evaluate, speed, runs, show, sql, report):
     app.command()(_command)
+
+app.add_typer(cache, name="cache")
+app.add_typer(db, name="db")

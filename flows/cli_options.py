@@ -72,6 +72,8 @@ EvalText = Annotated[list[str] | None, _setting("eval_text", "NAME|FILE", autoco
 EvalTextColumn = Annotated[str | None, _setting("eval_text_column", "COLUMN")]
 Tasks = Annotated[str | None, _setting("tasks", "a,b")]
 TaskDir = Annotated[str | None, _setting("task_dir", "DIR")]
+TaskData = Annotated[str | None, _setting("task_data", "DIR")]
+LogSamples = Annotated[bool | None, typer.Option("--log-samples", help=SETTINGS["log_samples"], show_default=False)]
 NumFewshot = Annotated[int | None, _setting("num_fewshot", "N")]
 Limit = Annotated[int | None, _setting("limit", "N")]
 Device = Annotated[
@@ -81,10 +83,24 @@ Dtype = Annotated[
     str | None,
     _setting("dtype", "auto|float32|bfloat16", autocompletion=complete_choice("auto", "float32", "bfloat16")),
 ]
-BatchSize = Annotated[int | None, _setting("batch_size", "N")]
+BatchSize = Annotated[str | None, _setting("batch_size", "N|auto")]
 Metric = Annotated[
     str | None, _setting("metric", "perplexity|kl|js", autocompletion=complete_choice("perplexity", "kl", "js"))
 ]
+Strategy = Annotated[
+    str | None,
+    _setting(
+        "strategy",
+        "NAME",
+        autocompletion=complete_choice("blockpruner", "oneshot", "layers", "shortgpt", "rm", "laco", "random"),
+    ),
+]
+StrategySeed = Annotated[int | None, _setting("strategy_seed", "N")]
+LacoLayersPerMerge = Annotated[int | None, _setting("laco_layers_per_merge", "C")]
+LacoFirstLayer = Annotated[int | None, _setting("laco_first_layer", "L")]
+LacoLastLayer = Annotated[int | None, _setting("laco_last_layer", "H")]
+LacoInterval = Annotated[int | None, _setting("laco_interval", "I")]
+LacoThreshold = Annotated[float | None, _setting("laco_threshold", "T")]
 Scorer = Annotated[str | None, _setting("scorer", "sweep|plain", autocompletion=complete_choice("sweep", "plain"))]
 MemoryBudget = Annotated[str | None, _setting("memory_budget", "SIZE")]
 Compile = Annotated[str | None, _setting("compile", "auto|on|off", autocompletion=complete_choice("auto", "on", "off"))]
@@ -132,6 +148,8 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print JSON on one line of standard output, and nothing else there.")
 ]
 Csv = Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")]
+Latex = Annotated[bool, typer.Option("--latex", help="Print a LaTeX table (booktabs).")]
 
 DEFAULT_WORKSPACE = Path("data")
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows import cli_options as options
-from flows.model_copy import copy_model, require_new_folder
+from flows.model_copy import copy_models, require_new_folder
 
 if TYPE_CHECKING:
     from flows.plan import Goal
@@ -28,7 +29,10 @@ PushToHub = Annotated[
 Output = Annotated[
     Path | None,
     typer.Option(
-        "--output", metavar="DIR", parser=options.folder, help="Put a copy of the exported model here; a new folder."
+        "--output",
+        metavar="DIR",
+        parser=options.folder,
+        help="Put a copy of the exported model here; a new folder. With several formats, each in a folder within.",
     ),
 ]
 
@@ -98,6 +102,13 @@ def search(
     dtype: options.Dtype = None,
     batch_size: options.BatchSize = None,
     metric: options.Metric = None,
+    strategy: options.Strategy = None,
+    strategy_seed: options.StrategySeed = None,
+    laco_layers_per_merge: options.LacoLayersPerMerge = None,
+    laco_first_layer: options.LacoFirstLayer = None,
+    laco_last_layer: options.LacoLastLayer = None,
+    laco_interval: options.LacoInterval = None,
+    laco_threshold: options.LacoThreshold = None,
     scorer: options.Scorer = None,
     memory_budget: options.MemoryBudget = None,
     compile: options.Compile = None,
@@ -136,6 +147,13 @@ def export(
     export_dtype: options.ExportDtype = None,
     batch_size: options.BatchSize = None,
     metric: options.Metric = None,
+    strategy: options.Strategy = None,
+    strategy_seed: options.StrategySeed = None,
+    laco_layers_per_merge: options.LacoLayersPerMerge = None,
+    laco_first_layer: options.LacoFirstLayer = None,
+    laco_last_layer: options.LacoLastLayer = None,
+    laco_interval: options.LacoInterval = None,
+    laco_threshold: options.LacoThreshold = None,
     scorer: options.Scorer = None,
     memory_budget: options.MemoryBudget = None,
     compile: options.Compile = None,
@@ -158,9 +176,10 @@ def export(
         from blockpruner.hub import check_repository
 
         check_repository(push_to_hub)
-    summary = _run_here(_recipe_of_run(context, run, workspace), "export", workspace, output)
+    asked = _recipe_of_run(context, run, workspace)
+    summary = _run_here(asked, "export", workspace, output)
     if push_to_hub is not None:
-        _push(summary, push_to_hub)
+        _push(summary, push_to_hub, several=_are_several(asked))
     from flows.cli_output import print_result
 
     print_result(summary, as_json=as_json)
@@ -172,6 +191,8 @@ def evaluate(
     model: options.Model = None,
     tasks: options.Tasks = None,
     task_dir: options.TaskDir = None,
+    task_data: options.TaskData = None,
+    log_samples: options.LogSamples = None,
     num_fewshot: options.NumFewshot = None,
     limit: options.Limit = None,
     eval_text: options.EvalText = None,
@@ -189,6 +210,13 @@ def evaluate(
     dtype: options.Dtype = None,
     batch_size: options.BatchSize = None,
     metric: options.Metric = None,
+    strategy: options.Strategy = None,
+    strategy_seed: options.StrategySeed = None,
+    laco_layers_per_merge: options.LacoLayersPerMerge = None,
+    laco_first_layer: options.LacoFirstLayer = None,
+    laco_last_layer: options.LacoLastLayer = None,
+    laco_interval: options.LacoInterval = None,
+    laco_threshold: options.LacoThreshold = None,
     scorer: options.Scorer = None,
     memory_budget: options.MemoryBudget = None,
     compile: options.Compile = None,
@@ -227,7 +255,7 @@ def speed(
 ) -> None:
     """Time a run's dense and pruned model on this machine.
 
-    Prefill, decoding, peak memory and KV cache, in transformers, each model in a process of its own.
+    Size, prefill, decoding, peak memory and KV cache, in transformers; each model in processes of its own, in turn.
     """
     _run_and_print(_recipe_of_run(context, run, workspace), "speed", workspace, as_json)
 
@@ -239,10 +267,7 @@ def _recipe(context: typer.Context, source: str | None) -> Recipe:
 
 
 def _recipe_of_run(context: typer.Context, run: str | None, workspace: Path) -> Recipe:
-    """The recipe of an earlier run with the options that were given; without a run, of the options alone.
-
-    A number of blocks that the run's search has reached is a prefix of it, and needs no other search.
-    """
+    """The recipe of an earlier run with the options that were given; without a run, of the options alone."""
     from flows.recipe import make_recipe
 
     given = options.given_settings(context)
@@ -255,16 +280,19 @@ def _recipe_of_run(context: typer.Context, run: str | None, workspace: Path) -> 
     store = RunStore(workspace)
     store.workspace.require()
     record = store.resolve(run, to_go_on=True)
-    if 1 <= given.get("num_blocks", 0) <= len(rows_of(record, store.workspace, log_warning).search_steps):
-        given["export_blocks"] = given.pop("num_blocks")
-    return make_recipe(record.config).changed(given)
+    num_searched = len(rows_of(record, store.workspace, log_warning).search_steps)
+    return make_recipe(record.config).going_on(given, num_searched)
 
 
-def _push(summary: RunSummary, repo_id: str) -> None:
+def _are_several(recipe: Recipe) -> bool:
+    """Whether several formats are asked for. It goes by that and not by what was written, where auto may be another."""
+    return len(set(recipe.export_format)) > 1
+
+
+def _push(summary: RunSummary, repo_id: str, *, several: bool) -> None:
     """Upload a run's exports; with several formats, each to a repository that is named after it."""
     from blockpruner.hub import push_folder
 
-    several = len(summary.rows.exports) > 1
     for export in summary.rows.exports:
         address = push_folder(Path(export.path), f"{repo_id}-{export.format}" if several else repo_id)
         typer.echo(f"pushed to {address}", err=True)
@@ -287,11 +315,12 @@ def _run_here(recipe: Recipe, goal: Goal, workspace: Path, output: Path | None) 
 
         runner = Runner(workspace, reporter)
         record = runner.run(recipe, goal)
-        summary = RunSummary.of(record, runner.workspace, reporter.warn, output)
-        if output is not None:
-            for export in summary.rows.exports:
-                several = len(summary.rows.exports) > 1
-                if several:
-                    output.mkdir(parents=True, exist_ok=True)
-                copy_model(Path(export.path), output / export.format if several else output)
-        return summary
+        summary = RunSummary.of(record, runner.workspace, reporter.warn)
+        return summary if output is None else _copied(summary, output, several=_are_several(recipe))
+
+
+def _copied(summary: RunSummary, output: Path, *, several: bool) -> RunSummary:
+    """Put a copy of a run's exports into a new folder; where several formats were asked for, each in one of its own."""
+    sources = {export.format if several else ".": Path(export.path) for export in summary.rows.exports}
+    copy_models(sources, output)
+    return replace(summary, copied_to=output / next(iter(sources)) if len(sources) == 1 else output)

@@ -1,9 +1,10 @@
-"""The copy of an exported model that `--output` asks for: there whole or not at all, and refused before any work."""
+"""The copy of the exported models that `--output` asks for: there whole or not at all, and refused before any work."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from blockpruner.errors import ConfigurationError
@@ -29,8 +30,12 @@ def require_new_folder(output: Path) -> None:
         )
 
 
-def copy_model(source: Path, output: Path) -> None:
-    """Copy a folder so that the copy is there whole or not at all.
+def copy_models(sources: Mapping[str, Path], output: Path) -> None:
+    """Copy folders into a new one so that the whole of it is there or nothing.
+
+    Args:
+        sources: the folders by their names within the new one; the name '.' is the new folder itself.
+        output: the new folder.
 
     Raises:
         ConfigurationError: if the system refuses.
@@ -38,13 +43,15 @@ def copy_model(source: Path, output: Path) -> None:
     unfinished = output.with_name(f".{output.name[:40]}.unfinished")  # with a long name, still one that can be
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(source, unfinished)
+        for name, source in sources.items():
+            shutil.copytree(source, unfinished / name)
         unfinished.rename(output)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        what, kept = ("models", "they are") if len(sources) > 1 else ("model", "it is")
         raise ConfigurationError(
-            f"the model cannot be copied to {output}: {_reason(error)}; it is kept in {source}: "
-            "give the same command again when that is mended"
+            f"the {what} cannot be copied to {output}: {_reason(error)}; {kept} kept in "
+            f"{' and '.join(map(str, sources.values()))}: give the same command again when that is mended"
         ) from error
 
 

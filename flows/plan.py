@@ -16,13 +16,20 @@ from blockpruner.architectures import block_sizes, num_parameters
 from blockpruner.baichuan import is_foldable
 from blockpruner.blocks import all_blocks
 from blockpruner.checkpoint import Checkpoint
+from blockpruner.collapse import check_laco
 from blockpruner.errors import ConfigurationError
-from blockpruner.export.names import FOR_OTHER_ENGINES, FormatChoice, dtypes_of
+from blockpruner.export.formats import FORMATS
+from blockpruner.export.names import ExportFormat, FormatChoice
 from blockpruner.loading import DtypeName, any_meta_model, check_tensors, meta_model, resolve_device, resolve_dtype
+from blockpruner.merging import check_mergeable, stored_dtype
 from blockpruner.paths import user_path
 from blockpruner.positions import check_sequence_length
 from blockpruner.repackable import Repackable
 from blockpruner.search import SearchTarget
+from blockpruner.speed import check_prompts
+from blockpruner.strategies import STRATEGIES
+from blockpruner.trace import read_trace
+from flows.formats import PrunedModel, check_family, check_formats, dtype_for, is_repeated
 from flows.recipe import Recipe
 from stages import baseline, calibrate, evaluate, export, fold, search, speed
 from stages.artifacts import Artifact
@@ -41,6 +48,9 @@ _EXPORTING: frozenset[Goal] = frozenset({"export", "evaluate", "speed"})
 
 _FOLDED = "fold"
 """Role of the artifact that holds a model folded into a Llama."""
+
+_DENSE = ("evaluate:dense", "evaluate dense")
+"""Role and label of the dense model's evaluation."""
 
 TextRefs = tuple[tuple[str, ArtifactRef], ...]
 """Prepared texts by the name under which their results are listed."""
@@ -62,6 +72,11 @@ class Job:
         """Identifies the result."""
         return self.stage.fingerprint(self.config, self.inputs)
 
+    @property
+    def checkpoints(self) -> str | None:
+        """Identifies the checkpoints that it may go on from; None if it keeps none."""
+        return self.stage.resume_fingerprint(self.config, self.inputs) if self.stage.resumable else None
+
 
 @dataclass(frozen=True)
 class PlannedStage:
@@ -71,7 +86,8 @@ class PlannedStage:
     """What the run uses it for: see `stages.runs.StageRun.role`."""
     label: str
     """For people."""
-    job: Callable[[Artifacts], Job]
+    job: Callable[[Artifacts], Job | None]
+    """None where it turns out that there is nothing to do."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +138,19 @@ class Plan:
         """Name every text and task and read every file, so that a bad one is refused before anything is computed."""
         if self.goal == "measure" and not (self.recipe.tasks or self.recipe.eval_text):
             raise ConfigurationError("there is nothing to evaluate; give --tasks a,b or --eval-text FILE")
+        if self.goal in ("evaluate", "measure") and self.recipe.task_data is not None and not self.recipe.tasks:
+            raise ConfigurationError("task_data is given and no tasks; say which, for example --tasks piqa,arc_easy")
         if self.goal != "measure":
             resolve_text(self.recipe.calibration, "calibration", self.recipe.calibration_column).check()
         for typed in self.texts.values():
             resolve_text(typed, "evaluation", self._column(typed)).check()
         _ = self.tasks
+        if not is_foldable(self.checkpoint):
+            self._check_family(self.checkpoint)
+
+    def _check_family(self, model: Checkpoint) -> None:
+        if self.goal in _EXPORTING:
+            check_family(PrunedModel(model, dtype=self.recipe.export_dtype), self._formats)
 
     def description(self) -> RunDescription:
         """What the run's record says from the beginning. Reads the model's weights once, to identify them."""
@@ -144,8 +168,8 @@ class Plan:
             sequence_length=recipe.sequence_length,
             seed=recipe.seed if calibrating else None,
             block_kinds=recipe.block_kinds if searching else None,
-            metric=recipe.metric if searching else None,
-            strategy="blockpruner" if searching else None,
+            metric=_judged_by(recipe) if searching else None,
+            strategy=recipe.strategy if searching else None,
             device=self.device,
             dtype=self.dtype,
             config=recipe.anchored().model_dump(mode="json"),
@@ -164,7 +188,10 @@ class Plan:
     @cached_property
     def tasks(self) -> tuple[TaskSpec, ...]:
         """The lm-eval tasks, found and identified."""
-        return resolve_tasks(self.recipe.tasks, self._task_dir) if self.goal in ("evaluate", "measure") else ()
+        if self.goal not in ("evaluate", "measure"):
+            return ()
+        recipe = self.recipe
+        return resolve_tasks(recipe.tasks, self._task_dir, task_data=self._task_data, num_fewshot=recipe.num_fewshot)
 
     @property
     def stages(self) -> Iterator[PlannedStage]:
@@ -182,8 +209,7 @@ class Plan:
         if goal not in ("search", "export", "speed"):
             for name, typed in self.texts.items():
                 yield PlannedStage(f"text:{name}", f"calibrate {name}", partial(self._text, typed))
-        if goal == "measure" or (goal == "evaluate" and self.tasks):
-            yield PlannedStage("evaluate:dense", "evaluate dense", self._evaluate_dense)
+        yield from self._dense_evaluations
         if goal in ("baseline", "evaluate"):
             yield PlannedStage("baseline", "baseline", self._baseline)
         if goal in _SEARCHING:
@@ -192,11 +218,20 @@ class Plan:
             first, *others = self._formats
             yield PlannedStage("export", "export", partial(self._export, first))
             for name in others:
-                yield PlannedStage(f"export:{name}", f"export as {name}", partial(self._export, name))
+                yield PlannedStage(f"export:{name}", f"export as {name}", partial(self._another_export, name))
         if goal == "speed":
             yield PlannedStage("speed", "speed", self._speed)
         if goal == "evaluate":
             yield PlannedStage("evaluate:pruned", "evaluate pruned", self._evaluate_pruned)
+
+    @property
+    def _dense_evaluations(self) -> Iterator[PlannedStage]:
+        """The tasks, as an artifact that all runs of a model share; and the texts where no baseline measures them."""
+        if self.tasks:
+            yield PlannedStage(*_DENSE, self._evaluate_dense_tasks)
+        if self.goal == "measure" and self.texts:
+            role, label = ("evaluate:dense:texts", "evaluate dense on texts") if self.tasks else _DENSE
+            yield PlannedStage(role, label, self._evaluate_dense_texts)
 
     @property
     def _formats(self) -> list[FormatChoice]:
@@ -205,8 +240,8 @@ class Plan:
         if self.goal == "export":
             return asked
         # A stable sort: the order that was asked for stays, but for those that only other engines load.
-        first, *others = sorted(asked, key=lambda name: name in FOR_OTHER_ENGINES)
-        return ["auto", first, *others] if first in FOR_OTHER_ENGINES else [first, *others]
+        first, *others = sorted(asked, key=_only_other_engines)
+        return ["auto", first, *others] if _only_other_engines(first) else [first, *others]
 
     def _fold(self, _: Artifacts) -> Job:
         return Job(fold.STAGE, fold.FoldConfig(), fold.FoldInputs(self.checkpoint))
@@ -215,7 +250,7 @@ class Plan:
         """The model that the stages work on: the user's, or what it was folded into."""
         if _FOLDED not in artifacts:
             return self.checkpoint
-        return _folded_model(artifacts[_FOLDED].path / fold.MODEL_FOLDER, self.checkpoint.name)
+        return _folded_model(artifacts[_FOLDED].path / fold.MODEL_FOLDER, self.checkpoint.name, self.checkpoint.hub_id)
 
     def _calibration(self, artifacts: Artifacts) -> Job:
         recipe = self.recipe
@@ -247,6 +282,8 @@ class Plan:
 
     def _search(self, artifacts: Artifacts) -> Job:
         recipe = self.recipe
+        if _FOLDED in artifacts:  # what no format knew before
+            self._check_family(self._model(artifacts))
         config = search.SearchConfig(
             block_kinds=recipe.block_kinds,
             num_blocks=recipe.num_blocks,
@@ -254,15 +291,32 @@ class Plan:
             dtype=self.dtype,
             metric=recipe.metric,
             stock_compatible_at=recipe.stock_compatible_at,
+            strategy=recipe.strategy,
+            strategy_seed=recipe.strategy_seed,
+            laco=recipe.laco,
         )
         inputs = search.SearchInputs(self._model(artifacts), artifacts["calibration"].ref, recipe.trust_remote_code)
         return Job(search.STAGE, config, inputs)
 
-    def _export(self, name: FormatChoice, artifacts: Artifacts) -> Job:
+    def _export(self, first: FormatChoice, artifacts: Artifacts) -> Job:
+        """The first format, once it is known that all of them can be written."""
+        check_formats(self._pruned(artifacts), self._formats)
+        return self._export_as(first, artifacts)
+
+    def _another_export(self, name: FormatChoice, artifacts: Artifacts) -> Job | None:
+        earlier = self._formats[: self._formats.index(name)]
+        return None if is_repeated(self._pruned(artifacts), name, earlier) else self._export_as(name, artifacts)
+
+    def _export_as(self, name: FormatChoice, artifacts: Artifacts) -> Job:
         recipe = self.recipe
-        dtype = recipe.export_dtype if recipe.export_dtype in dtypes_of(name) else None
+        dtype = dtype_for(name, recipe.export_dtype)
         config = export.ExportConfig(num_blocks=recipe.export_blocks, format=name, dtype=dtype)
         return Job(export.STAGE, config, export.ExportInputs(self._model(artifacts), artifacts["search"].ref))
+
+    def _pruned(self, artifacts: Artifacts) -> PrunedModel:
+        """What is exported."""
+        trace, count = read_trace(artifacts["search"].path), self.recipe.export_blocks
+        return PrunedModel(self._model(artifacts), trace.removed(count), trace.merges(count), self.recipe.export_dtype)
 
     def _speed(self, artifacts: Artifacts) -> Job:
         recipe = self.recipe
@@ -274,27 +328,36 @@ class Plan:
             dtype=self.dtype,
             machine=speed.machine(self.device),
         )
-        exported = Checkpoint.open(str(artifacts["export"].path / export.MODEL_FOLDER))
-        inputs = speed.SpeedInputs(self._model(artifacts), exported, recipe.trust_remote_code)
+        exported, has_code = _exported(artifacts["export"])
+        inputs = speed.SpeedInputs(self._model(artifacts), exported, recipe.trust_remote_code, has_code)
         return Job(speed.STAGE, config, inputs)
 
-    def _evaluate_dense(self, artifacts: Artifacts) -> Job:
-        """The dense model on the tasks; on the texts as well where no baseline measures them."""
-        texts = () if self.goal == "evaluate" else self._text_refs(artifacts)
-        return self._evaluate(self._model(artifacts), texts, self.recipe.trust_remote_code)
+    def _evaluate_dense_tasks(self, artifacts: Artifacts) -> Job:
+        return self._evaluate(self._model(artifacts), (), self.tasks)
+
+    def _evaluate_dense_texts(self, artifacts: Artifacts) -> Job:
+        return self._evaluate(self._model(artifacts), self._text_refs(artifacts), ())
 
     def _evaluate_pruned(self, artifacts: Artifacts) -> Job:
         """The exported model on everything."""
-        exported = Checkpoint.open(str(artifacts["export"].path / export.MODEL_FOLDER))
+        exported, has_code = _exported(artifacts["export"])
         texts = ((baseline.CALIBRATION, artifacts["calibration"].ref), *self._text_refs(artifacts))
-        return self._evaluate(exported, texts, True)  # the code that an export may carry is our own
+        return self._evaluate(exported, texts, self.tasks, has_code=has_code)
 
-    def _evaluate(self, model: Checkpoint, texts: TextRefs, trust_remote_code: bool) -> Job:
+    def _evaluate(
+        self, model: Checkpoint, texts: TextRefs, tasks: tuple[TaskSpec, ...], *, has_code: bool = False
+    ) -> Job:
         recipe = self.recipe
         config = evaluate.EvaluateConfig(
-            dtype=self.dtype, tasks=self.tasks, num_fewshot=recipe.num_fewshot, limit=recipe.limit
+            dtype=self.dtype,
+            tasks=tasks,
+            num_fewshot=recipe.num_fewshot,
+            limit=recipe.limit,
+            log_samples=recipe.log_samples,
         )
-        return Job(evaluate.STAGE, config, evaluate.EvaluateInputs(model, texts, self._task_dir, trust_remote_code))
+        trusts = recipe.trust_remote_code
+        inputs = evaluate.EvaluateInputs(model, texts, self._task_dir, self._task_data, trusts, has_code)
+        return Job(evaluate.STAGE, config, inputs)
 
     def _text_refs(self, artifacts: Artifacts) -> TextRefs:
         return tuple((name, artifacts[f"text:{name}"].ref) for name in self.texts)
@@ -307,11 +370,26 @@ class Plan:
     def _task_dir(self) -> Path | None:
         return user_path(self.recipe.task_dir).resolve() if self.recipe.task_dir else None
 
+    @property
+    def _task_data(self) -> Path | None:
+        return user_path(self.recipe.task_data).resolve() if self.recipe.task_data else None
+
+
+def _only_other_engines(name: FormatChoice) -> bool:
+    """Whether transformers does not load the format; 'auto' takes one that it does."""
+    return name != "auto" and not FORMATS[name].in_transformers
+
+
+def _exported(artifact: Artifact[Any]) -> tuple[Checkpoint, bool]:
+    """An exported model, and whether it comes with code of ours."""
+    name: ExportFormat = artifact.manifest.format
+    return Checkpoint.open(str(artifact.path / export.MODEL_FOLDER)), FORMATS[name].has_code
+
 
 @cache  # its fingerprint reads every weight, and is kept by the object
-def _folded_model(folder: Path, name: str) -> Checkpoint:
+def _folded_model(folder: Path, name: str, hub_id: str | None) -> Checkpoint:
     """A folded model under the name of the one that it was."""
-    return dataclasses.replace(Checkpoint.open(str(folder)), name=name)
+    return dataclasses.replace(Checkpoint.open(str(folder)), name=name, hub_id=hub_id)
 
 
 def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelShape:
@@ -320,23 +398,43 @@ def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelS
     Raises:
         UnsupportedArchitectureError: if the model's family is not in the table.
         CheckpointError: if the weights are not those of the model that config.json describes.
-        ConfigurationError: if the target cannot be reached, or a sequence is longer than the model can read.
+        ConfigurationError: if the target cannot be reached, or a sequence or prompt is longer than the model can read.
     """
     architecture, shapes = meta_model(checkpoint)
     check_tensors(checkpoint, shapes)
     check_sequence_length(shapes, recipe.sequence_length)
+    if goal == "speed":
+        check_prompts(shapes, recipe.speed_prompt_tokens, recipe.speed_new_tokens)
     num_layers, total = len(architecture.decoder_layers(shapes)), num_parameters(shapes)
     sizes = block_sizes(architecture, shapes)
     candidates = {block: sizes[block] for block in all_blocks(num_layers, recipe.block_kinds)}
     _check_num_blocks(recipe, len(candidates))
-    repackable = Repackable(num_layers, architecture.is_parallel) if recipe.stock_compatible else None
-    SearchTarget(recipe.num_blocks, recipe.ratio, repackable).check(candidates, total)
+    whole_layers = STRATEGIES[recipe.strategy].whole_layers
+    holds_pairs = recipe.stock_compatible and not whole_layers
+    repackable = Repackable(num_layers, architecture.is_parallel) if holds_pairs else None
+    SearchTarget(recipe.num_blocks, recipe.ratio, repackable, whole_layers).check(candidates, total)
+    if STRATEGIES[recipe.strategy].procedure == "collapse":
+        check_laco(recipe.laco, num_layers)
+        check_mergeable(architecture, shapes)
+        if not is_foldable(checkpoint):  # whose tensors have other names until then
+            stored_dtype(architecture, checkpoint)
+    if recipe.export_blocks is not None and whole_layers and recipe.export_blocks % 2:
+        raise ConfigurationError(
+            f"export_blocks is {recipe.export_blocks}, and strategy {recipe.strategy} removes whole layers, two blocks "
+            "each; give an even number"
+        )
     if recipe.export_blocks is not None and recipe.num_blocks is not None and recipe.export_blocks > recipe.num_blocks:
         raise ConfigurationError(
             f"export_blocks is {recipe.export_blocks}, but num_blocks is {recipe.num_blocks}; "
             "give at most as many, or search for more"
         )
     return ModelShape(num_layers, total)
+
+
+def _judged_by(recipe: Recipe) -> str:
+    """The metric, or where the strategy has an importance of its own, that."""
+    strategy = STRATEGIES[recipe.strategy]
+    return recipe.metric if strategy.uses_metric else strategy.importance
 
 
 def _check_any_model(recipe: Recipe, checkpoint: Checkpoint) -> None:

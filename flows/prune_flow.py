@@ -13,22 +13,16 @@ from typing import Any
 
 from flows.prefect_settings import is_quiet  # isort: skip  # before Prefect is imported
 
-import httpx
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import (
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
-from prefect.exceptions import PrefectException
 from prefect.states import Completed
 from prefect.tasks import Task
 
 from blockpruner.errors import BlockPrunerError
 from blockpruner.progress import Progress, ProgressCallback, silent
+from flows.flow_artifacts import SERVER_ERRORS, publish_run
 from flows.recipe import Recipe
 from flows.reporter import Reporter
 from flows.runner import Runner, StageCall
@@ -42,7 +36,6 @@ _RETRIES = 2
 _RETRY_DELAY_S = 10
 _ARTIFACT_EVERY_S = 5.0
 """How often Prefect hears of a search's progress."""
-_SERVER_ERRORS = (httpx.HTTPError, PrefectException, OSError)
 
 
 def _fingerprint(_: TaskRunContext, parameters: dict[str, Any]) -> str:
@@ -84,7 +77,7 @@ def prune(recipe: Recipe, workspace: str = "data") -> dict[str, Any]:
     results = runner.workspace.path / "prefect"
     record = runner.run(recipe, "evaluate", lambda call: _through_prefect(call, results, reporter))
     summary = RunSummary.of(record, Workspace(Path(workspace)), reporter.warn)
-    _publish(summary, reporter)
+    publish_run(summary, reporter)
     return {"run_id": record.run_id, "export_path": str(summary.export_path)}
 
 
@@ -150,34 +143,9 @@ class _ProgressArtifact:
                 self._artifact_id = create_progress_artifact(percent, description=f"{self._label}: {progress.unit}")
             else:
                 update_progress_artifact(self._artifact_id, percent)
-        except _SERVER_ERRORS as error:
+        except SERVER_ERRORS as error:
             self._lost = True
             self._reporter.warn(f"Prefect's server does not take the progress any more: {one_line(str(error))}")
-
-
-def _publish(summary: RunSummary, reporter: Reporter) -> None:
-    """The run's tables as artifacts of the flow run."""
-    steps = [
-        {"step": s.step, "layer": s.layer_index, "block": s.block_kind, "perplexity": s.perplexity, "ratio": s.ratio}
-        for s in summary.rows.search_steps
-    ]
-    try:
-        create_table_artifact(steps, key="pruning-order", description=f"Run {summary.record.run_id}: what was removed")
-        create_markdown_artifact(_markdown(summary), key="prune-summary", description=f"Run {summary.record.run_id}")
-    except _SERVER_ERRORS as error:
-        reporter.warn(f"the tables are not on Prefect's server: {one_line(str(error))}")
-
-
-def _markdown(summary: RunSummary) -> str:
-    lines = [f"# {summary.record.model}", "", "| measured on | dense | pruned |", "|---|---|---|"]
-    for row in summary.texts:
-        pair = [summary.perplexity(variant, row.text) for variant in ("dense", "pruned")]
-        lines.append(f"| perplexity, {row.text} | " + " | ".join("" if v is None else f"{v:.4g}" for v in pair) + " |")
-    values = {(row.variant, row.task, row.metric): row.value for row in summary.rows.evaluations}
-    for name, metric in dict.fromkeys((row.task, row.metric) for row in summary.rows.evaluations):
-        measured = [values.get((variant, name, metric)) for variant in ("dense", "pruned")]
-        lines.append(f"| {name}, {metric} | " + " | ".join("" if v is None else f"{v:.4g}" for v in measured) + " |")
-    return "\n".join([*lines, "", f"Exported model: `{summary.export_path}`", ""])
 
 
 class _OneLine(logging.Filter):

@@ -21,15 +21,23 @@ from blockpruner.export.names import ExportDtype, FormatChoice, dtypes_of
 from blockpruner.memory_size import parse_memory_size
 from blockpruner.paths import user_path
 from blockpruner.scoring.settings import CompileChoice, MetricName, ScorerName, ScorerSettings
+from blockpruner.strategies import LacoSettings, StrategyName, check_settings
 from flows.settings_text import SETTINGS
 from stages.executor import ExecutorName, ExecutorSettings, check_address
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
-_PATH_FIELDS = ("model", "calibration", "eval_text", "task_dir")
+_PATH_FIELDS = ("model", "calibration", "eval_text", "task_dir", "task_data")
 _TARGET_FIELDS = ("num_blocks", "ratio")
+_SEARCH_FIELDS = (
+    *("model", "calibration", "calibration_column", "num_samples", "sequence_length", "seed"),
+    *("block_kinds", "stock_compatible", "metric", "strategy", "strategy_seed", "laco"),
+    *("device", "dtype", "trust_remote_code"),
+)
+"""What a pruning order may depend on, beside how far it goes."""
 _NUMBER_FIELDS = (
     *("num_samples", "sequence_length", "seed", "num_blocks", "ratio", "export_blocks"),
-    *("num_fewshot", "limit", "batch_size", "workers"),
+    *("num_fewshot", "limit", "batch_size", "workers", "strategy_seed", "laco_layers_per_merge"),
+    *("laco_first_layer", "laco_last_layer", "laco_interval", "laco_threshold"),
 )
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?")
 
@@ -54,11 +62,19 @@ def _split_at_commas(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
+def _number(value: object) -> object:
+    """A number may be written as text, as the command line gives it."""
+    return int(value) if isinstance(value, str) and re.fullmatch(r"-?\d{1,18}", value) else value
+
+
 def _number_or_all(value: object) -> object:
-    """'all' rows means no number of rows; a number may be written as text, as the command line gives it."""
-    if isinstance(value, str) and re.fullmatch(r"-?\d{1,18}", value):
-        return int(value)
-    return None if value == "all" else value
+    """'all' rows means no number of rows."""
+    return None if value == "all" else _number(value)
+
+
+def _number_or_auto(value: object) -> object:
+    """'auto' means that no number is given: the device decides."""
+    return None if value == "auto" else _number(value)
 
 
 def _known_device(value: object) -> object:
@@ -141,13 +157,24 @@ class Recipe(BaseModel):
         default=(), description=SETTINGS["tasks"]
     )
     task_dir: NonBlank | None = Field(default=None, description=SETTINGS["task_dir"])
+    task_data: NonBlank | None = Field(default=None, description=SETTINGS["task_data"])
+    log_samples: bool = Field(default=False, description=SETTINGS["log_samples"])
     num_fewshot: int | None = Field(default=None, ge=0, le=_MOST_SHOTS, description=SETTINGS["num_fewshot"])
     limit: int | None = Field(default=None, ge=1, le=_MOST_EXAMPLES, description=SETTINGS["limit"])
     device: Annotated[str, BeforeValidator(_known_device)] = Field(default="auto", description=SETTINGS["device"])
     dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description=SETTINGS["dtype"])
-    batch_size: int | None = Field(default=None, ge=1, le=_MOST_SEQUENCES_AT_ONCE, description=SETTINGS["batch_size"])
+    batch_size: Annotated[int | None, BeforeValidator(_number_or_auto)] = Field(
+        default=None, ge=1, le=_MOST_SEQUENCES_AT_ONCE, description=SETTINGS["batch_size"]
+    )
     stock_compatible: bool = Field(default=False, description=SETTINGS["stock_compatible"])
     metric: MetricName = Field(default="perplexity", description=SETTINGS["metric"])
+    strategy: StrategyName = Field(default="blockpruner", description=SETTINGS["strategy"])
+    strategy_seed: int = Field(default=0, ge=0, lt=2**32, description=SETTINGS["strategy_seed"])
+    laco_layers_per_merge: int = Field(default=4, ge=2, le=_MOST_BLOCKS, description=SETTINGS["laco_layers_per_merge"])
+    laco_first_layer: int = Field(default=0, ge=0, le=_MOST_BLOCKS, description=SETTINGS["laco_first_layer"])
+    laco_last_layer: int | None = Field(default=None, ge=1, le=_MOST_BLOCKS, description=SETTINGS["laco_last_layer"])
+    laco_interval: int = Field(default=2, ge=1, le=_MOST_BLOCKS, description=SETTINGS["laco_interval"])
+    laco_threshold: float = Field(default=0.65, ge=-1, lt=1, description=SETTINGS["laco_threshold"])
     scorer: ScorerName = Field(default="sweep", description=SETTINGS["scorer"])
     memory_budget: Annotated[NonBlank | None, BeforeValidator(_amount_of_memory)] = Field(
         default=None, description=SETTINGS["memory_budget"]
@@ -188,6 +215,14 @@ class Recipe(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _heeded_by_the_strategy(self) -> Self:
+        try:
+            check_settings(self.strategy, self.block_kinds, self.metric)
+        except ConfigurationError as error:
+            raise PydanticCustomError("strategy", "{reason}", {"reason": str(error)}) from error
+        return self
+
+    @model_validator(mode="after")
     def _dtype_of_every_format(self) -> Self:
         for name in self.export_format:
             if self.export_dtype is not None and self.export_dtype not in dtypes_of(name):
@@ -206,6 +241,10 @@ class Recipe(BaseModel):
                 raise PydanticCustomError("executor", f"{given[0]} is for executor ray; give --executor ray as well")
         elif self.scorer == "plain":
             raise PydanticCustomError("executor", "scorer plain knows no executor ray; leave one of them out")
+        elif self.strategy == "laco":
+            raise PydanticCustomError(
+                "executor", "strategy laco merges one model, and knows no executor ray; leave one of them out"
+            )
         elif ":" in self.device:
             raise PydanticCustomError(
                 "executor", "device {device} with executor ray: Ray chooses the GPU; give cuda", {"device": self.device}
@@ -222,6 +261,13 @@ class Recipe(BaseModel):
         """Where the search must end with what can be repacked: its target, as text."""
         target = f"{self.num_blocks} blocks" if self.num_blocks is not None else f"ratio {self.ratio}"
         return target if self.stock_compatible else None
+
+    @property
+    def laco(self) -> LacoSettings:
+        """The settings of strategy laco."""
+        return LacoSettings(
+            **{name: getattr(self, f"laco_{name}") for name in LacoSettings.model_fields},
+        )
 
     @property
     def scoring(self) -> ScorerSettings:
@@ -245,6 +291,27 @@ class Recipe(BaseModel):
             ConfigurationError: if a change is not valid.
         """
         return make_recipe(_overridden(self.model_dump(), changes))
+
+    def going_on(self, changes: Mapping[str, Any], num_searched: int) -> Recipe:
+        """The recipe of a run, changed so as to go on from it.
+
+        A number of blocks counts from the whole model, whatever the run exported. Where the run's search has reached
+        it, it is a prefix of that search's order, and needs no other search; beyond, it is a new target. Without one,
+        what is exported stays as it was.
+
+        Args:
+            changes: fields given anew.
+            num_searched: how many blocks the run's search removed.
+
+        Raises:
+            ConfigurationError: if a change is not valid.
+        """
+        asked = self.changed(changes)
+        same_search = all(getattr(asked, field) == getattr(self, field) for field in _SEARCH_FIELDS)
+        if not same_search or not 1 <= changes.get("num_blocks", 0) <= num_searched:
+            return asked
+        others = {field: value for field, value in changes.items() if field not in _TARGET_FIELDS}
+        return self.changed({**others, "export_blocks": asked.num_blocks})
 
     def anchored(self) -> Recipe:
         """The recipe with the paths that exist made absolute, so that it means the same from any folder."""
@@ -279,8 +346,12 @@ def recipe_names() -> list[str]:
 
 
 def _overridden(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with some given anew. A target replaces the one before, whichever of the two fields that is."""
-    replaced = set(_TARGET_FIELDS) if overrides.keys() & set(_TARGET_FIELDS) else set()
+    """The values with some given anew.
+
+    A target replaces the one before, whichever of the two fields that is, and with it the number of blocks to export:
+    that was a part of the old one.
+    """
+    replaced = {*_TARGET_FIELDS, "export_blocks"} if overrides.keys() & set(_TARGET_FIELDS) else set()
     return {**{name: value for name, value in values.items() if name not in replaced}, **overrides}
 
 
@@ -363,9 +434,9 @@ def _describe(problem: ErrorDetails) -> str:
     if kind == "literal_error":
         valid = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
         return f"unknown {field} {came!r}; valid are {', '.join(valid)}{nearest(str(came), valid)}"
-    if kind in ("device", "executor", "export_dtype", "target"):
+    if kind in ("device", "executor", "export_dtype", "strategy", "target"):
         return problem["msg"]
     shown = repr(came)
-    or_all = ", or all" if field == "num_samples" else ""
+    or_all = {"num_samples": ", or all", "batch_size": ", or auto"}.get(field, "")
     valid_is = problem["msg"].replace("Input ", "it ")
     return f"{field} is {shown if len(shown) <= 80 else shown[:77] + '...'}: {valid_is}{or_all}"

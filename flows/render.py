@@ -1,9 +1,7 @@
-"""Runs and query results for people and for programs: tables, the strip of blocks, CSV. Computes nothing."""
+"""Runs and query results for people and for programs: tables, the strip of blocks. Computes nothing."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
 import sys
@@ -15,12 +13,15 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from flows.summary import RunSummary
+from flows.summary import AVERAGE, RunSummary
 from flows.wording import count, one_line, printable, size, spell_out
 from stages.runs import RunRecord
 from stages.store_schema import EvaluationRow, ExportRow, SpeedRow, StepRow
 
 KEPT, DROPPED = "■", "·"
+BARS = "▁▂▃▄▅▆▇█"
+_FLAT = 1e-9
+"""Logarithms that lie closer than this are drawn as equal."""
 _KINDS = ("mha", "mlp")
 
 
@@ -43,6 +44,28 @@ def strip(num_layers: int, removed: Iterable[StepRow]) -> Text:
     return Text("\n").join(lines)
 
 
+def sparkline(values: Sequence[float]) -> str:
+    """The values as a row of bars, the lowest and the highest as far apart as it goes, on a logarithmic scale."""
+    logs = [math.log(value) for value in values if math.isfinite(value) and value > 0]
+    low, span = (min(logs), max(logs) - min(logs)) if logs else (0.0, 0.0)
+    return "".join(_bar(value, low, span) for value in values)
+
+
+def _bar(value: float, low: float, span: float) -> str:
+    if not math.isfinite(value) or value <= 0:
+        return "?" if math.isnan(value) else "∞"
+    return BARS[round((math.log(value) - low) / span * (len(BARS) - 1)) if span > _FLAT else 0]
+
+
+def perplexity_line(summary: RunSummary) -> Text:
+    """Perplexity on the calibration set from the dense model to the last block that went, as a sparkline."""
+    dense = summary.perplexity("dense")
+    values = [*([dense] if dense is not None else []), *(step.perplexity for step in summary.removed)]
+    line = Text("ppl   ")
+    line.append(sparkline(values), style="cyan")
+    return line.append(f"  {number(values[0])} -> {number(values[-1])} on the calibration set", style="dim")
+
+
 def order_line(steps: Iterable[StepRow]) -> str:
     """The pruning order in one line: 'mha:7 mlp:3 ...'."""
     return " ".join(f"{step.block_kind}:{step.layer_index}" for step in steps)
@@ -53,15 +76,17 @@ def run_view(summary: RunSummary) -> RenderableType:
     record = summary.record
     parts: list[RenderableType] = [_headline(record)]
     if summary.rows.search_steps and record.num_layers:
-        parts += [strip(record.num_layers, summary.removed), _steps_table(summary)]
+        parts += [strip(record.num_layers, summary.removed), perplexity_line(summary), _steps_table(summary)]
     if summary.rows.perplexities:
         parts.append(perplexity_table(summary))
     if summary.rows.evaluations:
         parts.append(task_table(summary.rows.evaluations))
+    if summary.samples:
+        parts.append(Text("\n").join(_cell(f"answers, {name}: {path}") for name, path in summary.samples.items()))
     if summary.export:
         parts.append(_export_lines(summary))
     if summary.rows.speed:
-        parts.append(speed_table(summary.rows.speed))
+        parts += [speed_sizes(summary.rows.speed), speed_table(summary.rows.speed)]
     parts.append(_stages_table(record))
     spaced = [element for part in parts for element in (part, Text())]
     return Group(*spaced[:-1])
@@ -97,14 +122,24 @@ def perplexity_table(summary: RunSummary) -> Table:
 
 
 def task_table(evaluations: Sequence[EvaluationRow]) -> Table:
-    """Every metric of every task, dense and pruned, with its standard error."""
+    """Every metric of every task, dense and pruned, with its standard error; of several tasks the average as well."""
     table = _table("task", "metric", "dense", "pruned", "questions")
     by_variant = {(row.variant, row.task, row.metric): row for row in evaluations}
-    for task, metric in dict.fromkeys((row.task, row.metric) for row in evaluations):
+    averaged = len({row.task for row in evaluations} - {AVERAGE}) > 1
+    for task, metric in dict.fromkeys((row.task, row.metric) for row in evaluations if averaged or row.task != AVERAGE):
         pair = [by_variant.get((variant, task, metric)) for variant in ("dense", "pruned")]
         questions = next((str(row.num_examples) for row in pair if row and row.num_examples is not None), "")
         table.add_row(_cell(task), metric, *(_with_error(row) for row in pair), questions)
     return table
+
+
+def speed_sizes(rows: Sequence[SpeedRow]) -> Text:
+    """What of the two models does not depend on batch and prompt, in one line."""
+    sizes = {row.variant: row for row in rows}
+    pair = [sizes[variant] for variant in ("dense", "pruned") if variant in sizes]
+    numbers = " -> ".join("?" if row.num_parameters is None else f"{row.num_parameters:,}" for row in pair)
+    weights = " -> ".join("?" if row.weight_bytes is None else size(row.weight_bytes) for row in pair)
+    return Text(f"dense -> pruned: {numbers} parameters, weights of {weights} on disk")
 
 
 def speed_table(rows: Sequence[SpeedRow]) -> Table:
@@ -122,27 +157,18 @@ def speed_table(rows: Sequence[SpeedRow]) -> Table:
             f"{before.prefill_ms / row.prefill_ms:.2f}",
             f"{before.decode_tokens_per_s:.4g} -> {row.decode_tokens_per_s:.4g}",
             f"{row.decode_tokens_per_s / before.decode_tokens_per_s:.2f}",
-            f"{size(before.peak_memory_bytes)} -> {size(row.peak_memory_bytes)}",
+            " -> ".join("?" if b is None else size(b) for b in (before.peak_memory_bytes, row.peak_memory_bytes)),
             f"{before.kv_cache_bytes_per_token:.0f} -> {row.kv_cache_bytes_per_token:.0f}",
         )
     return table
 
 
 def query_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    """A query's answer."""
+    """A query's answer, with the digits that can be compared by eye; CSV and JSON have them all."""
     table = _table(*columns)
     for row in rows:
-        table.add_row(*(_cell(value) for value in row))
+        table.add_row(*(_cell(f"{value:.6g}" if isinstance(value, float) else value) for value in row))
     return table
-
-
-def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A query's answer as comma-separated values, with a line of names."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def number(value: float | None) -> str:
@@ -203,9 +229,9 @@ def _took(record: RunRecord) -> str:
 def _steps_table(summary: RunSummary) -> Table:
     table = _table("step", "removed", "perplexity", "of all parameters", "time")
     num_removed = len(summary.removed)
-    for step in summary.rows.search_steps:
-        style = None if step.step <= num_removed else "dim"
-        block = f"{step.block_kind}:{step.layer_index}" + ("" if step.step <= num_removed else " (searched, kept)")
+    for row, step in enumerate(summary.rows.search_steps, start=1):
+        style = None if row <= num_removed else "dim"
+        block = f"{step.block_kind}:{step.layer_index}" + ("" if row <= num_removed else " (searched, kept)")
         table.add_row(
             str(step.step), block, number(step.perplexity), f"{step.ratio:.2%}", spell_out(step.seconds), style=style
         )

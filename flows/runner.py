@@ -81,7 +81,8 @@ class Runner:
             _describe(record, plan.description())
             artifacts: dict[str, Artifact[Any]] = {}
             for planned in plan.stages:
-                artifacts[planned.role] = self._stage(record, plan, planned, planned.job(artifacts), execute)
+                if (job := planned.job(artifacts)) is not None:
+                    artifacts[planned.role] = self._stage(record, plan, planned, job, execute)
         return record
 
     def refuse(self, recipe: Recipe, reason: str) -> None:
@@ -116,7 +117,13 @@ class Runner:
         self._results.ingest(record)
 
     def _stage(self, record: RunRecord, plan: Plan, planned: PlannedStage, job: Job, execute: Execute) -> Artifact[Any]:
-        entry = StageRun(stage=job.stage.name, label=planned.label, role=planned.role, fingerprint=job.fingerprint)
+        entry = StageRun(
+            stage=job.stage.name,
+            label=planned.label,
+            role=planned.role,
+            fingerprint=job.fingerprint,
+            checkpoints=job.checkpoints,
+        )
         record.stages.append(entry)
         self.runs.save(record)
 
@@ -148,7 +155,7 @@ class Runner:
         if entry.role == "calibration":
             record.num_sequences = artifact.manifest.num_sequences
         if entry.role == "search":
-            record.num_blocks_removed = artifact.manifest.num_steps
+            record.num_blocks_removed = len(artifact.manifest.pruning_order)
         if entry.role == "export":
             record.num_blocks_removed = artifact.manifest.num_blocks_removed
         self.runs.save(record)

@@ -15,7 +15,7 @@ SETTINGS: dict[str, str] = {
     "num_samples": "How many rows of the calibration set to take, drawn with the seed; 'all' takes all, in order.",
     "sequence_length": "Tokens in one sequence.",
     "seed": "Seed of the drawing of rows.",
-    "num_blocks": "How many blocks to remove (K); this or the ratio.",
+    "num_blocks": "How many blocks to remove (K), counted from the whole model; this or the ratio.",
     "ratio": "Remove blocks until this share of all parameters is gone (between 0 and 1); this or a number of blocks.",
     "block_kinds": "Which blocks may be removed: mha (attention), mlp (feed-forward) or both.",
     "export_blocks": "Export without only the first so many blocks of the pruning order; none: without all of them.",
@@ -31,11 +31,16 @@ SETTINGS: dict[str, str] = {
     "eval_text_column": "The column with the text, for evaluation texts that have several.",
     "tasks": "lm-eval tasks, separated by commas.",
     "task_dir": "A folder with lm-eval task files (YAML) of your own.",
+    "task_data": (
+        "A folder with the questions of piqa, winogrande, hellaswag, arc_easy or arc_challenge (TASK.jsonl), instead "
+        "of the hub's."
+    ),
+    "log_samples": "Keep the model's answer to every question of the tasks, as a Parquet file.",
     "num_fewshot": "Worked examples shown before each question; none: the task's own number.",
     "limit": "Use only so many questions of each task.",
     "device": "auto, cpu, cuda or cuda:N; auto takes the GPU where there is one.",
     "dtype": "auto, float32 or bfloat16; auto is float32 on a CPU and bfloat16 on a GPU.",
-    "batch_size": "Sequences in one forward pass; none: chosen for the device. Changes no result.",
+    "batch_size": "Sequences in one forward pass; auto or none: chosen for the device. Changes no result.",
     "stock_compatible": (
         "Remove blocks in pairs, so that the result can be repacked into an unchanged model of its family, which every "
         "engine loads; an even number of blocks."
@@ -43,6 +48,19 @@ SETTINGS: dict[str, str] = {
     "metric": (
         "What a block's removal is judged by: perplexity (the paper), or kl or js, the divergence of the model's "
         "predictions from the dense model's."
+    ),
+    "strategy": (
+        "How removals are chosen: blockpruner (greedy, blocks), oneshot (blocks scored once), layers (greedy, whole "
+        "layers), shortgpt, rm, laco or random."
+    ),
+    "strategy_seed": "Seed of strategy random: another one is another draw. The calibration set has a seed of its own.",
+    "laco_layers_per_merge": "Strategy laco: how many layers become one in a merge, at most (C in its paper).",
+    "laco_first_layer": "Strategy laco: the lowest layer that others are merged into (L), counted from 0.",
+    "laco_last_layer": "Strategy laco: merging begins C layers below this one (H); none: the number of layers.",
+    "laco_interval": "Strategy laco: how many layers lower it goes on after a merge (I).",
+    "laco_threshold": (
+        "Strategy laco: a merge stays while the last hidden states are this similar to the dense model's (T); "
+        "lower removes more."
     ),
     "scorer": "sweep (all candidates in one walk) or plain (a forward pass for each). Changes no result.",
     "memory_budget": "How much of the device's memory a search may use, weights included: 8GiB, 80GB.",
@@ -53,7 +71,7 @@ SETTINGS: dict[str, str] = {
     "speed_batch_sizes": "How many sequences side by side to time, separated by commas.",
     "speed_prompt_tokens": "Lengths of the prompts to time, in tokens, separated by commas.",
     "speed_new_tokens": "Tokens to decode after each prompt.",
-    "speed_repeats": "Repetitions of each measurement; the median counts.",
+    "speed_repeats": "Repetitions of each measurement, in each of a model's two turns; the median counts.",
     "trust_remote_code": "Run the Python code that comes with the model. Only for models whose code you have read.",
     "name": "A name for the run, by which `show` and others find it.",
 }

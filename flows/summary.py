@@ -17,6 +17,11 @@ from stages.store_schema import ExportRow, PerplexityRow, StepRow
 from stages.workspace import Warn, Workspace
 
 _CALIBRATION = "calibration"
+_NOT_SHOWN = {"fingerprint", "checkpoints", "started_at"}
+"""What `--json` does not tell of a stage."""
+AVERAGE = "average"
+"""The name under which the tasks' average is listed among them."""
+_SAMPLES_FILE = "samples.parquet"
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,22 @@ class RunSummary:
         found = (row.perplexity for row in self.rows.perplexities if (row.variant, row.text) == (variant, text))
         return next(found, None)
 
+    def average(self, variant: str) -> float | None:
+        """The mean accuracy over the tasks, as in the paper's tables; None if none was measured."""
+        found = (row.value for row in self.rows.evaluations if (row.variant, row.task) == (variant, AVERAGE))
+        return next(found, None)
+
+    @property
+    def samples(self) -> dict[str, Path]:
+        """Where the answers to the tasks' questions lie, by variant, where they were kept."""
+        stages = {variant: self.record.stage(f"evaluate:{variant}") for variant in ("dense", "pruned")}
+        paths = {
+            variant: self.workspace.path / stage.artifact_path / _SAMPLES_FILE
+            for variant, stage in stages.items()
+            if stage is not None and stage.artifact_path is not None
+        }
+        return {variant: path for variant, path in paths.items() if path.is_file()}
+
     @property
     def texts(self) -> list[PerplexityRow]:
         """One row a text, the dense ones first of all."""
@@ -73,13 +94,16 @@ class RunSummary:
             "pruning_order": [_step(step) for step in self.rows.search_steps],
             "dense_perplexity": _number(self.perplexity("dense")),
             "pruned_perplexity": _number(self.perplexity("pruned")),
+            "dense_average": _number(self.average("dense")),
+            "pruned_average": _number(self.average("pruned")),
+            "samples": {variant: str(path) for variant, path in self.samples.items()},
             "export_path": str(self.export_path) if self.export_path else None,
             "export": _plain(self.export._asdict()) if self.export else None,
             "exports": [_plain(row._asdict()) for row in self.rows.exports],
             "perplexities": [_plain(row._asdict()) for row in self.rows.perplexities],
             "speed": [_plain(row._asdict()) for row in self.rows.speed],
             "evaluations": [_plain(row._asdict()) for row in self.rows.evaluations],
-            "stages": [stage.model_dump(mode="json", exclude={"fingerprint", "started_at"}) for stage in record.stages],
+            "stages": [stage.model_dump(mode="json", exclude=_NOT_SHOWN) for stage in record.stages],
             "workspace": str(self.workspace.path),
             "database": str(self.workspace.database),
         }

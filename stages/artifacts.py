@@ -122,7 +122,7 @@ class ArtifactStore:
         try:
             return self._load(stage, fingerprint)
         except DamagedArtifactError:
-            with self.workspace.trying(_lock_name(stage.name, fingerprint)) as ours:
+            with self.workspace.trying(lock_name(stage.name, fingerprint)) as ours:
                 # Whoever else holds the lock is computing the artifact again.
                 return self._load_or_set_aside(stage, fingerprint) if ours else None
 
@@ -140,16 +140,16 @@ class ArtifactStore:
         self._sweep_once()
         if (found := self.lookup(stage, fingerprint)) is not None:
             return found
-        with self._locked(_lock_name(stage.name, fingerprint), f"stage {stage.name} ({fingerprint[:12]})"):
+        with self._locked(lock_name(stage.name, fingerprint), f"stage {stage.name} ({fingerprint[:12]})"):
             found = self._load_or_set_aside(stage, fingerprint)  # it may have come while we waited
             return found or self._compute(stage, config, inputs, runtime)
 
     def remove_stale(self) -> None:
         """Remove the unfinished folders of processes that are gone. A folder whose lock can be had has no owner."""
         for unfinished in self.workspace.artifacts.glob("*/.tmp-*"):
-            lock_name = _lock_name(unfinished.parent.name, unfinished.name.split("-")[1])
-            if is_name(lock_name):
-                with self.workspace.trying(lock_name) as ours:
+            lock = lock_name(unfinished.parent.name, unfinished.name.split("-")[1])
+            if is_name(lock):
+                with self.workspace.trying(lock) as ours:
                     if ours:
                         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -201,7 +201,7 @@ class ArtifactStore:
         """Only with the artifact's lock."""
         fingerprint = stage.fingerprint(config, inputs)
         folder = self._folder(stage.name, fingerprint)
-        unfinished = folder.with_name(f".tmp-{fingerprint}-{os.getpid()}")
+        unfinished = folder.with_name(unfinished_name(fingerprint))
         started = time.monotonic()
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -234,7 +234,7 @@ class ArtifactStore:
             yield runtime
             return
         resume_fingerprint = stage.resume_fingerprint(config, inputs)
-        with self._locked(f"state-{stage.name}-{resume_fingerprint}", f"a {stage.name} with the same checkpoints"):
+        with self._locked(state_lock_name(stage.name, resume_fingerprint), f"a {stage.name} with the same checkpoints"):
             state_dir = self.workspace.inside(Path("state", checked_name(stage.name), checked_name(resume_fingerprint)))
             state_dir.mkdir(parents=True, exist_ok=True)
             yield replace(runtime, state_dir=state_dir)
@@ -283,7 +283,7 @@ def check_files(folder: Path, envelope: Envelope) -> None:
         DamagedArtifactError: naming the first file that is changed, missing or not listed.
     """
     present = _files_in(folder)
-    present.pop(MANIFEST_FILE)
+    present.pop(MANIFEST_FILE, None)  # gone with the folder, where someone frees it at this moment
     for name in sorted(envelope.files.keys() - present.keys()):
         raise DamagedArtifactError(f"lacks the file {name}")
     for name in sorted(present.keys() - envelope.files.keys()):
@@ -375,8 +375,19 @@ def _digest_file(path: Path, durable: bool = False) -> FileDigest:
         return FileDigest(sha256=hashlib.file_digest(file, "sha256").hexdigest(), bytes=os.fstat(file.fileno()).st_size)
 
 
-def _lock_name(stage_name: str, fingerprint: str) -> str:
+def lock_name(stage_name: str, fingerprint: str) -> str:
+    """The lock that whoever writes, sets aside or removes this artifact holds."""
     return f"artifact-{stage_name}-{fingerprint}"
+
+
+def state_lock_name(stage_name: str, resume_fingerprint: str) -> str:
+    """The lock that whoever writes or removes these checkpoints holds."""
+    return f"state-{stage_name}-{resume_fingerprint}"
+
+
+def unfinished_name(fingerprint: str) -> str:
+    """What a folder is called while this process fills or removes it, beside its place."""
+    return f".tmp-{fingerprint}-{os.getpid()}"
 
 
 def _remove(path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 from transformers import PreTrainedModel
 
 from blockpruner.checkpoint import TOKENIZER_FILES, Checkpoint
@@ -19,10 +19,14 @@ from blockpruner.loading import DtypeName, load_model, load_tokenizer
 from blockpruner.progress import Progress
 from stages.contract import Runtime, Stage, StageConfig, StageManifest
 from stages.lm_tasks import LoadedTasks, TaskSpec, lm_eval_version, loaded_tasks
+from stages.task_samples import write_samples
+from stages.task_scores import TaskMetric, task_metrics
 from stages.text_perplexity import NamedTokens, TextPerplexity, text_fingerprints, text_perplexities
 
 RESULTS_FILE = "lm_eval.json"
 """All that lm-eval returned, less the samples; there is none without tasks."""
+SAMPLES_FILE = "samples.parquet"
+"""Every question and what the model answered (see `task_samples`); there is one where it was asked for."""
 
 
 class EvaluateConfig(StageConfig):
@@ -36,6 +40,8 @@ class EvaluateConfig(StageConfig):
     """Examples in the prompt; None: each task's own number."""
     limit: int | None = None
     """Examples of each task at most; None: all of them."""
+    log_samples: bool = False
+    """Keep what the model answered to each question."""
     lm_eval_version: str | None = None
     """The lm-eval that scores the tasks; filled in."""
 
@@ -46,8 +52,14 @@ class EvaluateConfig(StageConfig):
         if not isinstance(fields, dict):
             return fields
         if not fields.get("tasks"):
-            return {**fields, "num_fewshot": None, "limit": None, "lm_eval_version": None}
+            return {**fields, "num_fewshot": None, "limit": None, "log_samples": False, "lm_eval_version": None}
         return {"lm_eval_version": lm_eval_version(), **fields}
+
+    @field_validator("tasks")
+    @classmethod
+    def _order_does_not_matter(cls, tasks: tuple[TaskSpec, ...]) -> tuple[TaskSpec, ...]:
+        """By name, as lm-eval's own tables are: the same tasks in another order are the same evaluation."""
+        return tuple(sorted(tasks, key=lambda spec: spec.name))
 
 
 @dataclass(frozen=True)
@@ -59,8 +71,12 @@ class EvaluateInputs:
     """Texts by name."""
     task_dir: Path | None = None
     """Folder of the local tasks; what is used of it is identified by `TaskSpec.digest`."""
+    task_data: Path | None = None
+    """Folder with local data of lm-eval's tasks; identified likewise."""
     trust_remote_code: bool = False
-    """Whether the model may bring its own code: True for folders that we exported."""
+    """Whether the user lets model and tokenizer bring code of their own."""
+    has_code: bool = False
+    """Whether the model is one that we exported with code, which is run in any case."""
 
     def fingerprints(self) -> Mapping[str, str]:
         """Model, tokenizer and texts, by content."""
@@ -71,27 +87,12 @@ class EvaluateInputs:
         }
 
 
-class TaskMetric(StageManifest):
-    """One number of one task."""
-
-    task: str
-    """A task, or a group of them that has scores of its own."""
-    metric: str
-    """lm-eval's name: 'acc'; with the filter's name behind a comma where there is one: 'exact_match,strict-match'."""
-    value: float
-    stderr: float | None
-    """Standard error; None where lm-eval gives none."""
-    num_fewshot: int | None
-    """Examples in the prompt; None for a group whose tasks differ."""
-    num_examples: int
-    """Examples that were scored."""
-
-
 class EvaluateManifest(StageManifest):
     """All numbers of one model."""
 
     texts: tuple[TextPerplexity, ...]
     metrics: tuple[TaskMetric, ...]
+    """By task; the average last."""
 
 
 def run(config: EvaluateConfig, inputs: EvaluateInputs, out_dir: Path, runtime: Runtime) -> EvaluateManifest:
@@ -106,29 +107,14 @@ def run(config: EvaluateConfig, inputs: EvaluateInputs, out_dir: Path, runtime: 
         model = _load(config, inputs, runtime)
         return EvaluateManifest(texts=text_perplexities(model, inputs.texts, runtime), metrics=())
     runtime.progress(Progress(0, None, "tasks", "loading " + ", ".join(spec.name for spec in config.tasks)))
-    with loaded_tasks(config.tasks, inputs.task_dir, config.num_fewshot) as tasks:
+    with loaded_tasks(config.tasks, inputs.task_dir, config.num_fewshot, task_data=inputs.task_data) as tasks:
         model = _load(config, inputs, runtime)
         texts = text_perplexities(model, inputs.texts, runtime)
         results = _score(config, inputs, tasks, model, runtime)
+    if config.log_samples:
+        write_samples(results.pop("samples"), out_dir / SAMPLES_FILE)
     _write_results(results, out_dir / RESULTS_FILE)
     return EvaluateManifest(texts=texts, metrics=task_metrics(results))
-
-
-def task_metrics(results: Mapping[str, Any]) -> tuple[TaskMetric, ...]:
-    """Every number in what lm-eval returned, by task and metric, in its order."""
-    return tuple(
-        TaskMetric(
-            task=task,
-            metric=_metric_name(key),
-            value=float(value),
-            stderr=_stderr(scores, key),
-            num_fewshot=_num_fewshot(results, task),
-            num_examples=_num_examples(results, task),
-        )
-        for task, scores in results["results"].items()
-        for key, value in scores.items()
-        if _is_metric(key, value)
-    )
 
 
 def _check(config: EvaluateConfig) -> None:
@@ -139,9 +125,8 @@ def _check(config: EvaluateConfig) -> None:
 
 
 def _load(config: EvaluateConfig, inputs: EvaluateInputs, runtime: Runtime) -> PreTrainedModel:
-    return load_model(
-        inputs.model, device=runtime.device, dtype=config.dtype, trust_remote_code=inputs.trust_remote_code
-    )
+    trusts = inputs.trust_remote_code or inputs.has_code
+    return load_model(inputs.model, device=runtime.device, dtype=config.dtype, trust_remote_code=trusts)
 
 
 def _score(
@@ -155,36 +140,10 @@ def _score(
         tasks,
         num_fewshot=config.num_fewshot,
         limit=config.limit,
+        log_samples=config.log_samples,
         batch_size=runtime.batch_size,
         progress=runtime.progress,
     )
-
-
-def _is_metric(key: str, value: object) -> bool:
-    """lm-eval writes 'metric,filter' and 'metric_stderr,filter' among the task's name, alias and size."""
-    metric, comma, _ = key.partition(",")
-    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    return bool(comma) and not metric.endswith("_stderr") and is_number
-
-
-def _metric_name(key: str) -> str:
-    return key.removesuffix(",none")
-
-
-def _stderr(scores: Mapping[str, Any], key: str) -> float | None:
-    metric, _, filter_name = key.partition(",")
-    value = scores.get(f"{metric}_stderr,{filter_name}")
-    return None if value is None or isinstance(value, str) else float(value)
-
-
-def _num_fewshot(results: Mapping[str, Any], task: str) -> int | None:
-    value = results["n-shot"].get(task)
-    return value if isinstance(value, int) else None
-
-
-def _num_examples(results: Mapping[str, Any], task: str) -> int:
-    counts = results["n-samples"].get(task)
-    return int(counts["effective"] if counts else results["results"][task].get("sample_len", 0))
 
 
 def _write_results(results: Mapping[str, Any], path: Path) -> None:
@@ -205,5 +164,5 @@ def _plain(value: Any) -> Any:
 
 
 STAGE: Stage[EvaluateConfig, EvaluateInputs, EvaluateManifest] = Stage(
-    name="evaluate", version=1, manifest_type=EvaluateManifest, run=run
+    name="evaluate", version=2, manifest_type=EvaluateManifest, run=run
 )

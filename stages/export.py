@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
-from torch import nn
+import torch
 
 from blockpruner.architectures import block_sizes, num_parameters
 from blockpruner.blocks import Block
-from blockpruner.checkpoint import COMPANION_FILES, Checkpoint
-from blockpruner.errors import ConfigurationError, ExportError
+from blockpruner.checkpoint import COMPANION_FILES, LEGAL_FILES, Checkpoint
+from blockpruner.errors import ExportError
 from blockpruner.export.card import CardNumbers, write_card
 from blockpruner.export.formats import FORMATS, verify_export
 from blockpruner.export.names import ExportDtype, ExportFormat, FormatChoice
-from blockpruner.export.verify import Verification, masked_logits, verification_request
-from blockpruner.export.write import WrittenExport, write_export
+from blockpruner.export.verify import Verification, masked_logits, shorter_window, verification_request
+from blockpruner.export.write import WrittenExport, files_in, write_export
 from blockpruner.loading import DtypeName, load_model, meta_model, release_memory, torch_dtype
+from blockpruner.merging import MergedLayers, stored_dtype
 from blockpruner.progress import Progress
-from blockpruner.trace import SearchTrace, read_trace
+from blockpruner.strategies import STRATEGIES
+from blockpruner.trace import LayerMerge, SearchTrace, read_trace
 from stages.contract import ArtifactRef, Runtime, Stage, StageConfig, StageManifest
 
 MODEL_FOLDER = "model"
@@ -52,7 +53,7 @@ class ExportInputs:
         """Model with all that goes with it, and pruning order, by content; the card tells the model's name."""
         return {
             "model": self.model.fingerprint,
-            "companions": self.model.files_fingerprint((*COMPANION_FILES, "README.md")),
+            "companions": self.model.files_fingerprint((*COMPANION_FILES, *LEGAL_FILES, "README.md")),
             "search": self.search.fingerprint,
         }
 
@@ -76,19 +77,17 @@ def run(config: ExportConfig, inputs: ExportInputs, out_dir: Path, runtime: Runt
     """Write the model without the first blocks of the pruning order into `out_dir`/model, and verify it.
 
     Raises:
-        ConfigurationError: if the search did not reach `num_blocks`.
+        ConfigurationError: if no step of the search ends with `num_blocks` removed.
         ExportError: if the format cannot hold the result, or the written model computes something else.
     """
     trace = read_trace(inputs.search.path)
-    if config.num_blocks is not None and not 1 <= config.num_blocks <= len(trace.steps):
-        raise ConfigurationError(
-            f"num_blocks is {config.num_blocks}, but the search removed {len(trace.steps)}; "
-            f"give 1 to {len(trace.steps)}, or search further"
-        )
     removed = trace.removed(config.num_blocks)
-    written = write_export(inputs.model, removed, out_dir / MODEL_FOLDER, config.format, dtype=config.dtype)
+    merges = trace.merges(config.num_blocks)
+    written = write_export(
+        inputs.model, removed, out_dir / MODEL_FOLDER, config.format, dtype=config.dtype, merges=merges
+    )
     runtime.progress(Progress(1, 2, "phases", "verifying"))
-    verification = _verify(inputs.model, written, runtime.device, config.dtype)
+    verification = _verify(inputs.model, written, runtime.device, config.dtype, merges)
     if not verification.passed:
         raise ExportError(
             f"the exported model differs from the masked original by {verification.max_logit_difference:.3g} in its "
@@ -101,7 +100,7 @@ def run(config: ExportConfig, inputs: ExportInputs, out_dir: Path, runtime: Runt
         format=written.format,
         num_blocks_removed=len(removed),
         num_parameters=num_parameters_written,
-        bytes=sum(file.stat().st_size for file in written.path.iterdir()),
+        bytes=sum(file.stat().st_size for file in files_in(written.path)),
         kept=written.kept,
         dropped=written.dropped,
         verified=True,
@@ -111,24 +110,32 @@ def run(config: ExportConfig, inputs: ExportInputs, out_dir: Path, runtime: Runt
 
 
 def _verify(
-    checkpoint: Checkpoint, written: WrittenExport, device: str, written_dtype: ExportDtype | None
+    checkpoint: Checkpoint,
+    written: WrittenExport,
+    device: str,
+    written_dtype: ExportDtype | None,
+    merges: Sequence[LayerMerge],
 ) -> Verification:
     architecture, shapes = meta_model(checkpoint)
     dtype: DtypeName = "float32" if num_parameters(shapes) <= _FLOAT32_LIMIT else "bfloat16"
-    # Weights that were rounded are compared with the original's, rounded likewise.
-    coarsen = FORMATS[written.format].coarsen
-    if coarsen is None:
-        model = load_model(checkpoint, device=device, dtype=cast("DtypeName | None", written_dtype) or dtype)
-        nn.Module.to(model, torch_dtype(dtype))
-    else:
-        model = load_model(checkpoint, device=device, dtype=dtype)
-        coarsen(model, written.path)
-    text_config = model.config.get_text_config()
+    text_config = shapes.config.get_text_config()
     request = verification_request(text_config.vocab_size, text_config.max_position_embeddings)
+    window = shorter_window(written.window, request)
+    settings = {} if window is None else {"sliding_window": window}
+    stored = stored_dtype(architecture, checkpoint) if merges else None
+    # What was merged was summed up from the stored weights, which float32 holds exactly.
+    exact: DtypeName = "float32" if stored not in (None, torch.bfloat16) else dtype
+    model = load_model(checkpoint, device=device, dtype=exact, settings=settings)
+    if stored is not None:
+        MergedLayers(architecture, model, stored).use(merges)
+        for parameter in model.parameters():  # and no buffer: those of positions are never rounded
+            parameter.data = parameter.data.to(torch_dtype(dtype))
+    # Weights that were rounded are compared with the original's, rounded likewise.
+    FORMATS[written.format].coarsen(model, written.path, written_dtype)
     expected = masked_logits(architecture, model, written.dropped, request)
     del model
     release_memory()  # the fresh process needs it
-    return verify_export(written.format, written.path, request, expected, device=device, dtype=dtype)
+    return verify_export(written.format, written.path, request, expected, device=device, dtype=dtype, window=window)
 
 
 def _write_card(inputs: ExportInputs, trace: SearchTrace, written: WrittenExport) -> int:
@@ -137,16 +144,17 @@ def _write_card(inputs: ExportInputs, trace: SearchTrace, written: WrittenExport
     sizes = block_sizes(architecture, shapes)
     total = num_parameters(shapes)
     num_kept = total - sum(sizes[block] for block in written.dropped)
-    last = trace.steps[len(written.dropped) - 1]
+    last = trace.reaching(len(written.dropped))[-1]
     calibration = ("the calibration set", trace.summary.dense_perplexity, last.perplexity)
     num_bytes_dense = sum(entry.num_bytes for entry in inputs.model.tensors.values())
     weights = (file for file in written.path.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
     num_bytes = sum(file.stat().st_size for file in weights)
     numbers = CardNumbers(total, num_kept, num_bytes_dense, num_bytes, (calibration,))
-    write_card(written, inputs.model.name, inputs.model.path, numbers)
+    method = STRATEGIES[trace.summary.strategy].source
+    write_card(written, inputs.model, numbers, method)
     return num_kept + sum(sizes[block] for block in written.zeros)
 
 
 STAGE: Stage[ExportConfig, ExportInputs, ExportManifest] = Stage(
-    name="export", version=3, manifest_type=ExportManifest, run=run
+    name="export", version=4, manifest_type=ExportManifest, run=run
 )

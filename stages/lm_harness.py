@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from lm_eval import evaluator
 from lm_eval.api import task as task_module
@@ -22,7 +22,8 @@ from blockpruner.progress import Progress, ProgressCallback
 from stages.lm_tasks import LoadedTasks
 
 _BATCH_SIZE = 8
-"""Requests in one forward pass where the caller leaves it to us; lm-eval sorts them by length."""
+"""Requests in one forward pass on a CPU where the caller leaves it to us; lm-eval sorts them by length. There is no
+finding out there: a machine that has too little memory ends the process."""
 _BOOTSTRAP_ITERS = 1000
 """Draws for the standard errors that have no formula (F1, perplexity, ...); accuracy's has one."""
 
@@ -34,10 +35,11 @@ def evaluate_tasks(
     *,
     num_fewshot: int | None,
     limit: int | None,
-    batch_size: int | None,
+    log_samples: bool,
+    batch_size: int | Literal["auto"] | None,
     progress: ProgressCallback,
 ) -> dict[str, Any]:
-    """All that lm-eval returns, less the samples. Its seeds are fixed, so the same call gives the same numbers.
+    """All that lm-eval returns. Its seeds are fixed, so the same call gives the same numbers.
 
     Args:
         model: a causal LM in eval mode.
@@ -45,19 +47,22 @@ def evaluate_tasks(
         tasks: loaded tasks; lm-eval changes them, so they serve once.
         num_fewshot: examples in the prompt; None: each task's own number. A task that fixes it at 0 stays at 0.
         limit: examples of each task at most; None: all.
-        batch_size: requests in one forward pass; None: `_BATCH_SIZE`.
+        log_samples: whether what the model answered to each question is among it.
+        batch_size: requests in one forward pass; 'auto': as many as lm-eval finds to fit, at most 64; None: auto on a
+            GPU, `_BATCH_SIZE` on a CPU.
         progress: told of requests as they are done.
     """
+    chosen = batch_size or ("auto" if model.device.type == "cuda" else _BATCH_SIZE)
     with _quiet():
         return dict(
             evaluator.simple_evaluate(
-                model=_ReportingLM(model, tokenizer, batch_size or _BATCH_SIZE, progress),
+                model=_ReportingLM(model, tokenizer, chosen, progress),
                 tasks=tasks.items,
                 task_manager=tasks.manager,
                 num_fewshot=num_fewshot,
                 limit=limit,
                 bootstrap_iters=_BOOTSTRAP_ITERS,
-                log_samples=False,
+                log_samples=log_samples,
             )
         )
 
@@ -66,7 +71,11 @@ class _ReportingLM(HFLM):  # type: ignore[misc]  # lm-eval has no type informati
     """lm-eval's wrapper of a transformers model, which draws bars of its own; this one reports to us instead."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, progress: ProgressCallback
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int | Literal["auto"],
+        progress: ProgressCallback,
     ) -> None:
         with _errors_only():
             super().__init__(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
@@ -74,6 +83,7 @@ class _ReportingLM(HFLM):  # type: ignore[misc]  # lm-eval has no type informati
         self._finished = 0
         self._under_way = 0
         self._total = 0
+        self._trying = False
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """See HFLM."""
@@ -99,6 +109,13 @@ class _ReportingLM(HFLM):  # type: ignore[misc]  # lm-eval has no type informati
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None) -> Any:
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
+    def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
+        self._trying = True  # what it runs to find out is no request
+        try:
+            return int(super()._detect_batch_size(requests, pos))
+        finally:
+            self._trying = False
+
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         logits: Tensor = super()._model_call(inps, attn_mask, labels)
         self._advance(len(inps))
@@ -115,7 +132,7 @@ class _ReportingLM(HFLM):  # type: ignore[misc]  # lm-eval has no type informati
 
     def _advance(self, num_rows: int) -> None:
         # Requests that share a forward pass are fewer rows, long ones are several: an estimate, until they are done.
-        self._under_way += num_rows
+        self._under_way += 0 if self._trying else num_rows
         done = min(self._finished + self._under_way, self._total - 1)
         self._progress(Progress(done, self._total, "requests", "lm-eval"))
 

@@ -2,8 +2,9 @@
 
 A local task is a YAML in lm-eval's own format in the user's task folder; the paths in its `dataset_kwargs.data_files`
 are relative to the YAML's folder, and it is identified by the content of every file it is made of. A registered task
-comes with lm-eval and is identified by its name and lm-eval's version. Importing lm-eval takes seconds and listing
-all its tasks ten more, so both wait until they are needed.
+comes with lm-eval and is identified by its name and lm-eval's version; with its data from local files (`task_data`),
+by their content as well. Importing lm-eval takes seconds and listing all its tasks ten more, so both wait until they
+are needed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from yaml import YAMLError
 from blockpruner.checkpoint import file_digest
 from blockpruner.errors import ConfigurationError, nearest
 from stages.contract import StageConfig, canonical_digest
+from stages.task_data import DATA_TASKS, data_config, data_digest
 from stages.text_sources import one_line
 
 _NAME_IN_YAML = re.compile(rb"^(?:task|group|tag):[ \t]*['\"]?([\w.:-]+)", re.MULTILINE)
@@ -33,10 +35,10 @@ class TaskSpec(StageConfig):
     """One task and what identifies it."""
 
     name: str
-    origin: Literal["local", "registered"]
-    """In the user's task folder, or one of lm-eval's own."""
+    origin: Literal["local", "data", "registered"]
+    """In the user's task folder, or one of lm-eval's own, with its data from the user's files or from the hub."""
     digest: str | None = None
-    """sha256 over the files of a local task; None for a registered one, which lm-eval's version identifies."""
+    """sha256 over the user's files; None for a registered task, which lm-eval's version identifies."""
 
 
 def lm_eval_version() -> str:
@@ -54,23 +56,50 @@ class LoadedTasks:
     """The TaskManager that made them."""
 
 
-def resolve_tasks(names: Sequence[str], task_dir: Path | None = None) -> tuple[TaskSpec, ...]:
-    """Check task names and identify the tasks; a name that is given twice counts once.
+def resolve_tasks(
+    names: Sequence[str],
+    task_dir: Path | None = None,
+    *,
+    task_data: Path | None = None,
+    num_fewshot: int | None = None,
+) -> tuple[TaskSpec, ...]:
+    """Check task names and local data, and identify the tasks; a name that is given twice counts once.
 
-    A task of the folder goes before a registered one of the same name. Groups ('mmlu') and tags are names too.
+    A task of `task_dir` goes before one of `DATA_TASKS` with data in `task_data`, and that before a registered one of
+    the same name. Groups ('mmlu') and tags are names too; those of lm-eval take their data from the hub.
+
+    Args:
+        names: what was asked for.
+        task_dir: folder with the user's own tasks.
+        task_data: folder with data for `DATA_TASKS`.
+        num_fewshot: examples in the prompt; says whether data to draw them from must be there.
 
     Raises:
-        ConfigurationError: if a name is unknown, the folder is not there, or a file of a local task is missing.
+        ConfigurationError: if a name is unknown, a folder is not there, or a local task's files are missing or wrong.
     """
     if not names:
         return ()
+    if task_data is not None and not task_data.is_dir():
+        raise ConfigurationError(
+            f"there is no folder {task_data} with task data; give one that holds files such as {DATA_TASKS[0]}.jsonl"
+        )
     local = _local_index(task_dir)
-    return tuple(_resolve(name, local, task_dir) for name in dict.fromkeys(names))
+
+    def resolve(name: str) -> TaskSpec:
+        if name in DATA_TASKS and name not in local and task_data is not None:
+            return TaskSpec(name=name, origin="data", digest=data_digest(name, task_data, num_fewshot))
+        return _resolve(name, local, task_dir)
+
+    return tuple(map(resolve, dict.fromkeys(names)))
 
 
 @contextmanager
 def loaded_tasks(
-    specs: Sequence[TaskSpec], task_dir: Path | None = None, num_fewshot: int | None = None
+    specs: Sequence[TaskSpec],
+    task_dir: Path | None = None,
+    num_fewshot: int | None = None,
+    *,
+    task_data: Path | None = None,
 ) -> Iterator[LoadedTasks]:
     """Read the tasks' data: local files into a scratch folder that lasts as long as the block, others from the hub.
 
@@ -78,16 +107,28 @@ def loaded_tasks(
         ConfigurationError: if a task cannot be loaded, has changed since it was resolved, needs what we do not run, or
             has fewer examples than `num_fewshot` (None: than its own number).
     """
-    for spec in specs:
-        if spec.origin == "local" and (spec,) != resolve_tasks([spec.name], task_dir):
+    given = [spec for spec in specs if spec.origin != "registered"]
+    for spec in given:
+        if (spec,) != resolve_tasks([spec.name], task_dir, task_data=task_data, num_fewshot=num_fewshot):
             raise ConfigurationError(f"the task {spec.name!r} has changed since this run began; run it again")
     with TemporaryDirectory(prefix="blockpruner-tasks-") as scratch:
-        manager = _manager(specs, task_dir, scratch)
+        manager = _manager(specs, task_dir, scratch, _data_configs(specs, task_data, num_fewshot, Path(scratch)))
         loaded = _load(manager, [spec.name for spec in specs])
         items = _top_level(loaded)
         for name, task in loaded["tasks"].items():
             _check_fewshot(name, task, num_fewshot)
         yield LoadedTasks(items, manager)
+
+
+def _data_configs(
+    specs: Sequence[TaskSpec], task_data: Path | None, num_fewshot: int | None, scratch: Path
+) -> dict[str, dict[str, Any]]:
+    """The configurations of the tasks with data from the user's files, by name."""
+    return {
+        spec.name: data_config(spec.name, task_data, num_fewshot, scratch)
+        for spec in specs
+        if spec.origin == "data" and task_data is not None
+    }
 
 
 def _resolve(name: str, local: Mapping[str, Any], task_dir: Path | None) -> TaskSpec:
@@ -149,16 +190,20 @@ def _local_manager(task_dir: Path) -> Any:
     return TaskManager(include_path=str(task_dir.resolve()), include_defaults=False)
 
 
-def _manager(specs: Sequence[TaskSpec], task_dir: Path | None, cache_dir: str) -> Any:
-    """A TaskManager that knows what the tasks need.
+def _manager(
+    specs: Sequence[TaskSpec], task_dir: Path | None, cache_dir: str, finished: Mapping[str, dict[str, Any]]
+) -> Any:
+    """A TaskManager that knows what the tasks need; of some the configuration is finished already.
 
     lm-eval takes a local task's data paths relative to the working folder, so it is given the finished configurations
     in place of the YAML files; its own tasks are added only where they are needed, for listing them takes long.
     """
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._index import Entry, Kind
 
     manager = TaskManager(include_defaults=False) if task_dir is None else _local_manager(task_dir)
     index: dict[str, Any] = manager.task_index
+    index.update({name: Entry(name, Kind.TASK, None, config) for name, config in finished.items()})
     needed = _members({spec.name for spec in specs}, index)
     for name in set(index) - needed:
         del index[name]  # a registered group gets registered members, whatever else lies in the user's folder

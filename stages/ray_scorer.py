@@ -48,6 +48,7 @@ def ray_scorer(
             yield SpreadScorer(
                 crew,
                 len(token_ids_BT),
+                job.num_layers,
                 metric_of(job.metric),
                 cut,
                 Meter(peak=crew.peak),

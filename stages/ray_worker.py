@@ -90,7 +90,8 @@ class RayWorker:
             if place.is_elsewhere:
                 job = replace(job, model=_found_here(job.model))
             self._lasting.enter_context(device_memory(job.device, job.settings.memory_budget))
-            scorer = job.scorer(token_ids_BT.clone(), cut, team=place.team)  # what comes from Ray cannot be written to
+            token_ids_BT = token_ids_BT.clone()  # what comes from Ray cannot be written to
+            scorer, _, _ = job.parts(token_ids_BT, cut, team=place.team)
         except BlockPrunerError as error:
             return Refused(str(error))
         assert isinstance(scorer, SweepScorer)

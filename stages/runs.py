@@ -46,7 +46,8 @@ class StageRun(_Record):
     label: str
     """For people: 'calibrate', or the name of a text."""
     role: str
-    """What the run uses it for: 'calibration', 'text:<name>', 'baseline', 'search', 'export', 'evaluate:dense' or
+    """What the run uses it for: 'calibration', 'text:<name>', 'baseline', 'search', 'export', 'evaluate:dense',
+    'evaluate:dense:texts' (where the dense model is measured on tasks and texts without a baseline) or
     'evaluate:pruned'."""
     fingerprint: str | None = None
     cached: bool = False
@@ -55,6 +56,9 @@ class StageRun(_Record):
     status: StageStatus = "running"
     artifact_path: str | None = None
     """Relative to the workspace when inside."""
+    checkpoints: str | None = None
+    """Fingerprint under which a stage that can go on keeps its checkpoints; None for any other stage, and in records of
+    a version that did not say."""
     error: str | None = None
 
 
@@ -100,6 +104,11 @@ class RunRecord(RunDescription):
     package_version: str = blockpruner.__version__
     error: str | None = None
     stages: list[StageRun] = Field(default_factory=list)
+
+    @property
+    def ended_at(self) -> datetime:
+        """When it ended; for one that did not, when it began."""
+        return self.finished_at or self.created_at
 
     @property
     def was_refused(self) -> bool:
@@ -190,13 +199,19 @@ class RunStore:
             raise ArtifactError(f"the run record {path} is that of run {record.run_id!r}; remove it")
         return record
 
-    def list(self) -> Records:
-        """All runs, newest first; a damaged record is said and left out."""
+    def list(self, *, strict: bool = False) -> Records:
+        """All runs, newest first; a damaged record is said and left out.
+
+        Raises:
+            ArtifactError: if one is damaged, and `strict`.
+        """
         records = []
         for path in self.workspace.runs.glob("[!.]*.json"):
             try:
                 records.append(self.load(path.stem))
             except ArtifactError as error:
+                if strict and path.exists():
+                    raise
                 self._warn(str(error))
         return sorted(records, key=lambda record: (record.created_at, record.run_id), reverse=True)
 
@@ -242,6 +257,17 @@ class RunStore:
             self._warn(f"runs that died cannot be closed in {self.workspace.path} ({error.strerror})")
             return []
         return [self.load(record.run_id) for record in closed]
+
+    def forget(self, run_id: str) -> bool:
+        """Remove the record of a run that is over; False if it is under way."""
+        with _held_guard:
+            if self._lock_path(run_id) in _held:
+                return False
+        with self.workspace.trying(f"run-{run_id}") as nobody_holds_it:
+            if not nobody_holds_it or self.load(run_id).status == "running":
+                return False
+            self._path(run_id).unlink()
+            return True
 
     def _remove_unfinished(self) -> None:
         for temporary in self.workspace.runs.glob(".tmp-*"):

@@ -1,38 +1,45 @@
 """Stage `search`: the pruning order, with the score of every candidate at every step.
 
-Wires the library's greedy search to its checkpoints. A search is known by model, calibration set and method, and not by
+Wires the library's strategies to their checkpoints. A search is known by model, calibration set and method, and not by
 how far it goes: one that reached K blocks is the start of any longer one, and the answer to any shorter one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from blockpruner.architectures import block_sizes, num_parameters
+from blockpruner.architectures import Architecture, block_sizes, num_parameters
 from blockpruner.blocks import Block, BlockKind, BlockKinds, all_blocks
 from blockpruner.calibration import load_token_ids
 from blockpruner.checkpoint import Checkpoint
+from blockpruner.collapse import CollapseSearch, MergingModel, check_laco
 from blockpruner.journal import SearchJournal
 from blockpruner.loading import DtypeName, meta_model
+from blockpruner.merging import check_mergeable, stored_dtype
+from blockpruner.ordered_search import OrderedSearch
 from blockpruner.perplexity import perplexity
+from blockpruner.progress import ProgressCallback
 from blockpruner.repackable import Repackable
 from blockpruner.scoring.build import device_memory
-from blockpruner.scoring.interface import Scorer, TableCallback
+from blockpruner.scoring.interface import SurveyScorer, TableCallback
+from blockpruner.scoring.layer_measures import LayerMeasure
 from blockpruner.scoring.metrics import metric_of
 from blockpruner.scoring.plan import SweepCut
 from blockpruner.scoring.settings import MetricName
 from blockpruner.scoring.table import ScoreTable
 from blockpruner.scoring.work import Meter
-from blockpruner.search import GreedySearch, SearchTarget
-from blockpruner.trace import SearchStep, SearchSummary, write_trace
+from blockpruner.search import GreedySearch, Search, SearchTarget
+from blockpruner.strategies import STRATEGIES, LacoSettings, Procedure, StrategyName, check_settings
+from blockpruner.trace import LayerMerge, SearchStep, SearchSummary, write_trace
 from stages.contract import ArtifactRef, Runtime, Stage, StageConfig, StageManifest
 from stages.executor import ExecutorSettings
 from stages.search_scorer import ScoringJob
@@ -58,7 +65,34 @@ class SearchConfig(StageConfig):
     stock_compatible_at: str | None = None
     """Where the result must be one that can be repacked into an unchanged model of its family: `num_blocks` or `ratio`
     once more, as text, for such a search is no prefix of a longer one. None: anywhere, and no matter."""
-    strategy: Literal["blockpruner"] = "blockpruner"
+    strategy: StrategyName = "blockpruner"
+    """How the removals are chosen."""
+    strategy_seed: NonNegativeInt | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Of the strategy that draws; None for all others, so that their identity does not hold it."""
+
+    laco: LacoSettings | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Of the strategy laco; None for all others."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_what_matters(cls, fields: Any) -> Any:
+        """What a strategy does not read is no part of its identity."""
+        if not isinstance(fields, dict):
+            return fields
+        strategy = STRATEGIES.get(fields.get("strategy", "blockpruner"))
+        if strategy is None:
+            return fields
+        fields = dict(fields)
+        if strategy.importance == "chance":
+            fields["strategy_seed"] = fields.get("strategy_seed") or 0
+        else:
+            fields["strategy_seed"] = None
+        fields["laco"] = (fields.get("laco") or LacoSettings()) if strategy.procedure == "collapse" else None
+        if not strategy.uses_metric:
+            fields["metric"] = "perplexity"
+        if strategy.whole_layers:  # what is left is one of the family's models anyway
+            fields["stock_compatible_at"] = None
+        return fields
 
 
 @dataclass(frozen=True)
@@ -75,7 +109,10 @@ class SearchInputs:
 
 
 class PruningStep(StageManifest):
-    """One removal, without the candidates that were not chosen."""
+    """The removal of one block, without the candidates that were not chosen.
+
+    Of blocks that left together each has an entry, with the numbers of all of them.
+    """
 
     step: int
     layer_index: int
@@ -96,6 +133,7 @@ class SearchManifest(StageManifest):
     num_blocks_total: int
     num_parameters: int
     num_steps: int
+    """Removals; of a whole layer, or of several, at once counts as one."""
     pruning_order: tuple[PruningStep, ...]
 
 
@@ -116,20 +154,33 @@ class _Workbench:
         return self
 
     def __exit__(self, *_: object) -> None:
-        vars(self).pop("_scorer", None)  # and with it the model, whose memory the device is to have back
+        for name in ("_scorer", "_parts"):  # and with them the model, whose memory the device is to have back
+            vars(self).pop(name, None)
         self._started.close()
 
+    @property
+    def merging(self) -> MergingModel:
+        """The model of the same scorer, to be merged."""
+        _, architecture, model = self._parts
+        stored = stored_dtype(architecture, self._job.model)
+        return MergingModel(architecture, model, self._token_ids_BT, stored, self._job.batch_size)
+
     @cached_property
-    def _scorer(self) -> Scorer:
+    def _scorer(self) -> SurveyScorer:
         if self._executor.executor == "ray":
             from stages.ray_scorer import ray_scorer  # Ray is an optional extra
 
             spread = ray_scorer(self._job, self._token_ids_BT, self._executor, self._cut_so_far, self._keep_cut)
             return self._started.enter_context(spread)
+        return self._parts[0]
+
+    @cached_property
+    def _parts(self) -> tuple[SurveyScorer, Architecture, PreTrainedModel]:
+        """What computes in this process."""
         job = self._job
         self._started.enter_context(device_memory(job.device, job.settings.memory_budget))
         purpose = job.purpose
-        return job.scorer(self._token_ids_BT, self._cut_so_far(purpose), lambda plan: self._keep_cut(purpose, plan.cut))
+        return job.parts(self._token_ids_BT, self._cut_so_far(purpose), lambda plan: self._keep_cut(purpose, plan.cut))
 
     @property
     def num_sequences(self) -> int:
@@ -148,6 +199,14 @@ class _Workbench:
     def dense_nll(self) -> Tensor:
         """Each sequence's NLL of the unpruned model: float64 [B]."""
         return self._scorer.dense_nll()
+
+    def nll_without(self, removed: tuple[Block, ...]) -> Tensor:
+        """See `SurveyScorer.nll_without`."""
+        return self._scorer.nll_without(removed)
+
+    def measure_layers(self, measure: LayerMeasure) -> Tensor:
+        """See `SurveyScorer.measure_layers`."""
+        return self._scorer.measure_layers(measure)
 
     def _cut_so_far(self, purpose: str) -> SweepCut | None:
         """The cut that the search was begun with, if it was made for the same purpose."""
@@ -168,20 +227,31 @@ def run(config: SearchConfig, inputs: SearchInputs, out_dir: Path, runtime: Runt
         ConfigurationError: if the target is not valid for this model, or it does not know a token of the set.
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
+    check_settings(config.strategy, config.block_kinds, config.metric)
     architecture, shapes = meta_model(inputs.model)
     sizes, total = block_sizes(architecture, shapes), num_parameters(shapes)
     num_layers = len(architecture.decoder_layers(shapes))
     repackable = Repackable(num_layers, architecture.is_parallel) if config.stock_compatible_at else None
-    target = SearchTarget(config.num_blocks, config.ratio, repackable)
+    whole_layers = STRATEGIES[config.strategy].whole_layers
+    target = SearchTarget(config.num_blocks, config.ratio, repackable, whole_layers)
     candidates = {block: sizes[block] for block in all_blocks(num_layers, config.block_kinds)}
     target.check(candidates, total)
+    if config.laco is not None:
+        check_laco(config.laco, num_layers)
+        check_mergeable(architecture, shapes)
+        stored_dtype(architecture, inputs.model)
     check_vocabulary(shapes, "calibration", load_token_ids(inputs.calibration.path))
     assert runtime.state_dir is not None
     settings = {name: str(value) for name, value in config.model_dump(exclude=set(STAGE.not_resume_fields)).items()}
     parts = {**inputs.fingerprints(), **settings}
     journal = SearchJournal(runtime.state_dir, STAGE.resume_fingerprint(config, inputs), parts=parts)
     dense_nll_B, steps = _search(config, inputs, journal, runtime, (candidates, total), target)
-    summary = SearchSummary(dense_perplexity=perplexity(dense_nll_B), num_layers=num_layers, num_parameters=total)
+    summary = SearchSummary(
+        dense_perplexity=perplexity(dense_nll_B),
+        num_layers=num_layers,
+        num_parameters=total,
+        strategy=config.strategy,
+    )
     write_trace(out_dir, summary, steps)
     return SearchManifest(
         dense_perplexity=summary.dense_perplexity,
@@ -189,7 +259,7 @@ def run(config: SearchConfig, inputs: SearchInputs, out_dir: Path, runtime: Runt
         num_blocks_total=len(sizes),
         num_parameters=total,
         num_steps=len(steps),
-        pruning_order=tuple(_without_candidates(step) for step in steps),
+        pruning_order=tuple(_pruning_step(step, block) for step in steps for block in step.blocks),
     )
 
 
@@ -198,36 +268,85 @@ def _search(
     inputs: SearchInputs,
     journal: SearchJournal,
     runtime: Runtime,
-    sizes: tuple[Mapping[Block, int], int],
+    sizes: Sizes,
     target: SearchTarget,
 ) -> tuple[Tensor, tuple[SearchStep, ...]]:
     """Each sequence's dense NLL, and the steps; when this returns, nothing holds the model any more."""
-    candidates, num_parameters = sizes
     job = ScoringJob(
         model=inputs.model,
-        num_parameters=num_parameters,
+        num_layers=1 + max(block.layer_index for block in sizes[0]),
+        num_parameters=sizes[1],
         dtype=config.dtype,
         metric=config.metric,
         device=runtime.device,
         batch_size=runtime.batch_size,
         settings=runtime.scoring,
         trust_remote_code=inputs.trust_remote_code,
+        whole_layers=STRATEGIES[config.strategy].whole_layers,
+        can_stream=config.laco is None,
     )
-    metric, noise_nats = metric_of(config.metric), _NOISE_NATS[config.dtype]
+    make = _SEARCHES[STRATEGIES[config.strategy].procedure]
     with _Workbench(job, load_token_ids(inputs.calibration.path), journal, runtime.executor) as workbench:
         dense_nll_B = journal.dense_nll()
         if dense_nll_B is None:
             journal.keep_dense_nll(dense_nll_B := workbench.dense_nll())
-        greedy = GreedySearch(workbench, candidates, num_parameters, journal, runtime.progress, metric, noise_nats)
-        return dense_nll_B, greedy.run(target)
+        return dense_nll_B, make(config, workbench, sizes, journal, runtime.progress).run(target)
 
 
-def _without_candidates(step: SearchStep) -> PruningStep:
-    return PruningStep(
-        layer_index=step.block.layer_index,
-        block_kind=step.block.block_kind,
-        **step.model_dump(exclude={"block", "candidates"}),
-    )
+Sizes = tuple[Mapping[Block, int], int]
+"""Parameters of every block that may be removed, and of the whole model."""
+
+
+def _greedy(
+    config: SearchConfig, workbench: _Workbench, sizes: Sizes, journal: SearchJournal, progress: ProgressCallback
+) -> Search:
+    metric, noise_nats = metric_of(config.metric), _NOISE_NATS[config.dtype]
+    return GreedySearch(workbench, *sizes, journal, progress, metric, noise_nats)
+
+
+def _ordered(
+    config: SearchConfig, workbench: _Workbench, sizes: Sizes, journal: SearchJournal, progress: ProgressCallback
+) -> Search:
+    metric, noise_nats = metric_of(config.metric), _NOISE_NATS[config.dtype]
+    importance, seed = STRATEGIES[config.strategy].importance, config.strategy_seed or 0
+    return OrderedSearch(workbench, *sizes, journal, progress, metric, noise_nats, importance=importance, seed=seed)
+
+
+def _collapse(
+    config: SearchConfig, workbench: _Workbench, sizes: Sizes, journal: SearchJournal, progress: ProgressCallback
+) -> Search:
+    return CollapseSearch(_LateBench(workbench), *sizes, journal, progress, settings=config.laco)
+
+
+class _LateBench:
+    """A bench whose model is loaded when the first merge is tried."""
+
+    def __init__(self, workbench: _Workbench) -> None:
+        self._workbench = workbench
+
+    @cached_property
+    def _merging(self) -> MergingModel:
+        return self._workbench.merging
+
+    def similarity(self, merges: Sequence[LayerMerge], removed: Sequence[Block]) -> float:
+        """See `MergeBench.similarity`."""
+        return self._merging.similarity(merges, removed)
+
+    def nll(self, merges: Sequence[LayerMerge], removed: Sequence[Block]) -> Tensor:
+        """See `MergeBench.nll`."""
+        return self._merging.nll(merges, removed)
+
+
+_SEARCHES: Mapping[Procedure, Callable[..., Search]] = {
+    "greedy": _greedy,
+    "ordered": _ordered,
+    "collapse": _collapse,
+}
+
+
+def _pruning_step(step: SearchStep, block: Block) -> PruningStep:
+    numbers = set(PruningStep.model_fields) - {"layer_index", "block_kind"}
+    return PruningStep(layer_index=block.layer_index, block_kind=block.block_kind, **step.model_dump(include=numbers))
 
 
 STAGE: Stage[SearchConfig, SearchInputs, SearchManifest] = Stage(

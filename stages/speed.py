@@ -6,7 +6,7 @@ What it gives depends on the machine, so the machine is part of its configuratio
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,8 +16,7 @@ import transformers
 
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.loading import DtypeName
-from blockpruner.progress import Progress
-from blockpruner.speed import Speed, SpeedCase, measure_speed
+from blockpruner.speed import Speed, SpeedCase, TimedModel, measure_speed
 from stages.contract import Runtime, Stage, StageConfig, StageManifest
 
 
@@ -31,7 +30,7 @@ class SpeedConfig(StageConfig):
     new_tokens: int = 32
     """Tokens decoded after each."""
     num_repeats: int = 5
-    """Repetitions; the median counts."""
+    """Repetitions in each of a model's two processes; the median of all counts."""
     dtype: DtypeName = "float32"
     machine: str
     """See `machine`."""
@@ -53,7 +52,9 @@ class SpeedInputs:
     dense: Checkpoint
     pruned: Checkpoint
     trust_remote_code: bool = False
-    """For the dense model; the exported one's code is our own."""
+    """For the dense model."""
+    pruned_has_code: bool = False
+    """Whether the exporter has put code into the pruned one: no other code of it is run."""
 
     def fingerprints(self) -> Mapping[str, str]:
         """Both models, by content."""
@@ -64,6 +65,8 @@ class VariantSpeed(Speed):
     """One measurement of one model."""
 
     variant: Literal["dense", "pruned"]
+    weight_bytes: int
+    """Of the files with the weights, on disk."""
 
 
 class SpeedManifest(StageManifest):
@@ -81,31 +84,32 @@ def machine(device: str) -> str:
 
 
 def run(config: SpeedConfig, inputs: SpeedInputs, out_dir: Path, runtime: Runtime) -> SpeedManifest:
-    """Measure the dense model, then the pruned one, each in a process of its own.
+    """Measure the dense model and the pruned one, in turn, each in processes of its own.
 
     Raises:
         CheckpointError: if a model cannot be run.
     """
-    speeds: list[VariantSpeed] = []
-    variants: tuple[tuple[Literal["dense", "pruned"], Checkpoint, bool], ...] = (
-        ("dense", inputs.dense, inputs.trust_remote_code),
-        ("pruned", inputs.pruned, True),
+    dense, pruned = inputs.dense, inputs.pruned
+    measured = measure_speed(
+        [TimedModel(dense.path, inputs.trust_remote_code), TimedModel(pruned.path, inputs.pruned_has_code)],
+        config.cases,
+        device=runtime.device,
+        dtype=config.dtype,
+        num_repeats=config.num_repeats,
+        progress=runtime.progress,
     )
-    for done, (variant, checkpoint, trusts) in enumerate(variants):
-        runtime.progress(Progress(done, len(variants), "models", variant))
-        measured = measure_speed(
-            checkpoint.path,
-            config.cases,
-            device=runtime.device,
-            dtype=config.dtype,
-            num_repeats=config.num_repeats,
-            trust_remote_code=trusts,
-        )
-        speeds += [VariantSpeed(variant=variant, **speed.model_dump()) for speed in measured]
-    runtime.progress(Progress(len(variants), len(variants), "models"))
-    return SpeedManifest(machine=config.machine, speeds=tuple(speeds))
+    speeds = (*_of_variant("dense", dense, measured[0]), *_of_variant("pruned", pruned, measured[1]))
+    return SpeedManifest(machine=config.machine, speeds=speeds)
+
+
+def _of_variant(
+    variant: Literal["dense", "pruned"], model: Checkpoint, speeds: Iterable[Speed]
+) -> Iterator[VariantSpeed]:
+    weight_bytes = sum(file.stat().st_size for file in {entry.file for entry in model.tensors.values()})
+    for speed in speeds:
+        yield VariantSpeed(variant=variant, weight_bytes=weight_bytes, **speed.model_dump())
 
 
 STAGE: Stage[SpeedConfig, SpeedInputs, SpeedManifest] = Stage(
-    name="speed", version=1, manifest_type=SpeedManifest, run=run
+    name="speed", version=2, manifest_type=SpeedManifest, run=run
 )

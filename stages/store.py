@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -37,8 +38,10 @@ _READ_ONLY_CONFIG: dict[str, str | bool | int | float | list[str]] = {
     "enable_external_access": "false",
     "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false",
-    "lock_configuration": "true",
+    "temp_directory": "",  # a query too large for the memory would be laid down beside the database, to the disk's end
 }
+_THEN_LOCKED = "SET enable_progress_bar = false; SET lock_configuration = true"
+"""A bar would be drawn among the results; it can be set only once connected."""
 _READING = frozenset({duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI})
 """SELECT includes FROM, VALUES, SHOW, DESCRIBE and SUMMARIZE; MULTI is a PIVOT."""
 _BUSY_WORDS = ("Could not set lock on file", "different configuration than existing connections")
@@ -135,6 +138,34 @@ class ResultStore:
             self._build(chosen)
         return len(chosen)
 
+    def names(self) -> list[str]:
+        """Every name that a query can use: of tables, views and their columns.
+
+        Raises:
+            StoreError: as `query` does.
+        """
+        named = (
+            "SELECT DISTINCT unnest([table_name, column_name]) FROM duckdb_columns() WHERE NOT internal ORDER BY ALL"
+        )
+        return [name for (name,) in self.query(named).rows]
+
+    def forget(self, run_ids: Sequence[str]) -> None:
+        """Take the rows of these runs out.
+
+        Raises:
+            StoreError: if the database stays taken, or cannot be written.
+        """
+        deadline = time.monotonic() + self._wait
+        with self._said_plainly("cannot be written"), self._writing(deadline):
+            self._healed(lambda: self._forget_now(run_ids, deadline))
+
+    def _forget_now(self, run_ids: Sequence[str], deadline: float) -> None:
+        with closing(self._connect(deadline, read_only=False)) as connection, _translated():
+            _check_schema(connection)
+            with _transaction(connection):
+                for run_id in run_ids:
+                    _delete_rows(connection, run_id)
+
     def _prove_free(self, deadline: float) -> None:
         """Wait until nobody has the file open: replacing it under another's hands would lose what that one writes."""
         try:
@@ -171,15 +202,16 @@ class ResultStore:
             statements = connection.extract_statements(sql)
             if len(statements) != 1 or statements[0].type not in _READING:
                 raise StoreError("give one SQL statement that reads: SELECT, FROM, WITH, SHOW, DESCRIBE or EXPLAIN")
-            connection.execute(statements[0])
-            return QueryResult(_unique([column[0] for column in connection.description or ()]), connection.fetchall())
+            return _answer(connection, statements[0])
 
     def _connect(self, deadline: float, *, read_only: bool) -> duckdb.DuckDBPyConnection:
         def attempt() -> duckdb.DuckDBPyConnection:
             if not self.path.is_file():
                 raise _MissingError("is missing")
             with _translated():
-                return duckdb.connect(self.path, read_only=read_only, config=_READ_ONLY_CONFIG if read_only else {})
+                if not read_only:
+                    return duckdb.connect(self.path)
+                return duckdb.connect(self.path, read_only=True, config=_READ_ONLY_CONFIG).execute(_THEN_LOCKED)
 
         retrying = Retrying(
             retry=retry_if_exception_type(_BusyError),
@@ -246,6 +278,22 @@ class ResultStore:
 
     def _records(self) -> list[RunRecord]:
         return RunStore(self._workspace.path, self._warn).list()
+
+
+def _answer(connection: duckdb.DuckDBPyConnection, statement: duckdb.Statement) -> QueryResult:
+    """What the statement gives. DuckDB heeds no signal while it computes, so that it does it in a thread of its own."""
+
+    def compute() -> QueryResult:
+        connection.execute(statement)
+        return QueryResult(_unique([column[0] for column in connection.description or ()]), connection.fetchall())
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        answer = pool.submit(compute)
+        try:
+            return answer.result()
+        except KeyboardInterrupt:
+            connection.interrupt()
+            raise
 
 
 def _replace_rows(connection: duckdb.DuckDBPyConnection, rows: RunRows) -> None:
@@ -329,6 +377,8 @@ def _translated() -> Iterator[None]:
             holder = re.search(r"PID (\d+)", text)
             who = f"process {holder[1]} has" if holder else "another connection has"
             raise _BusyError(f"{who} the results database open; close it there or try again later") from error
+        if isinstance(error, duckdb.OutOfMemoryException):
+            raise StoreError("the query needs more memory than there is; ask for less at once") from error
         from_the_file = isinstance(error, _TORN_TYPES) or type(error) is duckdb.Error  # not from the query's own words
         if from_the_file and any(words in text for words in _TORN_WORDS):
             raise _UnusableError("is damaged") from error

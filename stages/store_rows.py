@@ -11,8 +11,9 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -44,8 +45,9 @@ class _Block(BaseModel):
 
 class _Candidate(BaseModel):
     block: _Block
+    also: tuple[_Block, ...] = ()
     score: float
-    perplexity: float
+    perplexity: float | None
     rank: int
     chosen: bool
     tied: bool = False
@@ -54,6 +56,7 @@ class _Candidate(BaseModel):
 class _Step(BaseModel):
     step: int
     block: _Block
+    also: tuple[_Block, ...] = ()
     score: float
     perplexity: float
     num_parameters_removed: int
@@ -99,9 +102,22 @@ class _Export(BaseModel):
     verified_with: str | None = None
 
 
+class _Speed(BaseModel):
+    variant: str
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+    prefill_ms: float
+    decode_tokens_per_s: float
+    peak_memory_bytes: int | None
+    kv_cache_bytes_per_token: float
+    num_parameters: int | None = None
+    weight_bytes: int | None = None
+
+
 class _Speeds(BaseModel):
     machine: str
-    speeds: tuple[dict[str, Any], ...]
+    speeds: tuple[_Speed, ...]
 
 
 FoundT = TypeVar("FoundT")
@@ -129,6 +145,7 @@ class _Found:
     steps: tuple[_Step, ...]
     baseline: _Measured
     dense: _Measured
+    dense_texts: _Measured
     pruned: _Measured
     exports: tuple[tuple[_Export, str], ...]
     """Each with the folder of its model; the first is the one that was evaluated."""
@@ -141,8 +158,13 @@ def rows_of(record: RunRecord, workspace: Workspace, warn: Warn) -> RunRows:
     return RunRows(
         runs=[_run_row(record)],
         stage_runs=[_stage_row(run_id, stage) for stage in record.stages],
-        search_steps=[_step_row(run_id, step) for step in found.steps],
-        block_scores=[_score_row(run_id, step.step, each) for step in found.steps for each in step.candidates],
+        search_steps=_step_rows(record, found.steps),
+        block_scores=[
+            _score_row(run_id, step.step, each, block)
+            for step in found.steps
+            for each in step.candidates
+            for block in (each.block, *each.also)
+        ],
         perplexities=[*_dense_perplexities(run_id, found), *_pruned_perplexities(record, found)],
         evaluations=[
             EvaluationRow(run_id, variant, m.task, m.metric, m.value, m.stderr, m.num_fewshot, m.num_examples)
@@ -188,6 +210,7 @@ def _find(record: RunRecord, workspace: Workspace, warn: Warn) -> _Found:
         steps=search[1] if search else (),
         baseline=measured("baseline"),
         dense=measured("evaluate:dense"),
+        dense_texts=measured("evaluate:dense:texts"),
         pruned=measured("evaluate:pruned"),
         exports=tuple(export for export in exports if export is not None),
         speeds=read("speed", lambda _, envelope: _Speeds.model_validate(envelope.manifest)),
@@ -203,7 +226,7 @@ def _dense_perplexities(run_id: str, found: _Found) -> list[PerplexityRow]:
     """The baseline's; where it did not measure a text, the evaluation's, and for the calibration set the search's."""
     rows = {
         text.text: PerplexityRow(run_id, "dense", text.text, 0, text.num_tokens, text.perplexity)
-        for text in (*found.dense.texts, *found.baseline.texts)
+        for text in (*found.dense.texts, *found.dense_texts.texts, *found.baseline.texts)
     }
     if found.search is not None and _CALIBRATION not in rows:
         rows[_CALIBRATION] = PerplexityRow(run_id, "dense", _CALIBRATION, 0, None, found.search.dense_perplexity)
@@ -214,13 +237,14 @@ def _pruned_perplexities(record: RunRecord, found: _Found) -> list[PerplexityRow
     """The evaluation's; where it did not measure the calibration set, the search's at the exported number of blocks."""
     run_id = record.run_id
     removed = found.exports[0][0].num_blocks_removed if found.exports else record.num_blocks_removed
+    removed_by_step = _num_removed(found.steps)
     if removed is None and found.steps:
-        removed = len(found.steps)
+        removed = removed_by_step[-1]
     rows = [PerplexityRow(run_id, "pruned", t.text, removed, t.num_tokens, t.perplexity) for t in found.pruned.texts]
-    if any(row.text == _CALIBRATION for row in rows) or removed is None or not 1 <= removed <= len(found.steps):
+    if any(row.text == _CALIBRATION for row in rows) or removed not in removed_by_step:
         return rows
     num_tokens = next((text.num_tokens for text in found.baseline.texts if text.text == _CALIBRATION), None)
-    perplexity = found.steps[removed - 1].perplexity
+    perplexity = found.steps[removed_by_step.index(removed)].perplexity
     return [*rows, PerplexityRow(run_id, "pruned", _CALIBRATION, removed, num_tokens, perplexity)]
 
 
@@ -240,27 +264,38 @@ def _stage_row(run_id: str, stage: StageRun) -> StageRow:
     return StageRow(run_id=run_id, started_at=_utc(stage.started_at), **{name: getattr(stage, name) for name in same})
 
 
-def _step_row(run_id: str, step: _Step) -> StepRow:
-    return StepRow(
-        run_id=run_id,
-        step=step.step,
-        layer_index=step.block.layer_index,
-        block_kind=step.block.block_kind,
-        score=step.score,
-        perplexity=step.perplexity,
-        num_parameters_removed=step.num_parameters_removed,
-        ratio=step.ratio,
-        seconds=step.seconds,
-        work_saved=step.work_saved,
-    )
+def _num_removed(steps: Sequence[_Step]) -> list[int]:
+    """How many blocks were gone after each step."""
+    return list(accumulate(1 + len(step.also) for step in steps))
 
 
-def _score_row(run_id: str, step: int, candidate: _Candidate) -> ScoreRow:
+def _step_rows(record: RunRecord, steps: Sequence[_Step]) -> list[StepRow]:
+    return [
+        StepRow(
+            run_id=record.run_id,
+            step=step.step,
+            layer_index=block.layer_index,
+            block_kind=block.block_kind,
+            score=step.score,
+            perplexity=step.perplexity,
+            num_parameters_removed=step.num_parameters_removed,
+            ratio=step.ratio,
+            seconds=step.seconds,
+            work_saved=step.work_saved,
+            strategy=record.strategy,
+            num_blocks_removed=num_removed,
+        )
+        for step, num_removed in zip(steps, _num_removed(steps), strict=True)
+        for block in (step.block, *step.also)
+    ]
+
+
+def _score_row(run_id: str, step: int, candidate: _Candidate, block: _Block) -> ScoreRow:
     return ScoreRow(
         run_id=run_id,
         step=step,
-        layer_index=candidate.block.layer_index,
-        block_kind=candidate.block.block_kind,
+        layer_index=block.layer_index,
+        block_kind=block.block_kind,
         score=candidate.score,
         perplexity=candidate.perplexity,
         rank=candidate.rank,
@@ -272,10 +307,7 @@ def _score_row(run_id: str, step: int, candidate: _Candidate) -> ScoreRow:
 def _speed_rows(run_id: str, found: _Speeds | None) -> list[SpeedRow]:
     if found is None:
         return []
-    names = set(SpeedRow._fields) - {"run_id", "machine"}
-    return [
-        SpeedRow(run_id=run_id, machine=found.machine, **{name: row[name] for name in names}) for row in found.speeds
-    ]
+    return [SpeedRow(run_id=run_id, machine=found.machine, **speed.model_dump()) for speed in found.speeds]
 
 
 def _export_row(run_id: str, export: _Export, path: str) -> ExportRow:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import NamedTuple
 
+from stages.store_views import VIEWS
+
 TABLES: Mapping[str, Mapping[str, str]] = {
     "runs": {
         "run_id": "VARCHAR NOT NULL",
@@ -64,6 +66,8 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "ratio": "DOUBLE NOT NULL",
         "seconds": "DOUBLE NOT NULL",
         "work_saved": "DOUBLE NOT NULL",
+        "strategy": "VARCHAR",
+        "num_blocks_removed": "INTEGER",
     },
     "block_scores": {
         "run_id": "VARCHAR NOT NULL",
@@ -71,7 +75,7 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "layer_index": "INTEGER NOT NULL",
         "block_kind": "VARCHAR NOT NULL",
         "score": "DOUBLE NOT NULL",
-        "perplexity": "DOUBLE NOT NULL",
+        "perplexity": "DOUBLE",
         "rank": "INTEGER NOT NULL",
         "chosen": "BOOLEAN NOT NULL",
         "tied": "BOOLEAN NOT NULL",
@@ -113,9 +117,11 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "new_tokens": "BIGINT NOT NULL",
         "prefill_ms": "DOUBLE NOT NULL",
         "decode_tokens_per_s": "DOUBLE NOT NULL",
-        "peak_memory_bytes": "BIGINT NOT NULL",
+        "peak_memory_bytes": "BIGINT",
         "kv_cache_bytes_per_token": "DOUBLE NOT NULL",
         "machine": "VARCHAR NOT NULL",
+        "num_parameters": "BIGINT",
+        "weight_bytes": "BIGINT",
     },
 }
 """Column name to SQL type, by table."""
@@ -127,14 +133,20 @@ SKIPPED_TABLE = "skipped_runs"
 
 _SKIPPED_COLUMNS = {"run_id": "VARCHAR NOT NULL", "record_digest": "VARCHAR NOT NULL", "reason": "VARCHAR NOT NULL"}
 
-CREATE = "\n".join(
-    f"CREATE TABLE {table} ({', '.join(f'{column} {kind}' for column, kind in columns.items())});"
-    for table, columns in {**TABLES, SKIPPED_TABLE: _SKIPPED_COLUMNS}.items()
-)
-"""Makes every table of an empty database."""
+DEFINITIONS: Mapping[str, str] = {
+    **{
+        table: f"CREATE TABLE {table} (\n    " + ",\n    ".join(map(" ".join, columns.items())) + "\n);"
+        for table, columns in {**TABLES, SKIPPED_TABLE: _SKIPPED_COLUMNS}.items()
+    },
+    **{view: f"CREATE VIEW {view} AS\n{query.strip()};" for view, query in VIEWS.items()},
+}
+"""The statement that makes each table and view, by name."""
+
+CREATE = "\n".join(DEFINITIONS.values())
+"""Makes every table and view of an empty database."""
 
 SCHEMA_DIGEST = hashlib.sha256(CREATE.encode()).hexdigest()
-"""Kept in INFO_TABLE: a database with other tables is made anew."""
+"""Kept in INFO_TABLE: a database with other tables or views is made anew."""
 
 
 def delete_statement(table: str) -> str:
@@ -198,7 +210,7 @@ class StageRow(NamedTuple):
 
 
 class StepRow(NamedTuple):
-    """One removal of a run's search."""
+    """One block that a run's search removed; blocks that left together have a row each, with the same step."""
 
     run_id: str
     step: int
@@ -210,17 +222,21 @@ class StepRow(NamedTuple):
     ratio: float
     seconds: float
     work_saved: float = 0.0
+    strategy: str | None = None
+    num_blocks_removed: int | None = None
+    """By this step and all before it."""
 
 
 class ScoreRow(NamedTuple):
-    """What one step of the search found for one candidate."""
+    """What one step of the search found for one block; blocks that would leave together have a row each."""
 
     run_id: str
     step: int
     layer_index: int
     block_kind: str
     score: float
-    perplexity: float
+    perplexity: float | None
+    """NULL where the strategy did not measure it."""
     rank: int
     chosen: bool
     tied: bool
@@ -274,6 +290,13 @@ class SpeedRow(NamedTuple):
     new_tokens: int
     prefill_ms: float
     decode_tokens_per_s: float
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
+    """None where the system does not tell it."""
     kv_cache_bytes_per_token: float
+    """Of one sequence, after the prompt. Where layers have windows it falls with longer prompts, for such a layer keeps
+    no more than its window."""
     machine: str
+    num_parameters: int | None = None
+    """Of the variant, as it is loaded; None in rows of earlier versions."""
+    weight_bytes: int | None = None
+    """Of the variant's weights, on disk; None likewise."""

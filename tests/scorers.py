@@ -39,12 +39,14 @@ def sweep_scorer(
     logit_elements: int = 2**12,
     snapshot_bytes: int = 0,
     num_workers: int = 1,
+    whole_layers: bool = False,
 ) -> SweepScorer:
     """A sweep on the CPU with this plan."""
     cut = SweepCut(micro_batch=micro_batch, branches_per_chunk=branches_per_chunk, logit_elements=logit_elements)
     scorer = build_scorer(
         *(row_of(model), model, token_ids_BT, "cpu", metric_of(metric), ScorerSettings()),
         cut=cut,
+        whole_layers=whole_layers,
         team=Team(num_workers),
     )
     assert isinstance(scorer, SweepScorer)

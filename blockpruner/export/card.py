@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from blockpruner import __version__
 from blockpruner.blocks import Block, BlockKind, mha, mlp
-from blockpruner.export.engines import how_to_load
-from blockpruner.export.write import WrittenExport
+from blockpruner.checkpoint import Checkpoint
+from blockpruner.export.engines import how_to_load, remark_on_windows
+from blockpruner.export.formats import FORMATS
+from blockpruner.export.write import WrittenExport, add_to_manifest
+from blockpruner.strategies import STRATEGIES
 
 _ZEROED = (
     "The removed blocks are still in the files, with zeros in their last projections: this form saves neither memory "
@@ -21,7 +26,12 @@ _FIRST_ATTENTION = (
     "The first layer's attention is still in the files, with zeros in its output projection, for engines expect one "
     "there: it adds nothing to any logit, and costs the memory and the time of an attention block."
 )
-_PAPER = "Zhong et al., BlockPruner, Findings of ACL 2025, doi 10.18653/v1/2025.findings-acl.262"
+_INHERITED = ("license", "license_name", "license_link", "language", "base_model")
+_FILE = "README.md"
+_METHOD = STRATEGIES["blockpruner"].source
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,24 +48,27 @@ class CardNumbers:
     """(text, dense, pruned)."""
 
 
-def write_card(written: WrittenExport, source: str, source_dir: Path, numbers: CardNumbers) -> None:
-    """Write README.md into the export."""
+def write_card(written: WrittenExport, source: Checkpoint, numbers: CardNumbers, method: str = _METHOD) -> None:
+    """Write README.md into the export, and its digest into the manifest.
+
+    `method` says who described how the blocks were chosen.
+    """
+    inherited = _inherited(source)
     data = ModelCardData(
-        library_name="gguf" if written.format == "gguf" else "transformers",
+        library_name="transformers" if FORMATS[written.format].in_transformers else written.format,
         pipeline_tag="text-generation",
-        base_model=source if source.count("/") == 1 and not Path(source).exists() else None,
-        license=_licence(source_dir),
         tags=["blockpruner", "pruned"],
+        **inherited,
     )
-    name = Path(source).resolve().name if Path(source).exists() else source
+    name = source.public_name
     ratio = 1 - numbers.num_parameters / numbers.num_parameters_dense
     lines = [
         "---",
         data.to_yaml(),
         "---",
-        f"# {Path(name).name}, {len(written.dropped)} residual blocks removed",
+        f"# {name.rpartition('/')[2]}, {len(written.dropped)} residual blocks removed",
         "",
-        f"Made from `{name}` by blockpruner {__version__}, without training ({_PAPER}).",
+        f"Made from `{name}` by blockpruner {__version__}, without training ({method}).",
         f"{numbers.num_parameters:,} of {numbers.num_parameters_dense:,} parameters remain ({ratio:.2%} removed).",
         *([_ZEROED] if written.format == "zeroed" else []),
         *([_FIRST_ATTENTION] if written.format == "decilm" and written.zeros else []),
@@ -71,8 +84,16 @@ def write_card(written: WrittenExport, source: str, source_dir: Path, numbers: C
         "",
         "## Load",
         *how_to_load(written.format),
+        *_on_windows(written),
     ]
-    ModelCard("\n".join(lines) + "\n").save(written.path / "README.md")
+    ModelCard("\n".join(lines) + "\n").save(written.path / _FILE)
+    add_to_manifest(written.path, _FILE)
+
+
+def _on_windows(written: WrittenExport) -> tuple[str, ...]:
+    if written.format != "stock":  # the only one whose layers have other numbers, and that other engines load by them
+        return ()
+    return remark_on_windows(json.loads((written.path / "config.json").read_text(encoding="utf-8")))
 
 
 def _table(written: WrittenExport, numbers: CardNumbers) -> list[str]:
@@ -100,12 +121,15 @@ def strips(kept: tuple[Block, ...], dropped: tuple[Block, ...]) -> list[str]:
     ]
 
 
-def _licence(source_dir: Path) -> str | None:
-    card = source_dir / "README.md"
-    if not card.is_file():
-        return None
-    try:
-        licence = ModelCard.load(card).data.to_dict().get("license")
-    except (ValueError, OSError, yaml.YAMLError):  # a card without valid metadata carries no licence over
-        return None
-    return str(licence) if licence else None
+def _inherited(source: Checkpoint) -> dict[str, Any]:
+    """What the source's own card says of its terms, its languages, and of what it was made from."""
+    card = source.path / "README.md"
+    given: dict[str, Any] = {}
+    if card.is_file():
+        try:
+            given = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+        except (ValueError, OSError, yaml.YAMLError) as error:
+            logger.warning("the card of %s has no valid metadata, so no licence: %s", source.public_name, error)
+    found = {key: given[key] for key in _INHERITED if given.get(key)}
+    # A folder without an id of its own is a copy of what its card names, or was made from it.
+    return found | ({"base_model": source.hub_id} if source.hub_id else {})

@@ -16,7 +16,7 @@ from blockpruner.errors import ExportError
 from blockpruner.export.settings import fewer_layers
 from blockpruner.export.source import ExportSource
 from blockpruner.export.weights import write_tensors
-from blockpruner.surgery import custom_places
+from blockpruner.surgery import Places, custom_places
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _PRE_NORM, _SANDWICH = "modeling_pre_norm", "modeling_sandwich"
@@ -48,14 +48,19 @@ def check(source: ExportSource) -> None:
     _layer_settings(source)
 
 
+def places(source: ExportSource) -> Places:
+    """The layer of each surviving block, and a feed-forward block's place in its list."""
+    return custom_places(source.packed)
+
+
 def write(source: ExportSource, out_dir: Path, shard_bytes: int) -> None:
     """Write weights, config.json and the two files of code."""
-    places = custom_places(source.packed)
+    where = places(source)
 
     def new_name(name: str, block: Block | None) -> str | None:
         if block is None:
             return name
-        return source.architecture.placed(name, places[block]) if block in places else None
+        return source.architecture.placed(name, where[block]) if block in where else None
 
     write_tensors(source.tensors(new_name), out_dir, shard_bytes)
     settings = source.settings(**_layer_settings(source), **_write_code(source, out_dir))

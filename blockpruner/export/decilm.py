@@ -26,9 +26,11 @@ import torch
 
 from blockpruner.blocks import Block, BlockKind, mha, mlp
 from blockpruner.errors import ExportError
+from blockpruner.export.attention import head_dim, window
 from blockpruner.export.settings import refuse_unknown_lists
 from blockpruner.export.source import ExportSource
 from blockpruner.export.weights import TensorSource, dtype_of, write_tensors
+from blockpruner.surgery import Places
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _FAMILIES = ("llama", "mistral", "qwen2")
@@ -60,13 +62,13 @@ def check(source: ExportSource) -> None:
     if family not in _FAMILIES:
         raise ExportError(f"format decilm is there for {', '.join(_FAMILIES)}, and this is a {family}")
     assert source.packed.layers  # an attention is left, or it has raised
-    if _has_windows(source):
+    if window(source) is not None:
         raise ExportError(f"format decilm has no sliding windows, and this {family} has (of {config.sliding_window})")
     num_heads, num_groups = int(config.num_attention_heads), int(config.num_key_value_heads)
-    if _head_dim(source) * num_heads != config.hidden_size or num_heads % num_groups:
+    if head_dim(source) * num_heads != config.hidden_size or num_heads % num_groups:
         raise ExportError(
             f"format decilm needs attention heads that divide the hidden size ({config.hidden_size}) among them and "
-            f"are a multiple of the key-value heads; here {num_heads} of {_head_dim(source)}, and {num_groups}"
+            f"are a multiple of the key-value heads; here {num_heads} of {head_dim(source)}, and {num_groups}"
         )
     if config.hidden_act != "silu" or getattr(config, "mlp_bias", False):
         raise ExportError(
@@ -82,6 +84,12 @@ def carried(source: ExportSource) -> tuple[Block, ...]:
     """The removed block that stays with zeros: the first layer's attention."""
     first = mha(_layers(source)[0])
     return () if first in source.kept else (first,)
+
+
+def places(source: ExportSource) -> Places:
+    """The layer of each surviving block."""
+    numbers = {old: str(new) for new, old in enumerate(_layers(source))}
+    return {block: numbers[block.layer_index] for block in source.kept}
 
 
 def write(source: ExportSource, out_dir: Path, shard_bytes: int) -> None:
@@ -115,22 +123,6 @@ def engine_width(ffn_mult: float, hidden_size: int) -> int:
 def _layers(source: ExportSource) -> list[int]:
     """The layers of the original of which something is left."""
     return sorted({block.layer_index for block in source.kept})
-
-
-def _head_dim(source: ExportSource) -> int:
-    config = source.config
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def _has_windows(source: ExportSource) -> bool:
-    """Whether a surviving attention sees less than all of a sequence."""
-    config = source.config
-    window = getattr(config, "sliding_window", None)
-    if window is None or window >= config.max_position_embeddings:
-        return False
-    types = getattr(config, "layer_types", None) or ["sliding_attention"] * source.num_layers
-    attentions = (block.layer_index for block in source.kept if block.block_kind is BlockKind.MHA)
-    return any(types[index] == "sliding_attention" for index in attentions)
 
 
 def _refuse_rope(parameters: dict[str, Any]) -> None:
@@ -190,7 +182,7 @@ def _settings(source: ExportSource) -> dict[str, Any]:
         },
         "num_hidden_layers": len(_layers(source)),
         **{key: getattr(config, key) for key in _COPIED},
-        "head_dim": _head_dim(source),
+        "head_dim": head_dim(source),
         "attention_bias": _has_attention_bias(source),
         "mlp_bias": False,
         # In the words of transformers 5, of those before it and of the engines.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from blockpruner.export.names import ExportFormat
+from collections.abc import Mapping
+from typing import Any
 
-_WITH_CODE: tuple[ExportFormat, ...] = ("transformers", "decilm")
+from blockpruner.export.formats import FORMATS
+from blockpruner.export.names import ExportFormat
+from blockpruner.export.settings import window_period
 
 _DECILM = (
     "Other engines load it as a `DeciLMForCausalLM`; of the code in this folder they run no more than the "
@@ -35,6 +38,34 @@ _GGUF = (
 )
 
 
+_NUMBERED = (
+    "Which layers have a sliding window stands in `layer_types` of config.json, and no rule by the layer's number says "
+    "it any more. {engines}"
+)
+_WITHOUT_RULE = {
+    "gemma3_text": "MLX-LM, and vLLM of early 2025, know only such a rule, and refuse this model (the rule's number, "
+    "`sliding_window_pattern`, is null so that they do).",
+    "cohere2": "MLX-LM knows only such a rule, and refuses this model (the rule's number, `sliding_window_pattern`, is "
+    "null so that it does).",
+    "gemma2": "SGLang knows only such a rule (every other layer, from the first on) and computes something else in "
+    "silence where a text is longer than the window: do not use it for this model.",
+}
+"""What becomes of a family in engines that derive the windows from a layer's number."""
+
+
+def remark_on_windows(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Lines of Markdown on engines that would give other layers of a stock model a window; none where none would.
+
+    Args:
+        config: the export's config.json.
+    """
+    engines, types = _WITHOUT_RULE.get(config["model_type"]), config.get("layer_types")
+    expected = 2 if config["model_type"] == "gemma2" else config.get("sliding_window_pattern")
+    if engines is None or types is None or (expected and window_period(types) == expected):
+        return ()
+    return ("", _NUMBERED.format(engines=engines))
+
+
 def how_to_load(name: ExportFormat) -> tuple[str, ...]:
     """Lines of Markdown."""
     match name:
@@ -59,13 +90,13 @@ def how_to_load(name: ExportFormat) -> tuple[str, ...]:
 
 
 def _in_transformers(name: ExportFormat) -> tuple[str, ...]:
-    # Without it transformers asks before it reads the tokenizer, too.
-    code = ", trust_remote_code=True" if name in _WITH_CODE else ""
+    # Without a word transformers asks before it reads the tokenizer, too, which needs none of the code.
+    code, no_code = (", trust_remote_code=True", ", trust_remote_code=False") if FORMATS[name].has_code else ("", "")
     return (
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("."{code})',
-        f'tokenizer = AutoTokenizer.from_pretrained("."{code})',
+        f'tokenizer = AutoTokenizer.from_pretrained("."{no_code})',
         "```",
     )

@@ -6,19 +6,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from blockpruner.blocks import Block
-from blockpruner.checkpoint import COMPANION_FILES
+from blockpruner.checkpoint import COMPANION_FILES, LEGAL_FILES
 from blockpruner.errors import ExportError
 from blockpruner.export import custom, decilm, stock, zeroed
+from blockpruner.export.attention import window
 from blockpruner.export.gguf_file import format as gguf_file
-from blockpruner.export.names import ExportFormat, FormatChoice, dtypes_of
+from blockpruner.export.names import ExportDtype, ExportFormat, FormatChoice, dtypes_of
 from blockpruner.export.source import ExportSource
-from blockpruner.export.verify import Verification, Verifier, verify
+from blockpruner.export.verify import Loading, Verification, Verifier, round_weights, verify
 from blockpruner.export.verify_mlx import verify_with_mlx_lm
 from blockpruner.loading import DtypeName
+from blockpruner.surgery import Places
+
+
+def round_to_dtype(model: PreTrainedModel, export_dir: Path, dtype: ExportDtype | None) -> None:
+    """Round weights to one of torch's dtypes, in place."""
+    if dtype is not None:
+        round_weights(model, getattr(torch, dtype))
 
 
 @dataclass(frozen=True)
@@ -30,29 +39,49 @@ class Format:
     """Raises ExportError, with the reason, for what the format cannot hold."""
     write: Callable[[ExportSource, Path, int], None]
     """Writes weights and configuration into a folder, in shards of so many bytes."""
-    companions: tuple[str, ...] = COMPANION_FILES
-    """Files of the source that go with it."""
+    places: Callable[[ExportSource], Places]
+    """Where each surviving block is in the files: the number of its layer, and its place there if there are several."""
+    has_code: bool = False
+    """Whether the exporter writes model code into the folder, so that it must be trusted where the model is loaded."""
+    in_transformers: bool = True
+    """Whether transformers loads it, so that it can be evaluated and timed here."""
+    companions: tuple[str, ...] = (*COMPANION_FILES, *LEGAL_FILES)
+    """Files of the source that go with it, as patterns."""
     zeros: Callable[[ExportSource], tuple[Block, ...]] = lambda _: ()
     """The removed blocks that stay in the files, with zeros in their last projections."""
+    window: Callable[[ExportSource], int | None] = window
+    """How many tokens a token sees where an attention in the files has a window; None: none has."""
     verify: Verifier = verify
     """Compares what was written with the masked original."""
-    coarsen: Callable[[PreTrainedModel, Path], None] | None = None
-    """Rounds the original's weights as those in the folder are, where no dtype of torch says how."""
+    coarsen: Callable[[PreTrainedModel, Path, ExportDtype | None], None] = round_to_dtype
+    """Rounds the original's weights, in place, as those in the folder are, which were to have this dtype (None: their
+    own)."""
 
 
 FORMATS: dict[ExportFormat, Format] = {
-    "stock": Format("stock", stock.check, stock.write),
-    "transformers": Format("transformers", custom.check, custom.write),
-    "decilm": Format("decilm", decilm.check, decilm.write, zeros=decilm.carried, verify=verify_with_mlx_lm),
+    "stock": Format("stock", stock.check, stock.write, stock.places),
+    "transformers": Format("transformers", custom.check, custom.write, custom.places, has_code=True),
+    "decilm": Format(
+        "decilm",
+        decilm.check,
+        decilm.write,
+        decilm.places,
+        has_code=True,
+        zeros=decilm.carried,
+        verify=verify_with_mlx_lm,
+    ),
     "gguf": Format(
         "gguf",
         gguf_file.check,
         gguf_file.write,
-        companions=gguf_file.COMPANIONS,
+        gguf_file.places,
+        in_transformers=False,
+        companions=LEGAL_FILES,  # tokenizer and chat template are in the file
+        window=gguf_file.window,
         verify=gguf_file.verify,
         coarsen=gguf_file.coarsen,
     ),
-    "zeroed": Format("zeroed", zeroed.check, zeroed.write, zeros=lambda source: source.removed),
+    "zeroed": Format("zeroed", zeroed.check, zeroed.write, zeroed.places, zeros=lambda source: source.removed),
 }
 _PREFERRED: tuple[ExportFormat, ...] = ("stock", "transformers", "zeroed")
 
@@ -101,10 +130,21 @@ def verify_export(
     *,
     device: str,
     dtype: DtypeName,
+    window: int | None = None,
 ) -> Verification:
     """Compare an export with the masked original as its format has it done.
+
+    Args:
+        name: its format.
+        export_dir: where it is.
+        request: from `verification_request`.
+        expected: from `masked_logits`.
+        device: where to compute.
+        dtype: of the computation.
+        window: what `expected` was computed with (see `shorter_window`).
 
     Raises:
         ExportError: if a fresh process cannot load or run it.
     """
-    return FORMATS[name].verify(export_dir, request, expected, device=device, dtype=dtype)
+    format_ = FORMATS[name]
+    return format_.verify(export_dir, request, expected, Loading(device, dtype, format_.has_code, window))

@@ -23,10 +23,12 @@ def main() -> None:
         parser.add_argument(name)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--has-code", action="store_true", help="run the folder's code: the exporter has written it")
+    parser.add_argument("--sliding-window", type=int, help="in place of the one in config.json")
     arguments = parser.parse_args()
-    # The only code in the folder is what the exporter has just written there.
+    settings = {} if arguments.sliding_window is None else {"sliding_window": arguments.sliding_window}
     model = AutoModelForCausalLM.from_pretrained(
-        arguments.model_dir, dtype=getattr(torch, arguments.dtype), trust_remote_code=True
+        arguments.model_dir, dtype=getattr(torch, arguments.dtype), trust_remote_code=arguments.has_code, **settings
     )
     model.train(False)
     model.to(arguments.device)

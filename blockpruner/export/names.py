@@ -9,9 +9,6 @@ ExportFormat = Literal["stock", "transformers", "decilm", "gguf", "zeroed"]
 FormatChoice = Literal["auto", "stock", "transformers", "decilm", "gguf", "zeroed"]
 """'auto' takes the first that can hold the model: stock, transformers, zeroed."""
 
-FOR_OTHER_ENGINES: frozenset[FormatChoice] = frozenset({"gguf"})
-"""What transformers does not load, so that it cannot be evaluated here."""
-
 ExportDtype = Literal["float32", "float16", "bfloat16", "q8_0"]
 """How weights are stored; q8_0: 8 bits a value, and a scale for every 32."""
 

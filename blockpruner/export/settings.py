@@ -10,6 +10,9 @@ from blockpruner.export.source import ExportSource
 
 _BY_ATTENTION = ("layer_types", "no_rope_layers", "no_rope_layer_interval")
 """Lists with an entry a layer that says how its attention works."""
+_PERIOD = "sliding_window_pattern"
+_WITH_PERIOD = frozenset({"cohere2", "gemma3_text"})
+"""Families for which some engines read no list but this number: every so many layers one has no window."""
 _DENSE_LAYERS = "mlp_only_layers"
 _MIXTURE_STEP = "decoder_sparse_step"
 
@@ -38,11 +41,30 @@ def fewer_layers(source: ExportSource, attentions: Sequence[int], mlps: Sequence
         if isinstance(values, list) and len(values) == source.num_layers:
             changes[key] = [values[index] for index in attentions]
     if "layer_types" in changes and "max_window_layers" in source.checkpoint.config:  # read where layer_types is absent
-        changes["max_window_layers"] = min(int(config.max_window_layers), len(attentions))
+        changes["max_window_layers"] = sum(index < int(config.max_window_layers) for index in attentions)
+    if "layer_types" in changes and (
+        _PERIOD in source.checkpoint.config or source.checkpoint.model_type in _WITH_PERIOD
+    ):
+        # None where no number says it: engines that read it then fail, where their own default would be wrong in
+        # silence.
+        changes[_PERIOD] = window_period(changes["layer_types"])
     if hasattr(config, _MIXTURE_STEP):
         changes |= {_MIXTURE_STEP: 1, _DENSE_LAYERS: _dense_layers(config, mlps)}
     refuse_unknown_lists(source, changes)
     return changes
+
+
+def window_period(layer_types: Sequence[str]) -> int | None:
+    """The number of layers of which the last has no window and the others have one, all along; None if there is none.
+
+    Numbered as engines do it: the layers p - 1, 2p - 1 and so on have none.
+    """
+    types = list(layer_types)
+    if "full_attention" not in types or not set(types) <= {"full_attention", "sliding_attention"}:
+        return None
+    period = types.index("full_attention") + 1
+    expected = ["sliding_attention" if (index + 1) % period else "full_attention" for index in range(len(types))]
+    return period if types == expected else None
 
 
 def _dense_layers(config: Any, mlps: Sequence[int | None]) -> list[int]:

@@ -15,7 +15,7 @@ from blockpruner.errors import ExportError
 from blockpruner.export.settings import fewer_layers
 from blockpruner.export.source import ExportSource
 from blockpruner.export.weights import write_tensors
-from blockpruner.surgery import stock_places, whole_layers
+from blockpruner.surgery import Places, stock_places, whole_layers
 
 
 def check(source: ExportSource) -> None:
@@ -29,7 +29,7 @@ def check(source: ExportSource) -> None:
 
 def write(source: ExportSource, out_dir: Path, shard_bytes: int) -> None:
     """Write weights and config.json."""
-    places = _places(source)
+    where = places(source)
     layers = _layers(source)
     numbers = {old: str(new) for new, (old, _) in enumerate(layers)}
 
@@ -38,7 +38,7 @@ def write(source: ExportSource, out_dir: Path, shard_bytes: int) -> None:
         if found is None:
             return name
         # What serves both blocks of a layer goes by the layer's number.
-        place = numbers.get(found[1]) if block is None else places.get(block)
+        place = numbers.get(found[1]) if block is None else where.get(block)
         return None if place is None else source.architecture.placed(name, place)
 
     write_tensors(source.tensors(new_name), out_dir, shard_bytes)
@@ -68,7 +68,8 @@ def _layers(source: ExportSource) -> list[tuple[int, int]]:
     return [(layer.mha, layer.mlps[0]) for layer in source.packed.layers]
 
 
-def _places(source: ExportSource) -> dict[Block, str]:
+def places(source: ExportSource) -> Places:
+    """The layer of each surviving block."""
     if source.architecture.is_parallel:
         numbers = {old: str(new) for new, (old, _) in enumerate(_layers(source))}
         return {block: numbers[block.layer_index] for block in source.kept}

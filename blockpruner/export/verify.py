@@ -46,17 +46,29 @@ class Verification:
         return self.max_logit_difference <= self.tolerance
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How a fresh process is to load an export."""
+
+    device: str
+    dtype: DtypeName
+    """Of the computation, which is the masked original's too."""
+    has_code: bool = False
+    """Whether the exporter has put model code into the folder: no other code is ever run."""
+    window: int | None = None
+    """How many tokens its windows are to be long; None: as the files say (see `shorter_window`)."""
+
+    @property
+    def window_option(self) -> list[str]:
+        """The window, for the command line of the fresh process."""
+        return [] if self.window is None else ["--sliding-window", str(self.window)]
+
+
 class Verifier(Protocol):
     """Loads an export in a fresh process and compares; see `verify`, which does it with transformers."""
 
     def __call__(
-        self,
-        export_dir: Path,
-        request: dict[str, Tensor],
-        expected: dict[str, Tensor],
-        *,
-        device: str,
-        dtype: DtypeName,
+        self, export_dir: Path, request: dict[str, Tensor], expected: dict[str, Tensor], loading: Loading
     ) -> Verification:
         """How the export compares."""
 
@@ -76,6 +88,31 @@ def verification_request(vocab_size: int, max_positions: int, seed: int = 0) -> 
     }
 
 
+def shorter_window(window: int | None, request: dict[str, Tensor]) -> int | None:
+    """The window that export and original are given for the comparison, in place of their own; None: their own.
+
+    Of a window longer than the request nothing would be seen, not even in which layers it is; and a request that is
+    longer than a window of thousands of tokens would take minutes.
+
+    Args:
+        window: of the export's attentions, as its files say; None: they have none.
+        request: from `verification_request`.
+    """
+    seen = request["plain_ids"].shape[1] // 2
+    return seen if window is not None and window > seen else None
+
+
+def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round what a checkpoint stores of a model, in place; what the model computes with keeps its dtype.
+
+    Loading it in `dtype` would also round what a checkpoint does not store, such as Gemma's scale of embeddings.
+    """
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.to(dtype))
+
+
 @torch.inference_mode()
 def masked_logits(
     architecture: Architecture, model: PreTrainedModel, removed: Sequence[Block], request: dict[str, Tensor]
@@ -92,16 +129,14 @@ def masked_logits(
     return {"plain_logits": plain.float().cpu(), "cached_logits": padded[:, first:].float().cpu()}
 
 
-def verify(
-    export_dir: Path, request: dict[str, Tensor], expected: dict[str, Tensor], *, device: str, dtype: DtypeName
-) -> Verification:
+def verify(export_dir: Path, request: dict[str, Tensor], expected: dict[str, Tensor], loading: Loading) -> Verification:
     """Load the export in a fresh process and compare.
 
     Raises:
         ExportError: if the fresh process cannot load or run it.
     """
-    answer = _ask_fresh_process(export_dir, request, device, dtype)
-    return compare(answer, expected, dtype)
+    answer = _ask_fresh_process(export_dir, request, loading)
+    return compare(answer, expected, loading.dtype)
 
 
 def compare(
@@ -122,10 +157,10 @@ def compare(
     return Verification(float(difference), max(_RELATIVE_TOLERANCE[dtype], engine_tolerance) * largest)
 
 
-def _ask_fresh_process(
-    export_dir: Path, request: dict[str, Tensor], device: str, dtype: DtypeName
-) -> dict[str, Tensor]:
-    return ask(_FRESH_LOAD, export_dir, request, "--device", device, "--dtype", dtype)
+def _ask_fresh_process(export_dir: Path, request: dict[str, Tensor], loading: Loading) -> dict[str, Tensor]:
+    code = ["--has-code"] if loading.has_code else []
+    options = ["--device", loading.device, "--dtype", loading.dtype, *code, *loading.window_option]
+    return ask(_FRESH_LOAD, export_dir, request, *options)
 
 
 def ask(program: Path, export_dir: Path, request: dict[str, Tensor], *options: str) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from blockpruner.export.verify import Verification, ask, compare, verify
+from blockpruner.export.verify import Loading, Verification, ask, compare, verify
 from blockpruner.loading import DtypeName
 
 _FRESH_MLX = Path(__file__).with_name("fresh_mlx.py")
@@ -20,17 +20,17 @@ def is_installed() -> bool:
 
 
 def verify_with_mlx_lm(
-    export_dir: Path, request: dict[str, Tensor], expected: dict[str, Tensor], *, device: str, dtype: DtypeName
+    export_dir: Path, request: dict[str, Tensor], expected: dict[str, Tensor], loading: Loading
 ) -> Verification:
     """Load the export in fresh processes, with transformers and then with MLX-LM, and compare both.
 
     Raises:
         ExportError: if a fresh process cannot load or run it.
     """
-    with_transformers = verify(export_dir, request, expected, device=device, dtype=dtype)
+    with_transformers = verify(export_dir, request, expected, loading)
     if not with_transformers.passed or not is_installed():
         return with_transformers
-    with_mlx = replace(_compare_mlx(export_dir, request, expected, dtype), engine="mlx-lm")
+    with_mlx = replace(_compare_mlx(export_dir, request, expected, loading.dtype), engine="mlx-lm")
     if not with_mlx.passed:
         return with_mlx
     larger = max(with_transformers, with_mlx, key=lambda result: result.max_logit_difference)

@@ -65,7 +65,9 @@ def copied(checkpoint: Checkpoint, names: Mapping[str, str]) -> list[TensorSourc
     entries = checkpoint.tensors
     order = sorted(names, key=lambda name: (str(entries[name].file), name))
     return [
-        TensorSource(names[name], entries[name].num_bytes, partial(_read, checkpoint, name), dtype_of(entries[name]))
+        TensorSource(
+            names[name], entries[name].num_bytes, partial(read_tensor, checkpoint, name), dtype_of(entries[name])
+        )
         for name in order
     ]
 
@@ -76,13 +78,17 @@ def write_tensors(sources: Iterable[TensorSource], out_dir: Path, shard_bytes: i
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file_name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {source.name: source.read() for source in shard}
-        save_file(tensors, out_dir / file_name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file_name)
+        _write_shard(shard, out_dir / file_name)
+        weight_map |= {source.name: file_name for source in shard}
     if len(shards) > 1:
         total = sum(source.num_bytes for shard in shards for source in shard)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (out_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shard(shard: Sequence[TensorSource], path: Path) -> None:
+    """In a function of its own, so that its tensors are gone before the next shard is read."""
+    save_file({source.name: source.read() for source in shard}, path, metadata={"format": "pt"})
 
 
 def _assign(sources: Iterable[TensorSource], shard_bytes: int) -> Sequence[Sequence[TensorSource]]:
@@ -97,7 +103,8 @@ def _assign(sources: Iterable[TensorSource], shard_bytes: int) -> Sequence[Seque
     return shards
 
 
-def _read(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A tensor as it is in a checkpoint."""
     with safe_open(checkpoint.tensors[name].file, "pt") as file:
         tensor: torch.Tensor = file.get_tensor(name)
     return tensor

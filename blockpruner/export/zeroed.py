@@ -12,10 +12,16 @@ from pathlib import Path
 from blockpruner.blocks import Block
 from blockpruner.export.source import ExportSource
 from blockpruner.export.weights import TensorSource, write_tensors
+from blockpruner.surgery import Places
 
 
 def check(source: ExportSource) -> None:
     """Every model has this form."""
+
+
+def places(source: ExportSource) -> Places:
+    """Every block stays in its layer."""
+    return {block: str(block.layer_index) for block in source.kept}
 
 
 def write(source: ExportSource, out_dir: Path, shard_bytes: int) -> None:

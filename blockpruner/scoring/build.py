@@ -18,7 +18,7 @@ from blockpruner.loading import release_memory
 from blockpruner.scoring import plan as plans
 from blockpruner.scoring.decoder import Decoder, RunLayer, run_layer
 from blockpruner.scoring.host_memory import available_bytes
-from blockpruner.scoring.interface import Scorer
+from blockpruner.scoring.interface import SurveyScorer
 from blockpruner.scoring.loss import NLL, TokenLosses, token_nll
 from blockpruner.scoring.metrics import Divergence, Metric
 from blockpruner.scoring.plain import PlainScorer
@@ -84,8 +84,10 @@ def build_scorer(
     batch_size: int | None = None,
     cut: SweepCut | None = None,
     on_plan: Callable[[SweepPlan], None] = lambda _: None,
+    *,
+    whole_layers: bool = False,
     team: Team | None = None,
-) -> Scorer:
+) -> SurveyScorer:
     """A scorer for a model that lies on `device`, or on the CPU if it is to be streamed.
 
     Args:
@@ -98,6 +100,7 @@ def build_scorer(
         batch_size: sequences of a micro-batch; None: what fits.
         cut: the cut of an interrupted search, to go on with; None: a new one.
         on_plan: told of the plan, and of each smaller one that has to be made.
+        whole_layers: whether a candidate stands for its layer, and not for a block.
         team: those who share the search's micro-batches, this scorer among them; None: it has them all.
 
     Raises:
@@ -106,7 +109,7 @@ def build_scorer(
     compute = _indexed(torch.device(device))
     if settings.scorer == "plain":
         nn.Module.to(model, compute)
-        return PlainScorer(architecture, model, token_ids_BT, batch_size, metric, Meter())
+        return PlainScorer(architecture, model, token_ids_BT, batch_size, metric, Meter(), whole_layers=whole_layers)
     is_tight = settings.memory_budget is not None and settings.memory_budget < _PEAK_BYTES
     meter = Meter(peak=None if is_tight else matrix_peak(compute, model.dtype))
     is_remote = compute.type == "cuda" and model.device.type == "cpu"
@@ -116,7 +119,7 @@ def build_scorer(
     length = int(token_ids_BT.shape[1])
     run, divergence = _compiled(metric) if compiles else (run_layer, metric.divergence)
     nll = _nll(compute)
-    decoder = Decoder(architecture, model, length, residency, run)
+    decoder = Decoder(architecture, model, length, residency, run, whole_layers=whole_layers)
     team = team or Team()
     machine = _machine(compute, settings.memory_budget, team.num_on_machine)
     plan = plan_sweep(shape, machine, batch_size, cut, team.num_workers)

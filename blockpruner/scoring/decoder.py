@@ -30,12 +30,21 @@ RunLayer = Callable[[nn.Module, Tensor, tuple[Any, ...], dict[str, Any]], Any]
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of the stream that runs as one: half a layer, or a whole one where both blocks read the same input."""
+    """A part of the stream that runs as one: half a layer, or a whole one.
+
+    Whole where both blocks read the same input, and where only whole layers are removed.
+    """
 
     index: int
     """Position in the stream, from 0."""
     layer_index: int
     blocks: tuple[Block, ...]
+    leaves_whole: bool = False
+    """Whether its blocks leave together; the first of them then stands for all."""
+
+    def leaving_with(self, block: Block) -> frozenset[Block]:
+        """What a branch skips that skips this block of the unit."""
+        return frozenset(self.blocks) if self.leaves_whole else frozenset({block})
 
 
 def run_layer(layer: nn.Module, hidden_NTD: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -53,8 +62,11 @@ class Decoder:
         sequence_length: int,
         residency: LayerResidency | None = None,
         run: RunLayer = run_layer,
+        *,
+        whole_layers: bool = False,
     ) -> None:
-        """Take `model` apart for sequences of `sequence_length` tokens."""
+        """Take `model` apart for sequences of `sequence_length` tokens; with `whole_layers` no finer than that."""
+        self._whole_layers = whole_layers
         self._architecture = architecture
         self._model = model
         self._layers = architecture.decoder_layers(model)
@@ -123,8 +135,9 @@ class Decoder:
         index = 0
         for layer_index in range(len(self._layers)):
             blocks = [Block(layer_index=layer_index, block_kind=kind) for kind in BlockKind]
-            for group in [blocks] if self._architecture.is_parallel else [[block] for block in blocks]:
-                yield Unit(index, layer_index, tuple(group))
+            is_one = self._whole_layers or self._architecture.is_parallel
+            for group in [blocks] if is_one else [[block] for block in blocks]:
+                yield Unit(index, layer_index, tuple(group), self._whole_layers)
                 index += 1
 
     @torch.inference_mode()

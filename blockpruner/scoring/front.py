@@ -24,7 +24,7 @@ class Chunk:
     """Some branches that run as one batch; the last chunk of a front ends with the trunk."""
 
     skipped: tuple[Block, ...]
-    """The block that each branch skips, in stream order."""
+    """The block that each branch skips, in stream order; where whole layers go, the first of its layer."""
     hidden: Tensor
     """[K * b, T, D], branch by branch; in the last chunk the trunk's [b, T, D] follows."""
 
@@ -87,7 +87,7 @@ class Walk:
         chunks = [Chunk(chunk.skipped, self._decoder.run(unit, chunk.hidden, gone)) for chunk in full]
         after = Chunk(last.skipped, self._decoder.run(unit, last.hidden, gone))
         for block in forks:
-            without = gone.union({block})
+            without = gone.union(unit.leaving_with(block))
             branch_bTD = trunk_bTD if without.issuperset(unit.blocks) else self._decoder.run(unit, trunk_bTD, without)
             *closed, after = self._forked(after, block, branch_bTD)
             chunks += closed

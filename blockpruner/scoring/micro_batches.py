@@ -15,8 +15,9 @@ from torch import Tensor
 
 from blockpruner.blocks import Block
 from blockpruner.errors import BlockPrunerError
+from blockpruner.scoring.layer_measures import LayerMeasure
 from blockpruner.scoring.plan import SweepCut
-from blockpruner.scoring.sweep import DENSE, SweepScorer
+from blockpruner.scoring.sweep import TRUNK, SweepScorer
 from blockpruner.scoring.table import ScoreTable
 from blockpruner.scoring.work import Meter
 
@@ -31,9 +32,11 @@ class BatchRequest:
     stop: int
     removed: tuple[Block, ...] = ()
     candidates: tuple[Block, ...] = ()
-    """None of them: the unpruned model's NLL is asked for."""
+    """None of them: the NLL without the removed blocks is asked for, or a measure of the layers."""
     ranking: tuple[Block, ...] = ()
     """The candidates as they ranked in the step before."""
+    measure: LayerMeasure | None = None
+    """Asked for of every layer of the unpruned model."""
 
     @property
     def batch(self) -> slice:
@@ -46,7 +49,8 @@ class BatchScores:
     """A micro-batch's values, and what they took."""
 
     nll_Cb: Tensor
-    """float64, mean token NLL in nats of each sequence without each candidate; one row for the unpruned model."""
+    """float64, mean token NLL in nats of each sequence without each candidate; one row where there is none, and the
+    measure where one was asked for, a row a layer."""
     divergence_Cb: Tensor
     """float64, in nats; NaN where the metric has none."""
     flops: float
@@ -78,7 +82,8 @@ def answer(scorer: SweepScorer, request: BatchRequest) -> Reply:
         scorer.snapshots.close()
         scorer.use(replace(scorer.plan, cut=request.cut))
     scorer.rank_by(request.ranking)
-    table = ScoreTable.empty(request.candidates or (DENSE,), scorer.num_sequences)
+    rows = request.candidates or ((TRUNK,) if request.measure is None else [unit.blocks[0] for unit in scorer.units])
+    table = ScoreTable.empty(rows, scorer.num_sequences)
     before = copy(scorer.meter)
     try:
         while not _entered(scorer, request, table):
@@ -92,7 +97,9 @@ def answer(scorer: SweepScorer, request: BatchRequest) -> Reply:
 def _entered(scorer: SweepScorer, request: BatchRequest, table: ScoreTable) -> bool:
     if request.candidates:
         return scorer.score_batch(request.removed, request.batch, table)
-    return scorer.dense_batch(request.batch, table)
+    if request.measure is not None:
+        return scorer.measured_batch(request.measure, request.batch, table)
+    return scorer.trunk_batch(request.removed, request.batch, table)
 
 
 def _scores(table: ScoreTable, batch: slice, before: Meter, after: Meter) -> BatchScores:

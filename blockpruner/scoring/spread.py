@@ -18,13 +18,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from blockpruner.blocks import Block
+from blockpruner.blocks import Block, both_of
 from blockpruner.errors import ConfigurationError, ExecutorError
 from blockpruner.scoring.interface import TableCallback
+from blockpruner.scoring.layer_measures import LayerMeasure
 from blockpruner.scoring.metrics import Metric
 from blockpruner.scoring.micro_batches import BatchRequest, BatchScores, Refused, Reply, TooLittleMemory
 from blockpruner.scoring.plan import SweepCut
-from blockpruner.scoring.sweep import DENSE, ranking
+from blockpruner.scoring.sweep import TRUNK, ranking
 from blockpruner.scoring.table import ScoreTable
 from blockpruner.scoring.work import Meter
 
@@ -94,6 +95,7 @@ class SpreadScorer:
         self,
         crew: Crew,
         num_sequences: int,
+        num_layers: int,
         metric: Metric,
         cut: SweepCut,
         meter: Meter,
@@ -101,9 +103,9 @@ class SpreadScorer:
     ) -> None:
         """Score `num_sequences` calibration sequences with a crew, all of whose workers are to cut as `cut` says.
 
-        `on_cut` is told when the cut had to shrink.
+        The model has `num_layers`. `on_cut` is told when the cut had to shrink.
         """
-        self._crew, self._num_sequences, self._metric = crew, num_sequences, metric
+        self._crew, self._num_sequences, self._num_layers, self._metric = crew, num_sequences, num_layers, metric
         self._cut, self._meter, self._on_cut = cut, meter, on_cut
         self._ranking: tuple[Block, ...] = ()
         self._tasks: dict[str, _Task] = {}
@@ -128,9 +130,20 @@ class SpreadScorer:
 
     def dense_nll(self) -> Tensor:
         """Each sequence's mean token NLL in nats of the unpruned model: float64 [B] on the CPU."""
-        table = ScoreTable.empty((DENSE,), self._num_sequences)
-        self._complete(table, BatchRequest, lambda _: None)
+        return self.nll_without(())
+
+    def nll_without(self, removed: tuple[Block, ...]) -> Tensor:
+        """See `SurveyScorer.nll_without`."""
+        table = ScoreTable.empty((TRUNK,), self._num_sequences)
+        self._complete(table, partial(BatchRequest, removed=removed), lambda _: None)
         return table.nll_CB[0]
+
+    def measure_layers(self, measure: LayerMeasure) -> Tensor:
+        """See `SurveyScorer.measure_layers`."""
+        layers = [both_of(layer_index)[0] for layer_index in range(self._num_layers)]
+        table = ScoreTable.empty(layers, self._num_sequences)
+        self._complete(table, partial(BatchRequest, measure=measure), lambda _: None)
+        return table.nll_CB
 
     def fill(self, removed: tuple[Block, ...], table: ScoreTable, on_update: TableCallback) -> None:
         """See `Scorer.fill`.

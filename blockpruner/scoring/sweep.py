@@ -18,12 +18,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from blockpruner.blocks import Block, BlockKind
+from blockpruner.blocks import Block, BlockKind, both_of
 from blockpruner.errors import ConfigurationError
 from blockpruner.scoring.decoder import Decoder, Unit
 from blockpruner.scoring.front import Chunk, Front, Walk
 from blockpruner.scoring.host_memory import HostCopies
 from blockpruner.scoring.interface import TableCallback
+from blockpruner.scoring.layer_measures import LayerMeasure
 from blockpruner.scoring.loss import TokenLosses
 from blockpruner.scoring.metrics import Metric
 from blockpruner.scoring.plan import SweepCut, SweepPlan
@@ -91,10 +92,21 @@ class SweepScorer:
 
     def dense_nll(self) -> Tensor:
         """Each sequence's mean token NLL in nats of the unpruned model: float64 [B] on the CPU."""
-        table = ScoreTable.empty((DENSE,), self.num_sequences)
+        return self.nll_without(())
+
+    def nll_without(self, removed: tuple[Block, ...]) -> Tensor:
+        """See `SurveyScorer.nll_without`."""
+        table = ScoreTable.empty((TRUNK,), self.num_sequences)
         while not table.is_complete:
-            self.dense_batch(self._next_batch(table), table)
+            self.trunk_batch(removed, self._next_batch(table), table)
         return table.nll_CB[0]
+
+    def measure_layers(self, measure: LayerMeasure) -> Tensor:
+        """See `SurveyScorer.measure_layers`; needs a decoder of whole layers."""
+        table = ScoreTable.empty([unit.blocks[0] for unit in self.units], self.num_sequences)
+        while not table.is_complete:
+            self.measured_batch(measure, self._next_batch(table), table)
+        return table.nll_CB
 
     def fill(self, removed: tuple[Block, ...], table: ScoreTable, on_update: TableCallback) -> None:
         """See `Scorer.fill`. Goes micro-batch by micro-batch, all candidates of one at once."""
@@ -117,9 +129,15 @@ class SweepScorer:
         return self._attempt(partial(self._fill_columns, removed, batch, table))
 
     @torch.inference_mode()
-    def dense_batch(self, batch: slice, table: ScoreTable) -> bool:
-        """`score_batch` for the unpruned model, which is the only row of the table."""
-        return self._attempt(partial(self._dense_columns, batch, table))
+    def trunk_batch(self, removed: tuple[Block, ...], batch: slice, table: ScoreTable) -> bool:
+        """`score_batch` for the model without the removed blocks, which is the only row of the table."""
+        return self._attempt(partial(self._trunk_columns, removed, batch, table))
+
+    @torch.inference_mode()
+    def measured_batch(self, measure: LayerMeasure, batch: slice, table: ScoreTable) -> bool:
+        """`score_batch` for a measure of every layer, each a row of the table; needs a decoder of whole layers."""
+        assert all(unit.blocks == both_of(unit.layer_index) for unit in self.units)
+        return self._attempt(partial(self._measured_columns, measure, batch, table))
 
     def rank_by(self, ranking: Sequence[Block]) -> None:
         """Expect the next removals among the first of these; it decides where snapshots are kept, and no score."""
@@ -205,7 +223,7 @@ class SweepScorer:
     def _fill_columns(self, removed: tuple[Block, ...], batch: slice, table: ScoreTable) -> None:
         """Compute and enter a micro-batch's values."""
         if self.metric.divergence is not None and not bool(self._is_dense_known_B[batch].all()):
-            self._dense_columns(batch, ScoreTable.empty((DENSE,), self.num_sequences))
+            self._trunk_columns((), batch, ScoreTable.empty((TRUNK,), self.num_sequences))
         token_ids_bT = self._token_ids_BT[batch].to(self._decoder.device)
         held = self.snapshots.positions(batch.start, removed, table.candidates)
         step = self._step(removed, table.candidates, held)
@@ -225,15 +243,15 @@ class SweepScorer:
         tokens, saved = token_ids_bT.numel(), step.costs[begun]
         self._meter.add((step.costs[-1] - saved) * tokens, saved * tokens, tokens * len(table.candidates))
 
-    def _dense_columns(self, batch: slice, table: ScoreTable) -> None:
-        """Enter the dense model's NLL, and keep the last layer's output where a divergence needs it."""
+    def _trunk_columns(self, removed: tuple[Block, ...], batch: slice, table: ScoreTable) -> None:
+        """Enter the pruned model's NLL; of the dense one keep the last layer's output where a divergence needs it."""
         token_ids_bT = self._token_ids_BT[batch].to(self._decoder.device)
-        walk = Walk(self._decoder, (), (), self._plan.cut.branches_per_chunk)
+        walk = Walk(self._decoder, removed, (), self._plan.cut.branches_per_chunk)
         hidden_bTD = walk.run(walk.start(token_ids_bT), lambda _: None).chunks[-1].hidden
-        trunk = Chunk((DENSE,), hidden_bTD)
+        trunk = Chunk((TRUNK,), hidden_bTD)
         nll_Kb, _ = self._chunk_losses(trunk, batch, token_ids_bT, divergent=False)
         table.fill(slice(None), batch, nll_Kb)
-        if self.metric.divergence is not None:
+        if self.metric.divergence is not None and not removed:
             self._keep_dense(batch, hidden_bTD)
 
     def _keep_dense(self, batch: slice, hidden_bTD: Tensor) -> None:
@@ -242,6 +260,15 @@ class SweepScorer:
             self._dense_BTD = torch.empty(shape, dtype=self._decoder.dtype)
         self._dense_BTD[batch] = hidden_bTD.cpu()
         self._is_dense_known_B[batch] = True
+
+    def _measured_columns(self, measure: LayerMeasure, batch: slice, table: ScoreTable) -> None:
+        """Enter a measure of every layer of the dense model."""
+        hidden_bTD = self._decoder.embed(self._token_ids_BT[batch].to(self._decoder.device))
+        self._decoder.expect(tuple(unit.layer_index for unit in self.units))
+        for row, unit in enumerate(self.units):
+            output_bTD = self._decoder.run(unit, hidden_bTD)
+            table.fill(slice(row, row + 1), batch, measure(hidden_bTD, output_bTD)[None])
+            hidden_bTD = output_bTD
 
     def _chunk_losses(
         self, chunk: Chunk, batch: slice, token_ids_bT: Tensor, *, divergent: bool = True
@@ -278,8 +305,8 @@ class _Step:
     """Where to keep snapshots."""
 
 
-DENSE = Block(layer_index=0, block_kind=BlockKind.MHA)
-"""Names the only row of a table for the dense model."""
+TRUNK = Block(layer_index=0, block_kind=BlockKind.MHA)
+"""Names the only row of a table for one model."""
 
 
 def _stacked(losses: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:

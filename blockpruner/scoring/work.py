@@ -61,7 +61,7 @@ class Costs:
             there = [block for block in unit.blocks if block not in removed]
             total += (1 + branches) * sum(self.blocks[block] for block in there)
             forks = [block for block in there if block in candidates]
-            total += sum(self.blocks[other] for block in forks for other in there if other != block)
+            total += sum(self.blocks[other] for b in forks for other in there if other not in unit.leaving_with(b))
             branches += len(forks)
         return [*before, total + branches * self.head]
 

@@ -4,7 +4,8 @@
     python -m tests.benchmarks.export_speed --layers 4 --hidden 256 --device cpu
 
 Blocks are taken out one by one, attention and feed-forward in turn and spread over the network, until this share of the
-parameters is gone. Dense and exported, each is loaded and timed in a process of its own, as `blockpruner speed` does.
+parameters is gone. Dense and exported, each is loaded and timed in processes of its own, in turn, as by
+`blockpruner speed`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from blockpruner.architectures import architecture_of, block_sizes, num_paramete
 from blockpruner.blocks import Block, mha, mlp
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.export.write import write_export
-from blockpruner.speed import Speed, SpeedCase, measure_speed
+from blockpruner.speed import Speed, SpeedCase, TimedModel, measure_speed
 from tests.benchmarks.search_speed import WORKLOADS, random_model
 
 
@@ -69,22 +70,19 @@ def main() -> None:
         written = write_export(Checkpoint.open(str(dense)), removed, pruned)
         gone = sum(sizes[block] for block in removed)
         print(f"{len(removed)} blocks, {gone / total:.1%} of {total:,} parameters, format {written.format}")
-        times = {
-            variant: measure_speed(
-                path,
-                cases,
-                device=arguments.device,
-                dtype=arguments.dtype,
-                num_repeats=arguments.repeats,
-                trust_remote_code=variant == "pruned",
-            )
-            for variant, path in (("dense", dense), ("pruned", pruned))
-        }
-    for before, after in zip(times["dense"], times["pruned"], strict=True):
-        print(json.dumps(_compared(before, after)), flush=True)
+        before, after = measure_speed(
+            [TimedModel(dense), TimedModel(pruned, trust_remote_code=True)],
+            cases,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            num_repeats=arguments.repeats,
+        )
+    for pair in zip(before, after, strict=True):
+        print(json.dumps(_compared(*pair)), flush=True)
 
 
-def _compared(before: Speed, after: Speed) -> dict[str, float]:
+def _compared(before: Speed, after: Speed) -> dict[str, float | None]:
+    peaks = before.peak_memory_bytes, after.peak_memory_bytes
     return {
         "batch_size": before.batch_size,
         "prompt_tokens": before.prompt_tokens,
@@ -92,7 +90,7 @@ def _compared(before: Speed, after: Speed) -> dict[str, float]:
         "prefill_speedup": round(before.prefill_ms / after.prefill_ms, 2),
         "dense_decode_tokens_per_s": round(before.decode_tokens_per_s, 1),
         "decode_speedup": round(after.decode_tokens_per_s / before.decode_tokens_per_s, 2),
-        "memory": round(after.peak_memory_bytes / before.peak_memory_bytes, 3),
+        "memory": round(peaks[1] / peaks[0], 3) if peaks[0] and peaks[1] else None,
         "kv_cache": round(after.kv_cache_bytes_per_token / before.kv_cache_bytes_per_token, 3),
     }
 

@@ -41,9 +41,9 @@ Start = Callable[[], AbstractContextManager[Scorer]]
 class Bench:
     """Searches of one model and calibration set, all with one cut."""
 
-    def __init__(self, job: ScoringJob, token_ids_BT: Tensor, num_layers: int, num_blocks: int) -> None:
+    def __init__(self, job: ScoringJob, token_ids_BT: Tensor, num_blocks: int) -> None:
         self._job, self._token_ids_BT, self._num_blocks = job, token_ids_BT, num_blocks
-        self._candidates = all_blocks(num_layers)
+        self._candidates = all_blocks(job.num_layers)
         self.cut: SweepCut | None = None
 
     @property
@@ -54,7 +54,7 @@ class Bench:
 
     def here(self) -> AbstractContextManager[Scorer]:
         """Without Ray."""
-        return nullcontext(self._job.scorer(self._token_ids_BT, self.cut, lambda plan: self._keep("", plan.cut)))
+        return nullcontext(self._job.parts(self._token_ids_BT, self.cut, lambda plan: self._keep("", plan.cut))[0])
 
     def on(self, settings: ExecutorSettings) -> AbstractContextManager[Scorer]:
         """On Ray."""
@@ -98,8 +98,10 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     token_ids_BT = torch.randint(shapes.config.vocab_size, (num_sequences, sequence_length), generator=generator)
     dtype = resolve_dtype("auto", given.device)
-    job = ScoringJob(checkpoint, num_parameters(shapes), dtype, "perplexity", given.device, given.batch_size)
-    bench = Bench(job, token_ids_BT, len(architecture.decoder_layers(shapes)), given.num_blocks)
+    num_layers = len(architecture.decoder_layers(shapes))
+    size = (num_layers, num_parameters(shapes))
+    job = ScoringJob(checkpoint, *size, dtype, "perplexity", given.device, given.batch_size)
+    bench = Bench(job, token_ids_BT, given.num_blocks)
     counts = [int(count) for count in given.workers.split(",")]
     starts: dict[str, Start] = {"local": bench.here}
     for count in counts:

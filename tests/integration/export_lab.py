@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import runpy
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from blockpruner.architectures import Architecture, architecture_of
+from blockpruner.architectures import Architecture, architecture_of, block_sizes, num_parameters
 from blockpruner.blocks import Block, all_blocks, mha, mlp
 from blockpruner.checkpoint import Checkpoint
+from blockpruner.export import fresh_load
 from blockpruner.export.verify import masked_logits, verification_request
-from blockpruner.loading import load_model
+from blockpruner.export.write import WrittenExport
+from blockpruner.loading import load_model, meta_model
 from blockpruner.masking import masked
+from blockpruner.trace import CandidateScore, SearchStep, SearchSummary, write_trace
+from stages.contract import ArtifactRef, Runtime
+from stages.export import STAGE, ExportConfig, ExportInputs, ExportManifest
 from tests.oracles import oracle_logits
 from tests.tiny_models import TINY_FAMILIES, VOCAB_SIZE, tiny_token_ids
 
@@ -74,6 +82,58 @@ class Source:
         return oracle_logits(self.model.state_dict(), self.model.config.to_dict(), token_ids_BT, gone)
 
 
+def finished_search(model: Path, order: tuple[Block, ...], folder: Path) -> ExportInputs:
+    """A model and a search over it that removed these blocks."""
+    search = folder / "search"
+    search.mkdir()
+    checkpoint = Checkpoint.open(str(model))
+    architecture, shapes = meta_model(checkpoint)
+    sizes, total = block_sizes(architecture, shapes), num_parameters(shapes)
+    steps = []
+    for number, block in enumerate(order, start=1):
+        removed = sum(sizes[gone] for gone in order[:number])
+        candidate = CandidateScore(block=block, score=10.0 + number, perplexity=10.0 + number, rank=1, chosen=True)
+        steps.append(
+            SearchStep(
+                step=number,
+                block=block,
+                score=10.0 + number,
+                perplexity=10.0 + number,
+                num_parameters_removed=removed,
+                ratio=removed / total,
+                seconds=0.5,
+                candidates=(candidate,),
+            )
+        )
+    write_trace(search, SearchSummary(dense_perplexity=10.0, num_layers=4, num_parameters=total), steps)
+    return ExportInputs(checkpoint, ArtifactRef("5" * 64, search))
+
+
+def run(folder: Path, inputs: ExportInputs, **config: Any) -> ExportManifest:
+    """Run the export stage into `folder`/out."""
+    out_dir = folder / "out"
+    out_dir.mkdir(exist_ok=True)
+    return STAGE.run(ExportConfig(**config), inputs, out_dir, Runtime())
+
+
+def change_config(folder: Path, **changes: Any) -> Path:
+    """Change settings in a model's config.json; None leaves one out."""
+    path = folder / "config.json"
+    settings = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in settings.items() if value is not None}))
+    return folder
+
+
+def assert_is_placed(source: Source, export: WrittenExport, block: Block, place: str) -> None:
+    """The block's weights are in the export under the layer that the manifest says."""
+    tensors, written = (load_file(path / "model.safetensors") for path in (source.checkpoint.path, export.path))
+    names = [name for name in tensors if source.architecture.block_of_tensor(name) == block]
+    assert names
+    for name in names:
+        renamed = source.architecture.placed(name, place)
+        assert torch.equal(written[renamed], tensors[name]), renamed
+
+
 _MANY = """
 import runpy, sys
 sys.modules.update(dict.fromkeys(("blockpruner", "stages", "flows", "tests")))  # whoever imports one of them fails
@@ -90,11 +150,28 @@ def ask_many(
     """What a program of the gate answers for every export, in one process that can import nothing of this project."""
     save_file(dict(request), folder / "request.safetensors")
     answers = {key: folder / f"{number}.safetensors" for number, key in enumerate(exports)}
-    lines = [f"{path}\t{folder / 'request.safetensors'}\t{answers[key]}" for key, path in exports.items()]
+    lines = [
+        "\t".join([str(path), str(folder / "request.safetensors"), str(answers[key]), *_code(program, path)])
+        for key, path in exports.items()
+    ]
     command = [sys.executable, "-I", "-c", _MANY.format(program=program.__file__)]
     finished = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, cwd=folder, check=False)
     assert finished.returncode == 0, finished.stderr
     return {key: load_file(path) for key, path in answers.items()}
+
+
+def ask_here(program: Path, export_dir: Path, request: Mapping[str, Tensor], *options: str) -> dict[str, Tensor]:
+    """In place of `verify.ask`, without the seconds that a process of its own takes to start."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        asked, answered = f"{folder}/request.safetensors", f"{folder}/answer.safetensors"
+        save_file(dict(request), asked)
+        patch.setattr(sys, "argv", [str(program), str(export_dir), asked, answered, *options])
+        runpy.run_path(str(program), run_name="__main__")
+        return load_file(answered)
+
+
+def _code(program: ModuleType, folder: Path) -> list[str]:
+    return ["--has-code"] if program is fresh_load and list(folder.glob("*.py")) else []
 
 
 def load(folder: Path, **options: Any) -> PreTrainedModel:

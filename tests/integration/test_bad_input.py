@@ -271,6 +271,15 @@ CASES: dict[str, tuple[Callable[[Lab], Outcome], str]] = {
         lambda lab: lab.call("evaluate", "--model", lab.model, "--tasks", "t", "--task-dir", "gone"),
         "no task folder",
     ),
+    "task data missing": (
+        lambda lab: lab.call("evaluate", "--model", lab.model, "--tasks", "piqa", "--task-data", lab.path),
+        "piqa.jsonl with the questions of piqa",
+    ),
+    "task data without tasks": (
+        lambda lab: lab.call("evaluate", *lab.good, "--num-blocks", 1, "--task-data", lab.path),
+        "task_data is given and no tasks",
+    ),
+    "batch size that is no number": (lambda lab: lab.search("--batch-size", "autoo"), ", or auto"),
     "evaluation text missing": (
         lambda lab: lab.call("evaluate", "--model", lab.model, "--eval-text", "gone.txt"),
         "no text file",

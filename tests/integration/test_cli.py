@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import blockpruner as package
-import stages.search
+import stages.search_scorer
 from tests.integration.command_line import ROOT, Outcome, blockpruner, in_a_process, start
 from tests.tiny_models import tiny_rows
 from tests.unit.child_processes import wait_for
@@ -140,8 +140,48 @@ def test_lm_eval_tasks_for_dense_and_pruned(options: list[object], tmp_path: Pat
     )
     result = blockpruner("evaluate", *options, "--num-blocks", 1, "--tasks", "tiny", "--task-dir", tasks)
     rows = [(row["variant"], row["task"], row["metric"], row["num_examples"]) for row in result.json["evaluations"]]
-    assert rows == [("dense", "tiny", "acc", 4), ("pruned", "tiny", "acc", 4)]
+    assert rows == [
+        (variant, *row, 4)
+        for variant in ("dense", "pruned")
+        for row in (("tiny", "acc"), ("average", "acc_norm or acc"))
+    ]
     assert all(row["stderr"] is not None for row in result.json["evaluations"])
+
+
+@pytest.mark.slow
+def test_the_dense_models_tasks_are_scored_once_for_all_runs(
+    options: list[object], texts: Path, tmp_path: Path
+) -> None:
+    """Whatever else a run measures, and in whichever order the tasks are named; their data come from local files."""
+    data = tmp_path / "data"
+    data.mkdir()
+    question = {"goal": "the river", "sol1": "the stone", "sol2": "a lantern", "label": 0}
+    (data / "piqa.jsonl").write_text("".join(json.dumps(question | {"label": i}) + "\n" for i in (0, 1)))
+    question = {"sentence": "the _ was open", "option1": "river", "option2": "garden", "answer": "1"}
+    (data / "winogrande.jsonl").write_text(json.dumps(question) + "\n")
+    given = ["--task-data", data, "--batch-size", "auto"]
+    model = [*options[:2], *options[6:]]
+    alone = blockpruner(
+        "evaluate", *model, "--tasks", "winogrande,piqa", *given, "--eval-text", texts / "eval.txt"
+    ).json
+    assert cached(alone) == {"text:eval.txt": False, "evaluate:dense": False, "evaluate:dense:texts": False}
+    assert [row["text"] for row in alone["perplexities"]] == ["eval.txt"]
+    run = blockpruner("evaluate", *options, "--num-blocks", 1, "--tasks", "piqa,winogrande", *given).json
+    assert cached(run)["evaluate:dense"] is True
+    assert run["dense_average"] == alone["dense_average"]
+    values = {(row["variant"], row["task"], row["metric"]): row["value"] for row in run["evaluations"]}
+    for variant in ("dense", "pruned"):
+        taken = [values[variant, "piqa", "acc_norm"], values[variant, "winogrande", "acc"]]
+        assert run[f"{variant}_average"] == pytest.approx(sum(taken) / 2)
+    assert run["samples"] == {}
+    kept = blockpruner("evaluate", run["run_id"], "--log-samples", *options[-3:]).json
+    assert sorted(kept["samples"]) == ["dense", "pruned"]
+    assert all(Path(path).is_file() for path in kept["samples"].values())
+    assert kept["evaluations"] == run["evaluations"]
+    shown = blockpruner("show", kept["run_id"], *options[-3:-1]).stdout
+    assert "answers, pruned:" in shown
+    assert kept["samples"]["pruned"] in "".join(shown.split()), "in several lines, as wide as the terminal"
+    assert "acc_norm or acc" in shown
 
 
 def test_the_same_call_again_is_cached_and_says_so(options: list[object]) -> None:
@@ -162,7 +202,7 @@ def test_more_blocks_continue_and_fewer_read_the_prefix(options: list[object], m
     def no_model(*_: object, **__: object) -> None:
         raise AssertionError("a prefix needs no model")
 
-    monkeypatch.setattr(stages.search, "load_model", no_model)
+    monkeypatch.setattr(stages.search_scorer, "load_model", no_model)
     assert blockpruner("search", *options, "--num-blocks", 3).json["pruning_order"] == more["pruning_order"][:3]
     assert blockpruner("search", *options, "--ratio", ratio).json["pruning_order"] == more["pruning_order"][:3]
 
@@ -393,12 +433,13 @@ def test_help_comes_at_once() -> None:
         ("runs", {"torch", "prefect", "duckdb", "transformers", "lm_eval"}),
         ("show latest", {"torch", "prefect", "duckdb", "transformers", "lm_eval"}),
         ("sql 'SELECT * FROM runs'", {"torch", "prefect", "transformers", "lm_eval"}),
+        ("report latest --output {}/r.html", {"torch", "prefect", "duckdb", "transformers", "lm_eval", "kaleido"}),
     ],
 )
 def test_looking_imports_nothing_heavy(command: str, unwanted: set[str], options: list[object], tmp_path: Path) -> None:
     if "help" not in command:
         blockpruner("search", *options, "--num-blocks", 1)
-        command += f" --workspace {tmp_path / 'ws'}"
+        command = f"{command.format(tmp_path)} --workspace {tmp_path / 'ws'}"
     code = (
         "import atexit, shlex, sys; from flows.cli import app; "
         "atexit.register(lambda: print(*sorted(sys.modules), file=sys.stderr)); app(shlex.split(sys.argv[1]))"
@@ -426,34 +467,3 @@ def test_tab_completes_commands_and_runs(options: list[object], tmp_path: Path) 
     assert complete("blockpruner search --block-kinds m") == ["mha", "mlp"]
     run_id = blockpruner("search", *options, "--num-blocks", 1).json["run_id"]
     assert complete(f"blockpruner show --workspace {tmp_path / 'ws'} 2") == [run_id]
-
-
-def test_several_formats_are_several_rows_and_folders(options: list[object], tmp_path: Path) -> None:
-    searched = blockpruner("search", *options, "--num-blocks", 3).json
-    given = ["--workspace", tmp_path / "ws", "--json"]
-    out = tmp_path / "out"
-    result = blockpruner(
-        "export",
-        "latest",
-        "--format",
-        "transformers",
-        "--format",
-        "zeroed",
-        "--dtype",
-        "bfloat16",
-        "--output",
-        out,
-        *given,
-    ).json
-    assert order(result) == order(searched)
-    assert [export["format"] for export in result["exports"]] == ["transformers", "zeroed"]
-    assert [role for role in cached(result) if role.startswith("export")] == ["export", "export:zeroed"]
-    assert cached(result)["search"], "another dtype of the files is no other search"
-    for name in ("transformers", "zeroed"):
-        model = AutoModelForCausalLM.from_pretrained(out / name, trust_remote_code=True)
-        assert model.dtype == torch.bfloat16
-    query = "SELECT format, verified, verified_with FROM exports ORDER BY format"
-    rows = blockpruner("sql", query, *given).json
-    assert [tuple(row.values()) for row in rows] == [
-        ("transformers", True, "transformers"), ("zeroed", True, "transformers"),
-    ]  # fmt: skip

@@ -22,7 +22,7 @@ from blockpruner.blocks import Block, all_blocks, mha, mlp
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ExportError
 from blockpruner.export import fresh_load, verify_mlx
-from blockpruner.export.verify import Verification
+from blockpruner.export.verify import Loading, Verification
 from blockpruner.export.verify_mlx import is_installed, verify_with_mlx_lm
 from blockpruner.export.write import MANIFEST_FILE, WrittenExport, write_export
 from blockpruner.masking import masked
@@ -35,6 +35,7 @@ from tests.integration.export_lab import (
     YARN,
     Source,
     ask_many,
+    assert_is_placed,
     generate,
     greedy,
     load,
@@ -310,6 +311,9 @@ def test_only_the_first_layers_attention_stays_and_adds_nothing(
         assert export.zeros == ((carried,) if carried else ())
         manifest = json.loads((export.path / MANIFEST_FILE).read_text())
         assert tuple(map(Block.model_validate, manifest["zeros"])) == export.zeros
+        assert manifest["places"].keys() == {str(block) for block in export.kept}
+        for block in export.kept:
+            assert_is_placed(sources[family], export, block, manifest["places"][str(block)])
         tensors = load_file(export.path / "model.safetensors")
         zeros = {name for name, tensor in tensors.items() if not tensor.any()}
         output = {f"model.layers.0.self_attn.o_proj.{kind}" for kind in ("weight", "bias")}
@@ -420,9 +424,12 @@ def transformers_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_mlx, "verify", lambda *_, **__: Verification(0.0, 1e-5))
 
 
+CODE = Loading("cpu", "float32", has_code=True)
+
+
 def gate(source: Source, export: WrittenExport) -> Any:
     expected = source.masked_logits(export.dropped)
-    return verify_with_mlx_lm(export.path, REQUEST, expected, device="cpu", dtype="float32")
+    return verify_with_mlx_lm(export.path, REQUEST, expected, CODE)
 
 
 @needs_mlx
@@ -452,7 +459,7 @@ def test_what_mlx_lm_alone_computes_otherwise_does_not_pass(
     config = json.loads((folder / "config.json").read_text()) | {"rope_theta": 77.0}
     (folder / "config.json").write_text(json.dumps(config))
     expected = sources["llama"].masked_logits(CASES[LEADING])
-    result = verify_with_mlx_lm(folder, REQUEST, expected, device="cpu", dtype="float32")
+    result = verify_with_mlx_lm(folder, REQUEST, expected, CODE)
     assert not result.passed
     assert result.engine == "mlx-lm"
 
@@ -467,7 +474,5 @@ def test_what_mlx_lm_does_not_load_is_an_error_of_one_line(
     config["block_configs"][0]["ffn"]["unknown"] = 1
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ExportError, match=r"cannot be loaded.*unknown") as caught:
-        verify_with_mlx_lm(
-            folder, REQUEST, sources["llama"].masked_logits(CASES[LEADING]), device="cpu", dtype="float32"
-        )
+        verify_with_mlx_lm(folder, REQUEST, sources["llama"].masked_logits(CASES[LEADING]), CODE)
     assert len(str(caught.value).splitlines()) == 1

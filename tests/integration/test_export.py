@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from blockpruner.errors import ExportError
 from blockpruner.export import fresh_load
-from blockpruner.export.verify import compare, verification_request, verify
+from blockpruner.export.verify import Loading, compare, verification_request, verify
 from blockpruner.export.write import WrittenExport
 from blockpruner.masking import masked
 from tests.integration.export_lab import (
@@ -177,7 +177,7 @@ def test_a_true_export_passes_the_gate(
     """What it does with another model is held by the export stage's tests, and by those of `compare` below."""
     family, case = "qwen3-mixed-windows", "first attention"
     expected = sources[family].masked_logits(REMOVED[case])
-    result = verify(exports[family, case].path, REQUEST, expected, device="cpu", dtype="float32")
+    result = verify(exports[family, case].path, REQUEST, expected, Loading("cpu", "float32", has_code=True))
     assert result.passed
     assert result.max_logit_difference <= 1e-5
 
@@ -188,7 +188,7 @@ def test_an_export_that_does_not_load_is_an_error_of_one_line(
     folder = Path(shutil.copytree(exports["llama", "first attention"].path, tmp_path / "model"))
     (folder / "modeling_blockpruned.py").write_text("raise RuntimeError('broken on purpose')\n")
     with pytest.raises(ExportError, match="broken on purpose") as caught:
-        verify(folder, REQUEST, {}, device="cpu", dtype="float32")
+        verify(folder, REQUEST, {}, Loading("cpu", "float32", has_code=True))
     assert len(str(caught.value).splitlines()) == 1
 
 

@@ -26,6 +26,7 @@ from tests.integration.export_lab import (
     WITH_CODE,
     Source,
     TinyFolder,
+    assert_is_placed,
     every_case,
     every_family,
     load,
@@ -90,7 +91,8 @@ def test_a_stock_export_differs_from_its_source_in_the_number_of_layers_only(
     config = json.loads((exports[family, "last layer"].path / "config.json").read_text())
     changed = {key for key in source | config if source.get(key) != config.get(key)}
     number = sources[family].model.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    assert changed <= {number, "layer_types", "max_window_layers", "decoder_sparse_step", "mlp_only_layers"}
+    lists = {"layer_types", "max_window_layers", "sliding_window_pattern", "decoder_sparse_step", "mlp_only_layers"}
+    assert changed <= {number, *lists}
     assert (config["model_type"], config[number]) == (source["model_type"], 3)
 
 
@@ -124,9 +126,9 @@ def test_layer_types_that_the_source_only_implies_are_written_out(tmp_path: Path
     (folder / "config.json").write_text(json.dumps(config))
     source, removed = Source.of(folder), (mha(0), mlp(0))
     export = write_export(source.checkpoint, removed, tmp_path / "model")
-    assert json.loads((export.path / "config.json").read_text())["layer_types"] == [
-        "full_attention", "sliding_attention", "sliding_attention",
-    ]  # fmt: skip
+    written = json.loads((export.path / "config.json").read_text())
+    assert written["layer_types"] == ["full_attention", "sliding_attention", "sliding_attention"]
+    assert written["max_window_layers"] == 1, "who reads this number must find the same"
     expected = source.masked_logits(removed)["plain_logits"]
     assert (logits(load(export.path), REQUEST["plain_ids"]) - expected).abs().max() <= 1e-5
 
@@ -141,6 +143,24 @@ def test_tokenizer_and_generation_config_come_along(
     assert (export / "generation_config.json").read_bytes() == (source / "generation_config.json").read_bytes()
 
 
+def test_terms_and_further_templates_come_along(tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder("llama"), tmp_path / "source"))
+    names = ["LICENSE.md", "NOTICE", "USE_POLICY.md", "chat_template.jinja", "additional_chat_templates/rag.jinja"]
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"of {name}")
+    terms = [f"of {name}" for name in names[:3]]
+    for format_ in ("stock", "gguf"):
+        source = Checkpoint.open(str(folder))
+        export = write_export(source, REMOVED["alternating"], tmp_path / format_, format_)
+        assert [(export.path / name).read_text() for name in names[:3]] == terms
+        manifest = json.loads((export.path / MANIFEST_FILE).read_text())
+        assert set(names if format_ == "stock" else names[:3]) <= set(manifest["files"])
+        assert (manifest["source_model"], str(tmp_path) in json.dumps(manifest)) == ("source", False)
+    templates = AutoTokenizer.from_pretrained(tmp_path / "stock").chat_template
+    assert templates == {"default": "of chat_template.jinja", "rag": "of additional_chat_templates/rag.jinja"}
+
+
 @every_case
 def test_the_manifest_is_true(
     sources: dict[str, Source], exports: dict[tuple[str, str], WrittenExport], family: str, case: str
@@ -153,9 +173,9 @@ def test_the_manifest_is_true(
     assert kept == tuple(block for block in all_blocks(4) if block not in dropped) == export.kept
     assert manifest["source_fingerprint"] == sources[family].checkpoint.fingerprint
     assert manifest["format"] == export.format
-    assert ("layers" in manifest) == (export.format != "zeroed" and not sources[family].architecture.is_parallel)
-    if "layers" in manifest:
-        assert sum(1 + len(layer["leading_mlps"]) + len(layer["mlps"]) for layer in manifest["layers"]) == len(kept)
+    assert manifest["places"].keys() == {str(block) for block in kept}
+    for block in kept:
+        assert_is_placed(sources[family], export, block, manifest["places"][str(block)])
     files = {file.name for file in export.path.iterdir()} - {MANIFEST_FILE}
     assert manifest["files"] == {name: file_digest(export.path / name) for name in files}
 

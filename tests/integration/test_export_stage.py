@@ -14,15 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import stages.export
 from blockpruner.architectures import architecture_of, block_sizes, num_parameters
 from blockpruner.blocks import Block, all_blocks, mha, mlp
-from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ConfigurationError, ExportError
-from blockpruner.export.verify import Verification, masked_logits
+from blockpruner.export.verify import Loading, Verification, masked_logits
 from blockpruner.export.write import WrittenExport, write_export
 from blockpruner.loading import load_model, meta_model
 from blockpruner.progress import Progress
-from blockpruner.trace import CandidateScore, SearchStep, SearchSummary, write_trace
 from stages.contract import ArtifactRef, Runtime
 from stages.export import MODEL_FOLDER, STAGE, ExportConfig, ExportInputs, ExportManifest
+from tests.integration.export_lab import ask_here, every_family, finished_search, load, run
 from tests.oracles import oracle_logits
 from tests.tiny_models import tiny_model, tiny_token_ids
 
@@ -34,35 +33,7 @@ ORDER = (mlp(1), mha(2), mha(0))
 @pytest.fixture
 def inputs(tiny_folder: TinyFolder, tmp_path: Path) -> ExportInputs:
     """A Llama with tied embeddings, and a finished search over it."""
-    folder = tmp_path / "search"
-    folder.mkdir()
-    checkpoint = Checkpoint.open(str(tiny_folder("llama-bias-tied")))
-    architecture, shapes = meta_model(checkpoint)
-    sizes, total = block_sizes(architecture, shapes), num_parameters(shapes)
-    steps = []
-    for number, block in enumerate(ORDER, start=1):
-        removed = sum(sizes[gone] for gone in ORDER[:number])
-        candidate = CandidateScore(block=block, score=10.0 + number, perplexity=10.0 + number, rank=1, chosen=True)
-        steps.append(
-            SearchStep(
-                step=number,
-                block=block,
-                score=10.0 + number,
-                perplexity=10.0 + number,
-                num_parameters_removed=removed,
-                ratio=removed / total,
-                seconds=0.5,
-                candidates=(candidate,),
-            )
-        )
-    write_trace(folder, SearchSummary(dense_perplexity=10.0, num_layers=4, num_parameters=total), steps)
-    return ExportInputs(checkpoint, ArtifactRef("5" * 64, folder))
-
-
-def run(folder: Path, inputs: ExportInputs, **config: Any) -> ExportManifest:
-    out_dir = folder / "out"
-    out_dir.mkdir(exist_ok=True)
-    return STAGE.run(ExportConfig(**config), inputs, out_dir, Runtime())
+    return finished_search(tiny_folder("llama-bias-tied"), ORDER, tmp_path)
 
 
 def passes(*_: object, **__: object) -> Verification:
@@ -169,8 +140,8 @@ def test_an_export_of_other_blocks_does_not_count(
 ) -> None:
     """The answer of the fresh process is that of the masked original without the wrong blocks."""
 
-    def answer(export_dir: Path, request: dict[str, torch.Tensor], device: str, dtype: str) -> dict[str, torch.Tensor]:
-        model = load_model(inputs.model, device=device, dtype="float32")
+    def answer(export_dir: Path, request: dict[str, torch.Tensor], loading: Loading) -> dict[str, torch.Tensor]:
+        model = load_model(inputs.model, device=loading.device, dtype="float32")
         architecture, _ = meta_model(inputs.model)
         return masked_logits(architecture, model, wrong, request)
 
@@ -207,6 +178,18 @@ def test_weights_can_be_written_in_another_dtype(inputs: ExportInputs, tmp_path:
         assert manifest.verified_with == "transformers"
         sizes[dtype] = (folder / "out" / "model" / "model.safetensors").stat().st_size
     assert sizes["bfloat16"] < 0.6 * sizes["float32"]
+
+
+@every_family
+def test_weights_of_every_family_can_be_rounded(
+    tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Weights alone: what a family computes from its configuration, such as Gemma's scale of embeddings, is not."""
+    monkeypatch.setattr("blockpruner.export.verify.ask", ask_here)
+    manifest = run(tmp_path, finished_search(tiny_folder(family), ORDER[:2], tmp_path), dtype="bfloat16")
+    assert manifest.verified
+    model = load(tmp_path / "out" / MODEL_FOLDER, dtype="auto")
+    assert model.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", ["float32", "q8_0"])

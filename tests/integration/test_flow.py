@@ -71,7 +71,7 @@ def task_states(flow_run: FlowRun) -> dict[str, str]:
     return {run.name: run.state.name for run in runs if run.state is not None and run.state.name is not None}
 
 
-def artifact_keys(flow_run: FlowRun) -> set[str | None]:
+def artifact_keys(flow_run: FlowRun) -> set[tuple[str, str | None]]:
     with get_client(sync_client=True) as client:
         response = client.request("POST", "/artifacts/filter", json={"flow_runs": {"id": {"any_": [str(flow_run.id)]}}})
     return {(artifact["type"], artifact["key"]) for artifact in response.json()}
@@ -114,8 +114,10 @@ def test_prefects_memory_counts_only_while_the_artifact_is_whole(options: list[o
 
 def test_the_server_gets_the_progress_and_the_tables(options: list[object]) -> None:
     blockpruner("run", *options)
-    artifacts = artifact_keys(newest_flow_run())
-    assert {("table", "pruning-order"), ("markdown", "prune-summary"), ("progress", None)} <= artifacts
+    assert artifact_keys(newest_flow_run()) == {
+        *(("table", "pruning-order"), ("table", "measurements"), ("markdown", "prune-summary"), ("progress", None)),
+        *(("image", "removed-blocks"), ("image", "perplexity")),
+    }
 
 
 def test_a_users_error_fails_the_flow_in_one_line(

@@ -14,14 +14,17 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from blockpruner.blocks import Block, mha
+from blockpruner.blocks import Block, mha, mlp
 from blockpruner.export.formats import FORMATS
 from blockpruner.export.gguf_file.format import MODEL_FILE
+from blockpruner.export.gguf_file.verification import _PROGRAM
 from blockpruner.export.names import ExportDtype
+from blockpruner.export.verify import Loading, ask
 from blockpruner.export.write import write_export
 from blockpruner.masking import masked
-from tests.integration.export_lab import NUM_NEW, PROMPTS, REQUEST, Source, greedy, logits
+from tests.integration.export_lab import NUM_NEW, PROMPTS, REQUEST, Source, finished_search, greedy, logits, run
 from tests.integration.gguf_lab import CUTS, HELD, TEXTS, TOKENIZERS, make_source, with_tokenizer
+from tests.tiny_models import save_tiny_model
 
 pytestmark = [
     pytest.mark.engines,
@@ -50,7 +53,7 @@ def test_llama_cpp_computes_and_generates_what_the_masked_original_does(
     source, removed = source_of(shape), CUTS[cut]
     write_export(source.checkpoint, removed, tmp_path, "gguf", dtype="float32")
     verify, expected = FORMATS["gguf"].verify, source.masked_logits(removed)
-    verification = verify(tmp_path, REQUEST, expected, device="cpu", dtype="float32")
+    verification = verify(tmp_path, REQUEST, expected, Loading("cpu", "float32"))
     assert verification.engine == "reader, llama.cpp"
     # Gemma's activations are looked up in tables of half precision.
     assert verification.max_logit_difference <= (5e-3 if shape.startswith("gemma") else 5e-5)
@@ -87,10 +90,9 @@ def test_llama_cpp_takes_every_dtype(
     source = make_source(tmp_path, "llama, wide heads")
     write_export(source.checkpoint, CUTS[cut], tmp_path / "model", "gguf", dtype=dtype)
     format_ = FORMATS["gguf"]
-    assert format_.coarsen is not None
-    format_.coarsen(source.model, tmp_path / "model")
+    format_.coarsen(source.model, tmp_path / "model", None)
     expected = source.masked_logits(CUTS[cut])
-    assert format_.verify(tmp_path / "model", REQUEST, expected, device="cpu", dtype="float32").passed
+    assert format_.verify(tmp_path / "model", REQUEST, expected, Loading("cpu", "float32")).passed
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -102,3 +104,19 @@ def test_llama_cpp_cuts_texts_as_the_tokenizer_does(tmp_path: Path, kind: str) -
     for text in TEXTS:
         assert model.tokenize(text.encode(), add_bos=True) == tokenizer(text)["input_ids"], text
     model.close()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_the_gate_gives_llama_cpp_a_window_that_it_sees(tmp_path: Path, family: str) -> None:
+    """As long as in the file, it would not differ from none within the request."""
+    wanted = {"tie_word_embeddings": True, "query_pre_attn_scalar": 16} if family == "gemma2" else {}
+    source = save_tiny_model(tmp_path / "source", family, sliding_window=64, **wanted)
+    inputs = finished_search(source, (mha(0), mlp(0)), tmp_path)
+    assert run(tmp_path, inputs, format="gguf").verified_with == "reader, llama.cpp"
+    own = Loading("cpu", "float32")
+    expected = Source.of(source).masked_logits((mha(0), mlp(0)))
+    shorter = FORMATS["gguf"].verify(tmp_path / "out" / "model", REQUEST, expected, Loading("cpu", "float32", window=9))
+    assert FORMATS["gguf"].verify(tmp_path / "out" / "model", REQUEST, expected, own).passed
+    assert not shorter.passed
+    given = ask(_PROGRAM, tmp_path / "out" / "model" / MODEL_FILE, REQUEST, "--sliding-window", "9")
+    assert (given["plain_logits"] - expected["plain_logits"]).abs().max() > 0.1

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
 from blockpruner.blocks import Block, mha, mlp, survivors
+from blockpruner.checkpoint import Checkpoint, file_digest
 from blockpruner.export.card import CardNumbers, strips, write_card
 from blockpruner.export.names import ExportFormat
-from blockpruner.export.write import WrittenExport
+from blockpruner.export.write import MANIFEST_FILE, WrittenExport
 
 PERPLEXITIES = (("the calibration set", 5.4711, 11.5149), ("wikitext2", 6.0, float("inf")))
 NUMBERS = CardNumbers(2_000_000, 1_500_000, 8_000_000, 6_012_345, PERPLEXITIES)
 DROPPED = (mlp(2), mha(0))
+HUB_ID = "meta-llama/Llama-2-7b-hf"
 
 
 def card(
     folder: Path,
     *,
-    source: str = "meta-llama/Llama-2-7b-hf",
+    source: str = HUB_ID,
     format_: ExportFormat = "transformers",
     dropped: tuple[Block, ...] = DROPPED,
     numbers: CardNumbers = NUMBERS,
     source_card: str | None = None,
     zeros: tuple[Block, ...] = (),
+    config: dict[str, object] | None = None,
 ) -> tuple[dict[str, object], str]:
     """Write a card and return its metadata and its text."""
     out_dir, source_dir = folder / "export", folder / "source"
@@ -33,8 +37,11 @@ def card(
     source_dir.mkdir(exist_ok=True)
     if source_card is not None:
         (source_dir / "README.md").write_text(source_card)
+    (out_dir / "config.json").write_text(json.dumps({"model_type": "llama"} | (config or {})))
+    (out_dir / MANIFEST_FILE).write_text(json.dumps({"files": {}}))
     written = WrittenExport(out_dir, format_, survivors(4, dropped), dropped, 0, zeros)
-    write_card(written, source, source_dir, numbers)
+    hub_id = source if source == HUB_ID else None
+    write_card(written, Checkpoint(source, source_dir, {}, {}, hub_id), numbers)
     _, metadata, text = (out_dir / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     return yaml.safe_load(metadata), text
 
@@ -44,6 +51,12 @@ def test_metadata_says_where_the_model_comes_from(tmp_path: Path) -> None:
     assert metadata["base_model"] == "meta-llama/Llama-2-7b-hf"
     assert metadata["library_name"] == "transformers"
     assert "blockpruner" in str(metadata["tags"])
+
+
+def test_the_card_is_in_the_manifest(tmp_path: Path) -> None:
+    card(tmp_path)
+    manifest = json.loads((tmp_path / "export" / MANIFEST_FILE).read_text())
+    assert manifest["files"] == {"README.md": file_digest(tmp_path / "export" / "README.md")}
 
 
 def test_numbers_are_the_given_ones(tmp_path: Path) -> None:
@@ -66,7 +79,8 @@ def test_numbers_are_the_given_ones(tmp_path: Path) -> None:
 def test_the_way_to_load_it_fits_the_format(tmp_path: Path, format_: ExportFormat, needs_code: bool) -> None:
     _, text = card(tmp_path, format_=format_)
     assert 'from_pretrained("."' in text
-    assert text.count('".", trust_remote_code=True') == (2 if needs_code else 0)
+    assert ('ForCausalLM.from_pretrained(".", trust_remote_code=True)' in text) == needs_code
+    assert ('AutoTokenizer.from_pretrained(".", trust_remote_code=False)' in text) == needs_code
     assert ("what loads that loads this" in text) == (format_ in ("stock", "zeroed"))
     assert ("saves neither memory nor time" in text) == (format_ == "zeroed")
     assert ("vllm serve . --trust-remote-code" in text) == (format_ == "decilm")
@@ -76,6 +90,28 @@ def test_the_way_to_load_it_fits_the_format(tmp_path: Path, format_: ExportForma
 def test_an_attention_that_stays_is_owned_up_to(tmp_path: Path, zeros: tuple[Block, ...]) -> None:
     _, text = card(tmp_path, format_="decilm", zeros=zeros)
     assert ("first layer's attention is still in the files" in text) == bool(zeros)
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("format_", "config", "engine"),
+    [
+        ("stock", {"model_type": "gemma3_text", "layer_types": [SLIDING, FULL] * 2, "sliding_window_pattern": 2}, None),
+        ("stock", {"model_type": "gemma3_text", "layer_types": [FULL, SLIDING], "sliding_window_pattern": None}, "MLX"),
+        ("stock", {"model_type": "cohere2", "layer_types": [FULL, SLIDING], "sliding_window_pattern": None}, "MLX"),
+        ("stock", {"model_type": "gemma2", "layer_types": [SLIDING, FULL, SLIDING]}, None),
+        ("stock", {"model_type": "gemma2", "layer_types": [SLIDING, SLIDING, FULL]}, "SGLang"),
+        ("zeroed", {"model_type": "gemma2", "layer_types": [FULL, SLIDING]}, None),
+    ],
+)
+def test_engines_that_number_the_windows_are_named_where_they_would_err(
+    tmp_path: Path, format_: ExportFormat, config: dict[str, object], engine: str | None
+) -> None:
+    _, text = card(tmp_path, format_=format_, config=config)
+    assert ("no rule by the layer's number" in text) == (engine is not None)
+    assert engine is None or engine in text
 
 
 def test_a_gguf_file_is_for_other_engines(tmp_path: Path) -> None:
@@ -115,6 +151,45 @@ def test_the_folder_one_is_in_has_a_name_too(tmp_path: Path, monkeypatch: pytest
 def test_the_licence_is_carried_over(tmp_path: Path, source_card: str | None, licence: str | None) -> None:
     metadata, _ = card(tmp_path, source_card=source_card)
     assert metadata.get("license") == licence
+
+
+OTHER_LICENCE = """---
+license: other
+license_name: tongyi-qianwen
+license_link: https://huggingface.co/Qwen/Qwen2-72B/blob/main/LICENSE
+language: [en, zh]
+base_model: Qwen/Qwen2-72B
+tags: [chat]
+---
+# Qwen
+"""
+
+
+def test_a_licence_of_its_own_keeps_its_name_and_link(tmp_path: Path) -> None:
+    metadata, _ = card(tmp_path, source_card=OTHER_LICENCE)
+    assert metadata["license"] == "other"
+    assert metadata["license_name"] == "tongyi-qianwen"
+    assert metadata["license_link"] == "https://huggingface.co/Qwen/Qwen2-72B/blob/main/LICENSE"
+    assert metadata["language"] == ["en", "zh"]
+    assert metadata["base_model"] == HUB_ID, "the nearest"
+    assert metadata["tags"] == ["blockpruner", "pruned"]
+
+
+def test_several_licences_stay_a_list(tmp_path: Path) -> None:
+    metadata, _ = card(tmp_path, source_card="---\nlicense: [apache-2.0, mit]\n---\n")
+    assert metadata["license"] == ["apache-2.0", "mit"]
+
+
+def test_a_copy_of_a_hub_model_names_what_its_card_names(tmp_path: Path) -> None:
+    metadata, _ = card(tmp_path, source="models/qwen", source_card=OTHER_LICENCE)
+    assert metadata["base_model"] == "Qwen/Qwen2-72B"
+
+
+def test_a_relative_folder_is_no_hub_id(tmp_path: Path) -> None:
+    """Wherever the command is given: there the folder may not be."""
+    metadata, text = card(tmp_path, source="models/tiny")
+    assert "base_model" not in metadata
+    assert "Made from `tiny`" in text
 
 
 @pytest.mark.parametrize("num_layers", [3, 12])

@@ -24,7 +24,7 @@ from blockpruner.loading import (
     resolve_device,
     resolve_dtype,
 )
-from tests.tiny_models import TINY_FAMILIES
+from tests.tiny_models import TINY_FAMILIES, save_tiny_model
 
 TinyFolder = Callable[[str], Path]
 
@@ -517,3 +517,24 @@ def test_an_unknown_dtype_is_refused(dtype: str) -> None:
     with pytest.raises(ConfigurationError, match="unknown dtype") as caught:
         resolve_dtype(dtype, "cpu")
     assert repr(dtype) in message(caught.value)
+
+
+def test_terms_and_card_are_fetched_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The licence is to be carried over, and is not in every case in LICENSE."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    folder = save_tiny_model(tmp_path / "snapshot")
+    there = ["README.md", "NOTICE", "LICENSE.md", "USE_POLICY.md", "additional_chat_templates/rag.jinja", "x.bin"]
+    fetched: list[str] = []
+
+    def download(hub_id: str, *, allow_patterns: list[str]) -> str:
+        fetched.extend(filter_repo_objects(there, allow_patterns=allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    checkpoint = Checkpoint.open("someone/model")
+    assert fetched == there[:-1]
+    assert (checkpoint.hub_id, checkpoint.public_name) == ("someone/model", "someone/model")
+    local = Checkpoint.open(str(folder))
+    assert (local.hub_id, local.public_name) == (None, "snapshot")

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from blockpruner.calibration import save_token_ids
 from blockpruner.checkpoint import Checkpoint
@@ -26,9 +27,10 @@ from stages.evaluate import (
     EvaluateConfig,
     EvaluateInputs,
     EvaluateManifest,
-    task_metrics,
 )
+from stages.lm_harness import evaluate_tasks
 from stages.lm_tasks import TaskSpec, loaded_tasks, resolve_tasks
+from stages.task_scores import task_metrics
 from tests.oracles import oracle_logits, oracle_sequence_nll
 from tests.tiny_models import tiny_token_ids, tiny_tokenizer
 
@@ -120,7 +122,9 @@ def test_accuracy_is_the_one_computed_by_hand(
     capfd.readouterr()
     heard: list[Progress] = []
     manifest = evaluate(model, task_dir, ["pick"], tmp_path / "out", Runtime(progress=heard.append))
-    for metric, normalised in zip(manifest.metrics, (False, True), strict=True):
+    *metrics, average = manifest.metrics
+    assert average.model_dump() == metrics[1].model_dump() | {"task": "average", "metric": "acc_norm or acc"}
+    for metric, normalised in zip(metrics, (False, True), strict=True):
         correct = correct_by_hand(model, DOCS, normalised)
         assert metric.model_dump() == {
             "task": "pick",
@@ -188,6 +192,36 @@ def test_fewshot_limit_and_repeated_calls(model: Checkpoint, task_dir: Path, tmp
     correct = correct_by_hand(model, DOCS[:4], normalised=False, shots=DOCS[:1])
     assert first.metrics[0].value == pytest.approx(statistics.mean(correct))
     assert (first.metrics[0].num_fewshot, first.metrics[0].num_examples) == (1, 4)
+
+
+def test_as_many_at_once_as_fit(model: Checkpoint, task_dir: Path, tmp_path: Path) -> None:
+    """What a GPU does unasked: fewer than 64 if a forward pass of so many has not the memory that it needs."""
+    heard: list[Progress] = []
+    sizes: list[int] = []
+
+    class Starved(LlamaForCausalLM):
+        def forward(self, input_ids: torch.Tensor, **rest: Any) -> Any:
+            sizes.append(len(input_ids))
+            if len(input_ids) > 60:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+            return super().forward(input_ids, **rest)
+
+    specs = resolve_tasks(["pick"], task_dir)
+    with loaded_tasks(specs, task_dir) as tasks:
+        results = evaluate_tasks(
+            Starved.from_pretrained(model.path).eval(),
+            tiny_tokenizer(),
+            tasks,
+            num_fewshot=None,
+            limit=None,
+            log_samples=False,
+            batch_size="auto",
+            progress=heard.append,
+        )
+    assert 18 < sizes[1] < sizes[0] == 64
+    assert sizes[2:] == [sizes[1]] * 4 + [18], "five passes to make sure, then all questions at once"
+    assert task_metrics(results) == evaluate(model, task_dir, ["pick"], tmp_path / "out").metrics
+    assert [report.done for report in heard] == [0] * 5 + [17, 18], "what was run to find out is no progress"
 
 
 def test_a_group_of_local_tasks(model: Checkpoint, task_dir: Path, tmp_path: Path) -> None:
@@ -341,7 +375,9 @@ def test_registered_tasks_need_the_hub() -> None:
 
 
 def test_settings_that_matter(model: Checkpoint, tmp_path: Path) -> None:
-    assert EvaluateConfig(num_fewshot=3, limit=5) == EvaluateConfig()
+    assert EvaluateConfig(num_fewshot=3, limit=5, log_samples=True) == EvaluateConfig()
+    specs = tuple(TaskSpec(name=name, origin="registered") for name in ("b", "a"))
+    assert EvaluateConfig(tasks=specs) == EvaluateConfig(tasks=specs[::-1])
     assert EvaluateConfig().lm_eval_version is None
     with_task = EvaluateConfig(tasks=(TaskSpec(name="x", origin="local", digest="0"),), num_fewshot=3)
     assert with_task.lm_eval_version is not None
@@ -371,6 +407,38 @@ def test_numbers_are_taken_from_results_as_they_come() -> None:
         ("group", "acc", None, None, 7),
         ("math", "exact_match,strict-match", 0.25, 5, 4),
         ("math", "exact_match,flexible", None, 5, 4),
+        ("average", "acc_norm or acc", None, None, 7),  # of the group alone: the other has no accuracy
     ]
     stored = EvaluateManifest(texts=(), metrics=metrics).model_dump_json()
     assert math.isnan(EvaluateManifest.model_validate_json(stored).metrics[2].value)
+
+
+def test_the_average_is_that_of_the_papers_tables() -> None:
+    """acc_norm where there is one, else acc; a group with a score once, one without by its members."""
+    results = {
+        "results": {
+            "piqa": {"acc,none": 0.9, "acc_stderr,none": 0.9, "acc_norm,none": 0.79, "acc_norm_stderr,none": 0.03},
+            "winogrande": {"acc,none": 0.69, "acc_stderr,none": 0.04},
+            "scored": {"acc,none": 0.4, "acc_stderr,none": 0.12, "sample_len": 30},
+            "in_scored": {"acc,none": 0.0, "acc_stderr,none": 0.5},
+            "in_bare": {"acc,none": 0.2, "acc_stderr,none": 0.0},
+            "lambada": {"perplexity,none": 9.0, "perplexity_stderr,none": 1.0},
+        },
+        "group_subtasks": {"scored": ["in_scored"], "bare": ["in_bare", "lambada"]},
+        "n-shot": dict.fromkeys(["piqa", "winogrande", "in_scored", "in_bare", "lambada"], 0) | {"scored": 0},
+        "n-samples": {
+            name: {"original": 10, "effective": 10}
+            for name in ["piqa", "winogrande", "in_scored", "in_bare", "lambada"]
+        },
+    }
+    average = task_metrics(results)[-1]
+    assert (average.task, average.metric) == ("average", "acc_norm or acc")
+    assert average.value == pytest.approx((0.79 + 0.69 + 0.4 + 0.2) / 4)
+    assert average.stderr == pytest.approx(math.sqrt(0.03**2 + 0.04**2 + 0.12**2) / 4)
+    assert (average.num_fewshot, average.num_examples) == (0, 60)
+    del results["results"]["winogrande"]["acc_stderr,none"]
+    results["n-shot"]["winogrande"] = 5
+    average = task_metrics(results)[-1]
+    assert (average.stderr, average.num_fewshot) == (None, None)
+    only_text = {**results, "results": {"lambada": results["results"]["lambada"]}, "group_subtasks": {}}
+    assert [metric.task for metric in task_metrics(only_text)] == ["lambada"]

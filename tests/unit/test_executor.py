@@ -31,6 +31,7 @@ from tests.integration.command_line import ROOT, blockpruner
         ({"executor": "ray", "ray_address": " "}, "ray_address is ' '"),
         ({"executor": "ray", "ray_address": 6379}, "ray_address is 6379"),
         ({"executor": "ray", "scorer": "plain"}, "scorer plain knows no executor ray"),
+        ({"executor": "ray", "strategy": "laco"}, "strategy laco merges one model, and knows no executor ray"),
         ({"executor": "ray", "device": "cuda:1"}, "device cuda:1 with executor ray: Ray chooses the GPU; give cuda"),
     ],
 )

@@ -22,7 +22,7 @@ from stages.ray_worker import Introduction, Place, Prepared, software
 from stages.search_scorer import ScoringJob
 from tests.tiny_models import tiny_token_ids
 
-JOB = ScoringJob(Checkpoint("m", Path("m"), {}, {}), 1, "float32", "perplexity", "cpu")
+JOB = ScoringJob(Checkpoint("m", Path("m"), {}, {}), 4, 1, "float32", "perplexity", "cpu")
 HERE = Introduction("node 0", "cpu", software())
 CUT = SweepCut(micro_batch=4, branches_per_chunk=8, logit_elements=1000)
 REQUEST = BatchRequest(CUT, 0, 4)

@@ -97,6 +97,15 @@ def test_all_rows_are_no_number_of_rows() -> None:
     assert make_recipe({"model": "m", "num_samples": "all"}).num_samples is None
 
 
+def test_a_batch_size_of_auto_is_left_to_the_device() -> None:
+    assert make_recipe({"model": "m", "batch_size": "auto"}).batch_size is None
+    given = make_recipe({"model": "m", "batch_size": "4"})
+    assert given.batch_size == 4
+    assert given.changed({"batch_size": "auto"}).batch_size is None
+    with pytest.raises(ConfigurationError, match=r"batch_size is .all.: it should be a valid integer.*, or auto"):
+        make_recipe({"model": "m", "batch_size": "all"})
+
+
 def test_a_search_needs_a_target() -> None:
     make_recipe({"model": "m", "ratio": 0.2}).require_target()
     with pytest.raises(ConfigurationError, match="--num-blocks K or --ratio R"):
@@ -154,3 +163,29 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
 @pytest.mark.parametrize("name", recipe_names())
 def test_the_projects_recipes_are_valid(name: str) -> None:
     load_recipe(name, {}).require_target()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, (4, None, 2)),
+        ({"export_format": "stock"}, (4, None, 2)),
+        ({"num_blocks": 3}, (4, None, 3)),
+        ({"num_blocks": 4}, (4, None, 4)),
+        ({"num_blocks": 6}, (6, None, None)),
+        ({"ratio": 0.5}, (None, 0.5, None)),
+        ({"num_blocks": 3, "seed": 7}, (3, None, None)),  # of another search nothing is there yet
+        ({"num_blocks": 3, "seed": 42}, (4, None, 3)),
+    ],
+)
+def test_who_goes_on_from_a_run_counts_from_the_whole_model(
+    changes: dict[str, Any], expected: tuple[int | None, float | None, int | None]
+) -> None:
+    recipe = make_recipe({"model": "m", "num_blocks": 4, "export_blocks": 2}).going_on(changes, 4)
+    assert (recipe.num_blocks, recipe.ratio, recipe.export_blocks) == expected
+
+
+def test_an_option_takes_the_place_of_what_a_recipe_file_exports(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("model: m\nnum_blocks: 4\nexport_blocks: 2\n")
+    recipe = load_recipe(str(tmp_path / "r.yaml"), {"num_blocks": 6})
+    assert (recipe.num_blocks, recipe.export_blocks) == (6, None)

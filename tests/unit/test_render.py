@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from blockpruner.progress import Progress, Throughput
 from flows.demo import unigram_perplexity
 from flows.eta import RemainingTime
-from flows.render import csv_text, number, order_line, query_table, run_view, runs_table, strip
+from flows.render import number, order_line, query_table, run_view, runs_table, strip, task_table
 from flows.reporter import Reporter, describe
 from flows.summary import RunSummary, dump_json
 from flows.wording import count, one_line, size, spell_out
@@ -73,6 +73,14 @@ def summary(run: RunRecord) -> RunSummary:
     return RunSummary(run, rows, Workspace(Path("/nowhere")))
 
 
+def test_several_tasks_have_an_average() -> None:
+    average = EvaluationRow("r", "dense", "average", "acc_norm or acc", 0.5, 0.01, 0, 10)
+    one = [EvaluationRow("r", "dense", "t", metric, 0.5, 0.01, 0, 10) for metric in ("acc", "acc_norm")]
+    assert "average" not in text_of(task_table([*one, average])), "of one task it says nothing"
+    two = [*one, EvaluationRow("r", "dense", "u", "acc", 0.5, 0.01, 0, 10)]
+    assert "average  acc_norm or acc  0.5 ± 0.010" in text_of(task_table([*two, average]))
+
+
 def test_the_strip_shows_what_is_gone() -> None:
     assert text_of(strip(7, [step(1, "mha", 1), step(2, "mlp", 6)])).splitlines() == [
         "layer 0    5",
@@ -113,7 +121,6 @@ def test_values_of_a_query_are_shown_as_they_are() -> None:
     shown = text_of(query_table(["a", "[red]b"], [[None, "[bold]x"], [1.5, "y"]]))
     assert "[red]b" in shown
     assert "[bold]x" in shown
-    assert csv_text(["a", "b"], [[1, 'x,"y']]) == 'a,b\n1,"x,""y"\n'
 
 
 def test_what_a_user_named_steers_no_terminal() -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from blockpruner.blocks import Block, all_blocks, mha, mlp
 from blockpruner.errors import ConfigurationError, ExecutorError
+from blockpruner.scoring.layer_measures import block_influence, relative_magnitude
 from blockpruner.scoring.metrics import metric_of
 from blockpruner.scoring.micro_batches import BatchRequest, Reply, TooLittleMemory, answer
 from blockpruner.scoring.plan import SweepCut
@@ -80,7 +81,7 @@ class ThreadlessCrew:
 
 def spread(crew: ThreadlessCrew, metric: MetricName = "perplexity", **more: object) -> SpreadScorer:
     cut = next(iter(crew.scorers.values())).plan.cut
-    return SpreadScorer(crew, len(TOKENS), metric_of(metric), cut, Meter(), **more)  # type: ignore[arg-type]
+    return SpreadScorer(crew, len(TOKENS), 4, metric_of(metric), cut, Meter(), **more)  # type: ignore[arg-type]
 
 
 def search_tables(scorer: SweepScorer | SpreadScorer) -> list[ScoreTable]:
@@ -121,6 +122,28 @@ def test_workers_together_give_the_bits_of_one_scorer(
     assert together.meter.tokens == alone.meter.tokens
     assert (together.meter.flops_saved > 0) == (snapshot_bytes > 0)
     assert {worker for worker, _ in crew.given} == set(sorted(crew.workers)[:4])  # there are four micro-batches
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_other_strategies_ask_for_is_spread_as_well(model: PreTrainedModel, seed: int) -> None:
+    """The perplexity of one pruned model, measures of layers, and scores of whole layers; with workers that die."""
+
+    def make() -> SweepScorer:
+        return sweep_scorer(model, TOKENS, "kl", snapshot_bytes=30_000, whole_layers=True)
+
+    draw = random.Random(seed)
+    together = spread(ThreadlessCrew(make, 3, seed=seed, fate=lambda *_: draw.random() < 0.1), "kl")
+    alone = make()
+    for removed in ((), (mha(1), mlp(1))):
+        assert torch.equal(together.nll_without(removed), alone.nll_without(removed))
+    for measure in (block_influence, relative_magnitude):
+        measured_LB = together.measure_layers(measure)
+        assert measured_LB.shape == (4, len(TOKENS))
+        assert torch.equal(measured_LB, alone.measure_layers(measure))
+    layers = [mha(0), mha(2), mha(3)]
+    removed = (mha(1), mlp(1))
+    table, expected = (filled(scorer, removed, layers) for scorer in (together, alone))
+    assert_same_bits([table], [expected])
 
 
 def test_a_worker_is_given_the_micro_batches_whose_snapshots_it_has(model: PreTrainedModel) -> None:

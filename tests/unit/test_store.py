@@ -6,6 +6,8 @@ import json
 import math
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 
 from blockpruner.errors import StoreError
-from stages import store_schema
+from stages import store, store_schema
 from stages.runs import StageRun
 from tests.unit.store_lab import EXPORT, TABLES, Lab
 
@@ -252,6 +254,17 @@ def test_what_reads_is_answered(filled: Lab, sql: str) -> None:
         "EXPLAIN ANALYZE DELETE FROM runs",
         "COPY runs TO '{out}'",
         "COPY (SELECT 1) TO '{out}'",
+        "COPY runs FROM '{secret}'",
+        "IMPORT DATABASE '{out}'",
+        "FROM read_duckdb('{secret}')",
+        "FROM read_csv_auto('{secret}')",
+        "FROM parquet_metadata('{secret}')",
+        "FROM query('FROM ''{secret}'' ')",
+        "FROM duckdb_extensions()",
+        "SELECT getenv('HOME')",
+        "FROM lab",
+        "PRAGMA enable_profiling",
+        "FORCE INSTALL json",
         "EXPLAIN ANALYZE COPY runs TO '{out}'",
         "EXPORT DATABASE '{out}'",
         "ATTACH '{out}'",
@@ -297,6 +310,32 @@ def test_what_does_not_only_read_is_refused(filled: Lab, tmp_path: Path, sql: st
     assert "\n" not in str(caught.value)
     assert not out.exists()
     assert filled.results.path.read_bytes() == before
+
+
+def test_what_reads_is_locked_in(filled: Lab) -> None:
+    names = "'temp_directory', 'lock_configuration', 'enable_external_access'"
+    query = f"SELECT name, value FROM duckdb_settings() WHERE name IN ({names})"
+    assert dict(filled.results.query(query).rows) == {
+        "temp_directory": "",
+        "lock_configuration": "true",
+        "enable_external_access": "false",
+    }
+
+
+def test_a_query_larger_than_the_memory_is_one_line_and_fills_no_disk(filled: Lab, monkeypatch: Any) -> None:
+    monkeypatch.setitem(store._READ_ONLY_CONFIG, "memory_limit", "50MB")
+    before = set(filled.workspace.iterdir())
+    with pytest.raises(StoreError, match="more memory than there is; ask for less"):
+        filled.results.query("SELECT count(*) FROM (SELECT DISTINCT md5(range::VARCHAR) FROM range(5_000_000))")
+    assert set(filled.workspace.iterdir()) == before
+
+
+def test_ctrl_c_ends_a_query(filled: Lab) -> None:
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+    long = "SELECT count(*) FROM range(1000000000) a, range(1000000) b WHERE a.range * b.range % 7 = 3"
+    with pytest.raises(KeyboardInterrupt):
+        filled.results.query(long)
+    assert filled.results.query("SELECT 1").rows == [(1,)]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 from gguf.quants import dequantize, quantize
@@ -26,6 +27,8 @@ _TENSOR_TYPES: dict[ExportDtype, GGMLQuantizationType] = {
 }
 _QUANTIZED_ROW = 32
 """Values that share a scale in Q8_0."""
+_QUANTIZED_AT_ONCE = 2**20
+"""Values that are turned into Q8_0 in one go."""
 
 
 def tensor_type(shape: Sequence[int], dtype: ExportDtype) -> GGMLQuantizationType:
@@ -43,7 +46,20 @@ def encoded(tensor: Tensor, kind: GGMLQuantizationType) -> Any:
         return tensor.to(torch.float16).numpy()
     if kind == GGMLQuantizationType.BF16:
         return tensor.to(torch.bfloat16).view(torch.int16).numpy()
-    return quantize(tensor.to(torch.float32).numpy(), kind)
+    if kind == GGMLQuantizationType.Q8_0:
+        return _quantized(tensor)
+    return tensor.to(torch.float32).numpy()
+
+
+def _quantized(tensor: Tensor) -> Any:
+    """Some rows after others: all at once they would be in memory several times, as float32."""
+    step = max(1, _QUANTIZED_AT_ONCE // tensor.shape[-1])
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    encoded_rows = np.empty((rows.shape[0], num_bytes(rows.shape[-1:], GGMLQuantizationType.Q8_0)), dtype=np.uint8)
+    for start in range(0, rows.shape[0], step):
+        values = rows[start : start + step].to(torch.float32).numpy()
+        encoded_rows[start : start + step] = quantize(values, GGMLQuantizationType.Q8_0)
+    return encoded_rows.reshape(*tensor.shape[:-1], -1)
 
 
 def num_bytes(shape: Sequence[int], kind: GGMLQuantizationType) -> int:

@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 import numpy as np
+from gguf import GGUFReader
 from safetensors.numpy import load_file, save_file
 
 # Else a failed assertion's last lines are a debugger's, and not what failed.
@@ -24,6 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("model", "request", "answer"):
         parser.add_argument(name)
+    parser.add_argument("--sliding-window", type=int, help="in place of the file's own")
     arguments = parser.parse_args()
     request = load_file(arguments.request)
     longest = request["padded_ids"].shape[1] + request["decode_ids"].shape[1]
@@ -35,6 +37,7 @@ def main() -> None:
         # The cache's own default rounds keys and values to half precision.
         type_k=GGML_TYPE_F32,
         type_v=GGML_TYPE_F32,
+        kv_overrides=_overrides(arguments.model, arguments.sliding_window),
         verbose=False,
     )
     plain = [_logits(model, [row]) for row in request["plain_ids"]]
@@ -46,6 +49,13 @@ def main() -> None:
         )
     ]
     save_file({"plain_logits": np.stack(plain), "cached_logits": np.stack(cached)}, arguments.answer)
+
+
+def _overrides(path: str, sliding_window: int | None) -> dict[str, bool | int | float | str] | None:
+    if sliding_window is None:
+        return None
+    arch = GGUFReader(path).fields["general.architecture"].contents()
+    return {f"{arch}.attention.sliding_window": sliding_window}
 
 
 def _logits(model: Any, pieces: list[Any]) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from blockpruner.errors import ExportError
+from blockpruner.export.attention import windowed_layers
 from blockpruner.export.gguf_file.families import DECI, FAMILIES, LLAMA_AS_DECI, Family, Heads, query_scale
 from blockpruner.export.gguf_file.layers import FileLayer, file_layers
 from blockpruner.export.gguf_file.rotary import Rotary, rotary_of
@@ -38,14 +39,8 @@ class FilePlan:
     @property
     def windowed(self) -> list[bool]:
         """Whether every layer's attention is limited to a window; a layer without attention counts as not."""
-        config = self.source.config
-        window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-        if not window:
-            return [False] * len(self.layers)
-        return [
-            layer.mha is not None and (types is None or types[layer.mha] == "sliding_attention")
-            for layer in self.layers
-        ]
+        windowed = windowed_layers(self.source)
+        return [layer.mha in windowed for layer in self.layers]
 
     @property
     def num_heads(self) -> list[tuple[int, int]]:

@@ -53,8 +53,13 @@ _ARCHS = {
 class GgufModel:
     """An opened file."""
 
-    def __init__(self, path: Path, device: str = "cpu") -> None:
+    def __init__(self, path: Path, device: str = "cpu", window: int | None = None) -> None:
         """Read settings and the list of tensors.
+
+        Args:
+            path: the file.
+            device: where to compute.
+            window: how long its windows are to be; None: as it says.
 
         Raises:
             ExportError: if it is of an arch that is not known here.
@@ -68,6 +73,8 @@ class GgufModel:
         if self.name not in _ARCHS:
             raise ExportError(f"there is no reader for a GGUF file of arch {self.name!r}")
         self.arch = _ARCHS[self.name]
+        if window is not None:
+            self._settings[f"{self.name}.attention.sliding_window"] = window
         self.num_layers = int(self.setting("block_count"))
         if not self.of_layer("attention.head_count", 0):
             raise ExportError("llama.cpp loads no file whose first layer has no attention heads")

@@ -14,8 +14,7 @@ from blockpruner.errors import ExportError
 from blockpruner.export.gguf_file.encoding import FILE_TYPES, rounded
 from blockpruner.export.gguf_file.reader import GgufModel
 from blockpruner.export.names import ExportDtype
-from blockpruner.export.verify import Verification, ask, compare
-from blockpruner.loading import DtypeName
+from blockpruner.export.verify import Loading, Verification, ask, compare
 
 _PROGRAM = Path(__file__).with_name("fresh_llama_cpp.py")
 _ENGINE_TOLERANCE: dict[ExportDtype, float] = {"float32": 1e-2, "float16": 1e-2, "bfloat16": 4e-2, "q8_0": 8e-2}
@@ -38,9 +37,7 @@ def matrix_dtype_of(model: GgufModel) -> ExportDtype:
     return next(name for name, number in FILE_TYPES.items() if number == found)
 
 
-def verify_file(
-    path: Path, request: dict[str, Tensor], expected: dict[str, Tensor], *, device: str, dtype: DtypeName
-) -> Verification:
+def verify_file(path: Path, request: dict[str, Tensor], expected: dict[str, Tensor], loading: Loading) -> Verification:
     """Compare a file's logits with the masked original's.
 
     The reader is exact, and says whether the file holds the model. llama.cpp computes more coarsely, and says whether
@@ -49,16 +46,16 @@ def verify_file(
     Raises:
         ExportError: if the file cannot be read, or llama.cpp does not load or run it.
     """
-    model = GgufModel(path, device)
-    read = replace(compare(answer(model, request), expected, dtype), engine="reader")
+    model = GgufModel(path, loading.device, loading.window)
+    read = replace(compare(answer(model, request), expected, loading.dtype), engine="reader")
     if not read.passed or find_spec("llama_cpp") is None:
         return read
     try:
-        given = ask(_PROGRAM, path, request)
+        given = ask(_PROGRAM, path, request, *loading.window_option)
     except ExportError as error:
         raise ExportError(f"with llama.cpp {error}") from error
     tolerance = _ENGINE_TOLERANCE[matrix_dtype_of(model)]
-    run = replace(compare(given, expected, dtype, tolerance), engine="llama.cpp")
+    run = replace(compare(given, expected, loading.dtype, tolerance), engine="llama.cpp")
     return replace(run, engine=f"{read.engine}, {run.engine}") if run.passed else run
 
 

@@ -46,8 +46,8 @@ def write_file(source: ExportSource, path: Path) -> None:
 
 
 def _add_general(writer: GGUFWriter, plan: FilePlan) -> None:
-    name = plan.source.checkpoint.name
-    writer.add_name(f"{Path(name).name}, {len(plan.source.removed)} residual blocks removed")
+    name = plan.source.checkpoint.public_name
+    writer.add_name(f"{name.rpartition('/')[2]}, {len(plan.source.removed)} residual blocks removed")
     writer.add_file_type(FILE_TYPES[plan.dtype])
     if plan.dtype == "q8_0":
         writer.add_quantization_version(GGML_QUANT_VERSION)

@@ -1,0 +1,183 @@
+"""Perplexity against the share of parameters removed: as a search goes, and of the finished models on held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flows.paper_figures import PaperModel, paper_figures
+from flows.report.data import ReportRun
+from flows.report.picture import Figure, Picture, axis, base_layout, drawable, plain
+from flows.report.theme import DASHES, SYMBOLS, Theme
+from flows.table_formats import DataTable
+
+CALIBRATION = "calibration"
+_LINEAR_BELOW, _POWERS_ABOVE = 4.0, 1000.0
+"""The highest perplexity over the lowest: from where on the axis is logarithmic, and has powers of ten only."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model, dense or pruned."""
+
+    ratio: float
+    """Share of all parameters removed."""
+    perplexity: float
+    note: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one run, or several that differ in their ratio alone, or the paper, gives."""
+
+    label: str
+    points: tuple[Point, ...]
+    index: int = 0
+    """The number of the run that it is drawn for: its colour is that run's in every picture."""
+    is_published: bool = False
+
+
+def search_curves(runs: Sequence[ReportRun]) -> Picture | None:
+    """Perplexity on the calibration set after every removal."""
+    curves = [curve for run in runs if (curve := _search_curve(run)) is not None]
+    if not curves:
+        return None
+    return Picture(
+        name="perplexity-search",
+        title="Perplexity as blocks go",
+        caption="On the calibration set, after every removal of the search. Lower is better.",
+        draw=lambda theme: _draw(curves, theme),
+        table=_table(curves),
+    )
+
+
+def held_out_curves(runs: Sequence[ReportRun], papers: Sequence[PaperModel]) -> list[Picture]:
+    """Perplexity on each evaluation text, dense and pruned, with the paper's where it measured that text."""
+    pictures = []
+    for number, text in enumerate(_texts(runs), 1):
+        curves = _text_curves(runs, text)
+        published = list(_published(papers)) if text == paper_figures().text else []
+        words = " Diamonds are the paper's own figures." if published else ""
+        pictures.append(
+            Picture(
+                name=f"perplexity-text-{number}",
+                title=f"Perplexity on {text}",
+                caption=f"Of the dense model (nothing removed) and of the exported one, on text that took no part in "
+                f"the search. Lower is better.{words}",
+                draw=lambda theme, drawn=[*curves, *published]: _draw(drawn, theme),  # type: ignore[misc]
+                table=_table([*curves, *published]),
+            )
+        )
+    return pictures
+
+
+def _search_curve(run: ReportRun) -> Curve | None:
+    steps, dense = run.summary.rows.search_steps, run.summary.perplexity("dense")
+    if not steps:
+        return None
+    start = [Point(0.0, dense, "dense")] if dense is not None else []
+    removals = [Point(s.ratio, s.perplexity, f"step {s.step}: {s.block_kind} {s.layer_index}") for s in steps]
+    return Curve(run.label, (*start, *removals), run.index)
+
+
+def _texts(runs: Sequence[ReportRun]) -> list[str]:
+    found = (row.text for run in runs for row in run.summary.rows.perplexities if row.text != CALIBRATION)
+    return list(dict.fromkeys(found))
+
+
+def _text_curves(runs: Sequence[ReportRun], text: str) -> list[Curve]:
+    """A curve for each method on each model; runs that differ in their ratio alone are points of one."""
+    groups: dict[object, list[ReportRun]] = {}
+    for run in runs:
+        if run.summary.perplexity("dense", text) is not None or run.summary.perplexity("pruned", text) is not None:
+            groups.setdefault(_method(run), []).append(run)
+    return [Curve(_group_label(group), _text_points(group, text), group[0].index) for group in groups.values()]
+
+
+def _text_points(members: Sequence[ReportRun], text: str) -> tuple[Point, ...]:
+    dense = next((v for run in members if (v := run.summary.perplexity("dense", text)) is not None), None)
+    start = [Point(0.0, dense, "dense")] if dense is not None else []
+    pruned = [
+        Point(run.ratio, value, run.label)
+        for run in members
+        if run.ratio is not None and (value := run.summary.perplexity("pruned", text)) is not None
+    ]
+    return (*start, *sorted(pruned, key=lambda point: point.ratio))
+
+
+def _method(run: ReportRun) -> object:
+    record = run.record
+    if record.strategy is None:
+        return record.run_id
+    settings = (record.strategy, record.metric, record.block_kinds, record.calibration, record.num_samples, record.seed)
+    return (run.model_key, record.sequence_length, *settings)
+
+
+def _group_label(members: Sequence[ReportRun]) -> str:
+    record = members[0].record
+    kinds = "" if record.block_kinds in (None, "both") else f", {record.block_kinds}"
+    metric = "" if record.metric in (None, "perplexity") else f", {record.metric}"
+    return members[0].label if len(members) == 1 else f"{members[0].model}, {record.strategy}{kinds}{metric}"
+
+
+def _published(papers: Sequence[PaperModel]) -> Iterator[Curve]:
+    for paper in papers:
+        dense = [Point(0.0, paper.dense.perplexity, "dense")] if paper.dense.perplexity else []
+        rows = [row for row in paper.results if row.ratio is not None and row.perplexity is not None]
+        pruned = [Point(row.ratio or 0.0, row.perplexity or 0.0, row.strategy) for row in rows]
+        yield Curve(f"paper: {paper.name}", (*dense, *pruned), is_published=True)
+
+
+def _draw(curves: Sequence[Curve], theme: Theme) -> Figure:
+    last = max((point.ratio for curve in curves for point in curve.points), default=0.0) or 1.0
+    ratios = {"tickformat": ".0%", "range": [-0.03 * last, 1.05 * last], "zeroline": False}
+    return {
+        "data": [_trace(curve, theme) for curve in curves],
+        "layout": base_layout(
+            theme,
+            400,
+            xaxis=axis(theme, "parameters removed", **ratios),
+            yaxis=_perplexity_axis(curves, theme),
+            showlegend=len(curves) > 1,
+        ),
+    }
+
+
+def _trace(curve: Curve, theme: Theme) -> dict[str, Any]:
+    index = curve.index
+    color = theme.muted if curve.is_published else theme.series_color(index)
+    symbol = "diamond-open" if curve.is_published else SYMBOLS[index % len(SYMBOLS)]
+    return {
+        "type": "scatter",
+        "mode": "markers" if curve.is_published else "lines+markers",
+        "name": plain(curve.label),
+        "x": [point.ratio for point in curve.points],
+        "y": [drawable(point.perplexity) for point in curve.points],
+        "text": [plain(point.note) for point in curve.points],
+        "line": {"color": color, "width": 2, "dash": DASHES[index // len(theme.series) % len(DASHES)]},
+        "marker": {"color": color, "size": 12 if curve.is_published else 8, "symbol": symbol, "line": {"color": color}},
+        "cliponaxis": False,
+        "hovertemplate": "%{text}<br>perplexity %{y:.4g}, %{x:.2%} removed<extra></extra>",
+    }
+
+
+def _perplexity_axis(curves: Sequence[Curve], theme: Theme) -> dict[str, Any]:
+    """Logarithmic, but where the values lie so close that it would have no ticks."""
+    drawn = [drawable(point.perplexity) for curve in curves for point in curve.points]
+    values = [value for value in drawn if value]
+    span = max(values) / min(values) if values else 1.0
+    if span < _LINEAR_BELOW:
+        return axis(theme, "perplexity", nticks=7)
+    ticks = [
+        digit * 10.0**power
+        for power in range(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)
+        for digit in ((1,) if span > _POWERS_ABOVE else (1, 2, 5))
+    ]
+    return axis(theme, "perplexity", type="log", tickvals=ticks, ticktext=[f"{tick:,.4g}" for tick in ticks])
+
+
+def _table(curves: Sequence[Curve]) -> DataTable:
+    rows = [(curve.label, point.note, point.ratio, point.perplexity) for curve in curves for point in curve.points]
+    return DataTable(("series", "model", "parameters removed", "perplexity"), tuple(rows))

@@ -1,0 +1,69 @@
+"""How a run can be done again: its recipe, and the commands that carry it out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from flows.recipe import Recipe
+from stages.runs import RunRecord
+
+_COMMANDS = {
+    "speed": "blockpruner search recipe.yaml && blockpruner speed latest",
+    "export": "blockpruner search recipe.yaml && blockpruner export latest",
+    "search": "blockpruner search recipe.yaml",
+    "baseline": "blockpruner baseline recipe.yaml",
+    "calibration": "blockpruner calibrate recipe.yaml",
+}
+"""By the last thing that a run did; the first that fits counts."""
+
+
+def recipe_text(record: RunRecord) -> str:
+    """The run's settings as a recipe (YAML), less those that are as they are without being given."""
+    defaults = {name: field.default for name, field in Recipe.model_fields.items()}
+    settings = {
+        name: _plain(value)
+        for name, value in record.config.items()
+        if name not in defaults or _plain(value) != _plain(defaults[name])
+    }
+    if record.config.get("num_samples", 0) is None:
+        settings["num_samples"] = "all"
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
+
+
+def commands(record: RunRecord) -> str:
+    """The shell commands that do the run again, given its recipe as recipe.yaml."""
+    roles = {stage.role.partition(":")[0] for stage in record.stages}
+    if any(stage.role == "evaluate:pruned" for stage in record.stages) or not roles:
+        return "blockpruner run recipe.yaml"
+    if "search" not in roles and any(stage.role == "evaluate:dense" for stage in record.stages):
+        return f"blockpruner evaluate{_as_options(record)}"
+    return next((command for role, command in _COMMANDS.items() if role in roles), "blockpruner run recipe.yaml")
+
+
+def script(record: RunRecord) -> str:
+    """Both in one piece, to be pasted into a shell."""
+    return f"cat > recipe.yaml <<'END_OF_RECIPE'\n{recipe_text(record)}END_OF_RECIPE\n{commands(record)}\n"
+
+
+def _as_options(record: RunRecord) -> str:
+    """`evaluate` of a model as it is takes no recipe."""
+    import shlex
+
+    words = list[str]()
+    for name in ("model", "tasks", "task_dir", "num_fewshot", "limit", "eval_text", "eval_text_column"):
+        value = _plain(record.config.get(name))
+        if value in (None, []):
+            continue
+        option = f"--{name.replace('_', '-')}"
+        if name == "tasks":
+            words += [option, ",".join(value)]
+        else:
+            for each in value if isinstance(value, list) else [value]:
+                words += [option, str(each)]
+    return "".join(f" {shlex.quote(word)}" for word in words)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
