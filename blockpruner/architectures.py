@@ -255,8 +255,7 @@ _REFUSED = {
 """Families that are known and cannot be pruned, with the reason."""
 
 KNOWN_MODEL_TYPES: tuple[str, ...] = tuple(sorted(_TABLE))
-
-"""The families that an export can be written for."""
+"""The families that can be pruned, and exported as `stock` or `zeroed` at least."""
 
 
 def architecture_of(model_type: str) -> Architecture:

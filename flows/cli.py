@@ -8,6 +8,7 @@ import typer
 
 import blockpruner
 from flows.boundary import OneLineErrors
+from flows.cli_compare import compare
 from flows.cli_pipeline import demo, run
 from flows.cli_report import report
 from flows.cli_results import runs, show, sql
@@ -35,7 +36,7 @@ def main(
         typer.echo(context.get_help())
 
 
-for _command in (demo, run, calibrate, baseline, search, export, evaluate, speed, runs, show, sql, report):
+for _command in (demo, run, compare, calibrate, baseline, search, export, evaluate, speed, runs, show, sql, report):
     app.command()(_command)
 
 app.add_typer(cache, name="cache")

@@ -171,12 +171,14 @@ def export(
     Of a run, or of the search that the options describe, as a folder that transformers or another engine loads.
     """
     if output is not None:
-        require_new_folder(output)
-    if push_to_hub is not None:
-        from blockpruner.hub import check_repository
+        from stages.workspace import Workspace
 
-        check_repository(push_to_hub)
+        require_new_folder(output, Workspace(workspace))
     asked = _recipe_of_run(context, run, workspace)
+    if push_to_hub is not None:
+        from blockpruner.hub import check_repositories
+
+        check_repositories(push_to_hub, asked.export_format)
     summary = _run_here(asked, "export", workspace, output)
     if push_to_hub is not None:
         _push(summary, push_to_hub, several=_are_several(asked))
@@ -291,10 +293,10 @@ def _are_several(recipe: Recipe) -> bool:
 
 def _push(summary: RunSummary, repo_id: str, *, several: bool) -> None:
     """Upload a run's exports; with several formats, each to a repository that is named after it."""
-    from blockpruner.hub import push_folder
+    from blockpruner.hub import push_folder, repository_of
 
     for export in summary.rows.exports:
-        address = push_folder(Path(export.path), f"{repo_id}-{export.format}" if several else repo_id)
+        address = push_folder(Path(export.path), repository_of(repo_id, export.format, several=several))
         typer.echo(f"pushed to {address}", err=True)
 
 

@@ -34,6 +34,12 @@ def complete_recipe(incomplete: str) -> list[str]:
     return [name for name in sorted(own) if name.startswith(incomplete)] + _files(incomplete, (".yaml", ".yml"))
 
 
+def complete_comparison(incomplete: str) -> list[str]:
+    """Offers the project's comparisons, and YAML files."""
+    own = [path.stem for path in (Path(__file__).parent / "recipes" / "compare").glob("*.yaml")]
+    return [name for name in sorted(own) if name.startswith(incomplete)] + _files(incomplete, (".yaml", ".yml"))
+
+
 def complete_run(ctx: typer.Context, incomplete: str) -> list[str]:
     """Offers the ids of the workspace's runs, newest first."""
     folder = Path(ctx.params.get("workspace") or os.environ.get("BLOCKPRUNER_WORKSPACE") or "data")

@@ -84,7 +84,7 @@ def _places(summary: RunSummary) -> str:
         f"database:  {summary.workspace.database}\n\n"
         "next:      blockpruner show latest\n"
         f"           blockpruner sql \"SELECT * FROM search_steps WHERE run_id = '{run_id}'\"\n"
-        "           blockpruner run demo --num-blocks 12 --name further    # goes on from where this search ended\n"
+        "           blockpruner run demo --num-blocks 12 --name further    # and its price\n"
         "           blockpruner export latest --format gguf                # for llama.cpp; stock, decilm ...\n"
         "           blockpruner run --help                                 # your own model"
     )

@@ -8,14 +8,23 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from blockpruner.errors import ConfigurationError
+from stages.workspace import Workspace
 
 
-def require_new_folder(output: Path) -> None:
+def require_new_folder(output: Path, workspace: Workspace) -> None:
     """Make sure that a new folder can be put here, as far as that can be known beforehand. Makes nothing.
+
+    Args:
+        output: the new folder.
+        workspace: among its results none can be.
 
     Raises:
         ConfigurationError: saying what is in the way.
     """
+    if workspace.owns(output):
+        raise ConfigurationError(
+            f"{output} is a place for results in the workspace {workspace.path}; give --output another folder"
+        )
     if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
         raise ConfigurationError(f"{output} is there already; give --output a new folder")
     if output.exists() and (output.samefile(Path.cwd()) or output.is_mount()):

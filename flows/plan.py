@@ -5,10 +5,9 @@ Opens the model's folder and checks what can be checked before anything is compu
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from blockpruner.collapse import check_laco
 from blockpruner.errors import ConfigurationError
 from blockpruner.export.formats import FORMATS
 from blockpruner.export.names import ExportFormat, FormatChoice
-from blockpruner.loading import DtypeName, any_meta_model, check_tensors, meta_model, resolve_device, resolve_dtype
+from blockpruner.loading import DtypeName, check_tensors, meta_model, resolve_device, resolve_dtype
 from blockpruner.merging import check_mergeable, stored_dtype
 from blockpruner.paths import user_path
 from blockpruner.positions import check_sequence_length
@@ -30,6 +29,8 @@ from blockpruner.speed import check_prompts
 from blockpruner.strategies import STRATEGIES
 from blockpruner.trace import read_trace
 from flows.formats import PrunedModel, check_family, check_formats, dtype_for, is_repeated
+from flows.grid import External
+from flows.opened_models import PrunedElsewhere, check_any_model, folded_model, opened
 from flows.recipe import Recipe
 from stages import baseline, calibrate, evaluate, export, fold, search, speed
 from stages.artifacts import Artifact
@@ -48,6 +49,8 @@ _EXPORTING: frozenset[Goal] = frozenset({"export", "evaluate", "speed"})
 
 _FOLDED = "fold"
 """Role of the artifact that holds a model folded into a Llama."""
+_EXTERNAL = "external:"
+"""Begins the role of a text that was cut by the tokenizer of a model pruned elsewhere."""
 
 _DENSE = ("evaluate:dense", "evaluate dense")
 """Role and label of the dense model's evaluation."""
@@ -109,15 +112,22 @@ class Plan:
     dtype: DtypeName
     shape: ModelShape | None
     """None where nothing is searched."""
+    external: PrunedElsewhere | None = None
+    """What takes the place of search and export."""
 
     @classmethod
-    def make(cls, recipe: Recipe, goal: Goal) -> Plan:
+    def make(cls, recipe: Recipe, goal: Goal, external: External | None = None) -> Plan:
         """Open the model and check the recipe against it.
+
+        Args:
+            recipe: what to do.
+            goal: how far to go.
+            external: a checkpoint pruned elsewhere, which is then measured in place of one that is searched for.
 
         Raises:
             BlockPrunerError: if the model, a text, a task or a setting cannot be used.
         """
-        if goal in _SEARCHING:
+        if goal in _SEARCHING and external is None:
             recipe.require_target()
             require_ray(recipe.spread)
         device = resolve_device(recipe.device)
@@ -126,11 +136,15 @@ class Plan:
             raise ConfigurationError(
                 "compile is 'on', and the device is the CPU; compiling pays on a GPU only: leave it out"
             )
-        checkpoint = Checkpoint.open(recipe.model)
-        shape = _checked_shape(recipe, goal, checkpoint) if goal in _SEARCHING else None
+        checkpoint = opened(recipe.model)
+        if external is None:
+            shape = _checked_shape(recipe, goal, checkpoint) if goal in _SEARCHING else None
+        else:
+            shape = _shape(recipe, goal, checkpoint)
         if goal == "baseline" or (goal == "measure" and recipe.eval_text):
-            _check_any_model(recipe, checkpoint)
-        plan = cls(recipe, goal, checkpoint, device, dtype, shape)
+            check_any_model(recipe, checkpoint)
+        elsewhere = PrunedElsewhere.open(external, recipe) if external else None
+        plan = cls(recipe, goal, checkpoint, device, dtype, shape, elsewhere)
         plan.check()
         return plan
 
@@ -154,7 +168,7 @@ class Plan:
 
     def description(self) -> RunDescription:
         """What the run's record says from the beginning. Reads the model's weights once, to identify them."""
-        recipe, searching = self.recipe, self.goal in _SEARCHING
+        recipe, searching = self.recipe, self.goal in _SEARCHING and self.external is None
         calibrating = self.goal != "measure"
         return RunDescription(
             name=recipe.name,
@@ -169,7 +183,9 @@ class Plan:
             seed=recipe.seed if calibrating else None,
             block_kinds=recipe.block_kinds if searching else None,
             metric=_judged_by(recipe) if searching else None,
-            strategy=recipe.strategy if searching else None,
+            strategy=self.external.label if self.external else recipe.strategy if searching else None,
+            external=str(self.external.checkpoint.path) if self.external else None,
+            num_parameters_left=self.external.num_parameters if self.external else None,
             device=self.device,
             dtype=self.dtype,
             config=recipe.anchored().model_dump(mode="json"),
@@ -212,17 +228,30 @@ class Plan:
         yield from self._dense_evaluations
         if goal in ("baseline", "evaluate"):
             yield PlannedStage("baseline", "baseline", self._baseline)
-        if goal in _SEARCHING:
-            yield PlannedStage("search", "search", self._search)
-        if goal in _EXPORTING:
-            first, *others = self._formats
-            yield PlannedStage("export", "export", partial(self._export, first))
-            for name in others:
-                yield PlannedStage(f"export:{name}", f"export as {name}", partial(self._another_export, name))
+        yield from self._pruning if self.external is None else self._texts_of(self.external)
         if goal == "speed":
             yield PlannedStage("speed", "speed", self._speed)
         if goal == "evaluate":
             yield PlannedStage("evaluate:pruned", "evaluate pruned", self._evaluate_pruned)
+
+    @property
+    def _pruning(self) -> Iterator[PlannedStage]:
+        if self.goal in _SEARCHING:
+            yield PlannedStage("search", "search", self._search)
+        if self.goal in _EXPORTING:
+            first, *others = self._formats
+            yield PlannedStage("export", "export", partial(self._export, first))
+            for name in others:
+                yield PlannedStage(f"export:{name}", f"export as {name}", partial(self._another_export, name))
+
+    def _texts_of(self, external: PrunedElsewhere) -> Iterator[PlannedStage]:
+        """The texts that it is measured on, cut by its own tokenizer where that is another one."""
+        if self.goal != "evaluate" or not external.has_other_tokenizer(self.checkpoint):
+            return
+        yield PlannedStage(f"{_EXTERNAL}calibration", f"calibrate for {external.label}", self._calibration_of_external)
+        for name, typed in self.texts.items():
+            label = f"calibrate {name} for {external.label}"
+            yield PlannedStage(f"{_EXTERNAL}text:{name}", label, partial(self._text_of_external, typed))
 
     @property
     def _dense_evaluations(self) -> Iterator[PlannedStage]:
@@ -250,18 +279,29 @@ class Plan:
         """The model that the stages work on: the user's, or what it was folded into."""
         if _FOLDED not in artifacts:
             return self.checkpoint
-        return _folded_model(artifacts[_FOLDED].path / fold.MODEL_FOLDER, self.checkpoint.name, self.checkpoint.hub_id)
+        return folded_model(artifacts[_FOLDED].path / fold.MODEL_FOLDER, self.checkpoint.name, self.checkpoint.hub_id)
 
     def _calibration(self, artifacts: Artifacts) -> Job:
+        return self._calibration_by(self._model(artifacts))
+
+    def _calibration_of_external(self, _: Artifacts) -> Job:
+        assert self.external is not None
+        return self._calibration_by(self.external.checkpoint)
+
+    def _calibration_by(self, tokenizer: Checkpoint) -> Job:
         recipe = self.recipe
         purpose: Purpose = "calibration"
-        return self._tokens(artifacts, recipe.calibration, purpose, recipe.calibration_column, recipe.num_samples)
+        return self._tokens(tokenizer, recipe.calibration, purpose, recipe.calibration_column, recipe.num_samples)
 
     def _text(self, typed: str, artifacts: Artifacts) -> Job:
-        return self._tokens(artifacts, typed, "evaluation", self._column(typed), None)
+        return self._tokens(self._model(artifacts), typed, "evaluation", self._column(typed), None)
+
+    def _text_of_external(self, typed: str, _: Artifacts) -> Job:
+        assert self.external is not None
+        return self._tokens(self.external.checkpoint, typed, "evaluation", self._column(typed), None)
 
     def _tokens(
-        self, artifacts: Artifacts, typed: str, purpose: Purpose, column: str | None, num_samples: int | None
+        self, tokenizer: Checkpoint, typed: str, purpose: Purpose, column: str | None, num_samples: int | None
     ) -> Job:
         text = resolve_text(typed, purpose, column)
         config = calibrate.CalibrateConfig(
@@ -270,7 +310,7 @@ class Plan:
             sequence_length=self.recipe.sequence_length,
             seed=self.recipe.seed,
         )
-        inputs = calibrate.CalibrateInputs(self._model(artifacts), text, self.recipe.trust_remote_code)
+        inputs = calibrate.CalibrateInputs(tokenizer, text, self.recipe.trust_remote_code)
         return Job(calibrate.STAGE, config, inputs)
 
     def _baseline(self, artifacts: Artifacts) -> Job:
@@ -328,8 +368,8 @@ class Plan:
             dtype=self.dtype,
             machine=speed.machine(self.device),
         )
-        exported, has_code = _exported(artifacts["export"])
-        inputs = speed.SpeedInputs(self._model(artifacts), exported, recipe.trust_remote_code, has_code)
+        pruned, has_code = self._measured(artifacts)
+        inputs = speed.SpeedInputs(self._model(artifacts), pruned, recipe.trust_remote_code, has_code)
         return Job(speed.STAGE, config, inputs)
 
     def _evaluate_dense_tasks(self, artifacts: Artifacts) -> Job:
@@ -339,10 +379,20 @@ class Plan:
         return self._evaluate(self._model(artifacts), self._text_refs(artifacts), ())
 
     def _evaluate_pruned(self, artifacts: Artifacts) -> Job:
-        """The exported model on everything."""
-        exported, has_code = _exported(artifacts["export"])
-        texts = ((baseline.CALIBRATION, artifacts["calibration"].ref), *self._text_refs(artifacts))
-        return self._evaluate(exported, texts, self.tasks, has_code=has_code)
+        """The pruned model on everything."""
+
+        def ref(role: str) -> ArtifactRef:
+            return artifacts.get(f"{_EXTERNAL}{role}", artifacts[role]).ref
+
+        named = ((baseline.CALIBRATION, ref("calibration")), *((name, ref(f"text:{name}")) for name in self.texts))
+        pruned, has_code = self._measured(artifacts)
+        return self._evaluate(pruned, named, self.tasks, has_code=has_code)
+
+    def _measured(self, artifacts: Artifacts) -> tuple[Checkpoint, bool]:
+        """The model to be measured, and whether code that comes with it may be run: an export's is our own."""
+        if self.external is not None:
+            return self.external.checkpoint, self.recipe.trust_remote_code
+        return _exported(artifacts["export"])
 
     def _evaluate(
         self, model: Checkpoint, texts: TextRefs, tasks: tuple[TaskSpec, ...], *, has_code: bool = False
@@ -386,12 +436,6 @@ def _exported(artifact: Artifact[Any]) -> tuple[Checkpoint, bool]:
     return Checkpoint.open(str(artifact.path / export.MODEL_FOLDER)), FORMATS[name].has_code
 
 
-@cache  # its fingerprint reads every weight, and is kept by the object
-def _folded_model(folder: Path, name: str, hub_id: str | None) -> Checkpoint:
-    """A folded model under the name of the one that it was."""
-    return dataclasses.replace(Checkpoint.open(str(folder)), name=name, hub_id=hub_id)
-
-
 def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelShape:
     """The model's size, and whether it has as many blocks to remove as the recipe wants.
 
@@ -431,16 +475,20 @@ def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelS
     return ModelShape(num_layers, total)
 
 
+def _shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelShape:
+    """The size of a model whose pruning is not searched for; raises what `_checked_shape` does, less its target's."""
+    architecture, shapes = meta_model(checkpoint)
+    check_tensors(checkpoint, shapes)
+    check_sequence_length(shapes, recipe.sequence_length)
+    if goal == "speed":
+        check_prompts(shapes, recipe.speed_prompt_tokens, recipe.speed_new_tokens)
+    return ModelShape(len(architecture.decoder_layers(shapes)), num_parameters(shapes))
+
+
 def _judged_by(recipe: Recipe) -> str:
     """The metric, or where the strategy has an importance of its own, that."""
     strategy = STRATEGIES[recipe.strategy]
     return recipe.metric if strategy.uses_metric else strategy.importance
-
-
-def _check_any_model(recipe: Recipe, checkpoint: Checkpoint) -> None:
-    """What must hold of a model that is only measured, of whatever family."""
-    if (shapes := any_meta_model(checkpoint)) is not None:
-        check_sequence_length(shapes, recipe.sequence_length)
 
 
 def _check_num_blocks(recipe: Recipe, num_candidates: int) -> None:

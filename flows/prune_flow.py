@@ -71,8 +71,8 @@ def prune(recipe: Recipe, workspace: str = "data") -> dict[str, Any]:
         recipe: what to do.
         workspace: the folder where results and everything that was computed are kept.
     """
-    _quieten_user_errors()
-    reporter = _LoggingReporter()
+    quieten_user_errors()
+    reporter = LoggingReporter()
     runner = Runner(Path(workspace), reporter)
     results = runner.workspace.path / "prefect"
     record = runner.run(recipe, "evaluate", lambda call: _through_prefect(call, results, reporter))
@@ -113,10 +113,11 @@ def _through_prefect(call: StageCall, results: Path, reporter: Reporter) -> Arti
     return execution.artifact
 
 
-class _LoggingReporter(Reporter):
+class LoggingReporter(Reporter):
     """Speaks to Prefect's log, and to the terminal as well where Prefect does not."""
 
     def say(self, line: str, style: str | None = None) -> None:
+        """See `Reporter`."""
         get_run_logger().info("%s", line)
         if is_quiet():
             super().say(line, style)
@@ -154,12 +155,15 @@ class _OneLine(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Change the record; keep it."""
         error = record.exc_info[1] if record.exc_info else None
+        if error is None:  # of a task that says that it failed, and raised nothing
+            record.exc_info = None
         if error is not None and (words := in_plain_words(error)) is not None:
             record.msg, record.args, record.exc_info = words, (), None
         return True
 
 
-def _quieten_user_errors() -> None:
+def quieten_user_errors() -> None:
+    """Let Prefect's log have one line for an error of the user's or the machine's, and no traceback."""
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logger = logging.getLogger(name)
         if not any(isinstance(each, _OneLine) for each in logger.filters):

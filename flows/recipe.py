@@ -26,6 +26,8 @@ from flows.settings_text import SETTINGS
 from stages.executor import ExecutorName, ExecutorSettings, check_address
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
+COMPARISONS_FOLDER = RECIPES_FOLDER / "compare"
+"""Recipes of another kind: see `flows.grid`."""
 _PATH_FIELDS = ("model", "calibration", "eval_text", "task_dir", "task_data")
 _TARGET_FIELDS = ("num_blocks", "ratio")
 _SEARCH_FIELDS = (
@@ -117,9 +119,10 @@ def _numbers(value: object) -> object:
     return tuple(map(_number_or_all, parts)) if isinstance(parts, tuple) else parts
 
 
-def _lower(value: object) -> object:
-    """llama.cpp writes Q8_0."""
-    return value.lower() if isinstance(value, str) else value
+def _dtype_or_none(value: object) -> object:
+    """llama.cpp writes Q8_0; 'none' leaves weights as they are."""
+    lower = value.lower() if isinstance(value, str) else value
+    return None if lower == "none" else lower
 
 
 _Count = Annotated[int, Field(ge=1, le=2**20)]
@@ -146,7 +149,7 @@ class Recipe(BaseModel):
     export_format: Annotated[tuple[FormatChoice, ...], BeforeValidator(_split_at_commas)] = Field(
         default=("auto",), min_length=1, description=SETTINGS["export_format"]
     )
-    export_dtype: Annotated[ExportDtype | None, BeforeValidator(_lower)] = Field(
+    export_dtype: Annotated[ExportDtype | None, BeforeValidator(_dtype_or_none)] = Field(
         default=None, description=SETTINGS["export_dtype"]
     )
     eval_text: Annotated[tuple[NonBlank, ...], BeforeValidator(_as_list)] = Field(
@@ -228,7 +231,8 @@ class Recipe(BaseModel):
             if self.export_dtype is not None and self.export_dtype not in dtypes_of(name):
                 raise PydanticCustomError(
                     "export_dtype",
-                    "format {name} has no dtype {dtype} (it has {valid}); {dtype} is for format gguf alone",
+                    "format {name} has no dtype {dtype} (it has {valid}, and none: as they are); "
+                    "{dtype} is for format gguf alone",
                     {"name": name, "dtype": self.export_dtype, "valid": ", ".join(dtypes_of(name))},
                 )
         return self
@@ -297,7 +301,7 @@ class Recipe(BaseModel):
 
         A number of blocks counts from the whole model, whatever the run exported. Where the run's search has reached
         it, it is a prefix of that search's order, and needs no other search; beyond, it is a new target. Without one,
-        what is exported stays as it was.
+        what is exported stays as it was. Another format begins with the weights' own dtype.
 
         Args:
             changes: fields given anew.
@@ -306,6 +310,8 @@ class Recipe(BaseModel):
         Raises:
             ConfigurationError: if a change is not valid.
         """
+        if "export_format" in changes:  # the dtype was of the format before
+            changes = {"export_dtype": None, **changes}
         asked = self.changed(changes)
         same_search = all(getattr(asked, field) == getattr(self, field) for field in _SEARCH_FIELDS)
         if not same_search or not 1 <= changes.get("num_blocks", 0) <= num_searched:
@@ -360,6 +366,8 @@ def _locate(source: str) -> Path:
         return path
     if source in recipe_names():
         return RECIPES_FOLDER / f"{source}.yaml"
+    if source in (path.stem for path in COMPARISONS_FOLDER.glob("*.yaml")):
+        raise ConfigurationError(f"{source} is a comparison of runs; give `blockpruner compare {source}`")
     raise ConfigurationError(
         f"there is no recipe file {source!r}; give a YAML file, or one of: {', '.join(recipe_names())}"
         f"{nearest(source, recipe_names())}"
@@ -380,16 +388,29 @@ class _Loader(yaml.SafeLoader):
 
 
 def _read(path: Path) -> dict[str, Any]:
+    return paths_beside(path.parent, read_yaml(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings that a YAML file holds, unchecked.
+
+    Raises:
+        ConfigurationError: if it cannot be read, or holds no mapping.
+    """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigurationError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigurationError(f"recipe {path} holds no settings; write lines such as `model: DIR`")
-    folder = path.parent
+    return {str(key): value for key, value in values.items()}
+
+
+def paths_beside(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's fields with the paths that exist in the folder made those."""
     return {
-        str(key): _mapped(value, lambda text: _beside(folder, text)) if key in _PATH_FIELDS else value
-        for key, value in values.items()
+        name: _mapped(value, lambda text: _beside(folder, text)) if name in _PATH_FIELDS else value
+        for name, value in values.items()
     }
 
 

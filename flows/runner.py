@@ -16,6 +16,7 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from blockpruner.progress import Progress, ProgressCallback, silent
+from flows.grid import External
 from flows.plan import Goal, Job, Plan, PlannedStage
 from flows.recipe import Recipe
 from flows.reporter import Reporter
@@ -27,6 +28,9 @@ from stages.store import ResultStore
 
 _BRIEF_WAIT_S = 1.0
 """How long a run in progress waits for a database that somebody has open; at its end it waits longer."""
+
+CANCELLED = "cancelled; give the same command again to go on"
+"""The error of a run that was stopped."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +73,58 @@ class Runner:
         for record in self.runs.close_dead():
             self._warn(f"run {record.run_id} had died; it is now closed as crashed, and what it finished is kept")
 
-    def run(self, recipe: Recipe, goal: Goal, execute: Execute = execute_here) -> RunRecord:
+    def run(
+        self,
+        recipe: Recipe,
+        goal: Goal,
+        execute: Execute = execute_here,
+        *,
+        comparison: str | None = None,
+        external: External | None = None,
+    ) -> RunRecord:
         """Plan and carry out a recipe; whatever happens, the run's record and rows say so.
+
+        Args:
+            recipe: what to do.
+            goal: how far to go.
+            execute: who executes a stage.
+            comparison: the comparison that the run is a row of.
+            external: see `Plan.make`.
 
         Raises:
             BlockPrunerError: if the recipe cannot be carried out.
         """
-        record = self.runs.create(RunDescription(name=recipe.name, model=recipe.model, config=_settings(recipe)))
+        begun = RunDescription(name=recipe.name, comparison=comparison, model=recipe.model, config=_settings(recipe))
+        record = self.runs.create(begun)
         with self._recorded(record):
-            plan = Plan.make(recipe, goal)
-            _describe(record, plan.description())
+            plan = Plan.make(recipe, goal, external)
+            _describe(record, plan.description().model_copy(update={"comparison": comparison}))
             artifacts: dict[str, Artifact[Any]] = {}
             for planned in plan.stages:
                 if (job := planned.job(artifacts)) is not None:
                     artifacts[planned.role] = self._stage(record, plan, planned, job, execute)
         return record
+
+    def finished(
+        self, recipe: Recipe, goal: Goal, comparison: str, external: External | None = None
+    ) -> RunRecord | None:
+        """The newest run of a comparison that did all of this and whose results are all there and whole, if any.
+
+        It is known by the fingerprints of its stages: a model or a text that has changed since makes it another run.
+        """
+        done = [each for each in self.runs.list() if each.comparison == comparison and each.status == "completed"]
+        if not done:
+            return None
+        plan, artifacts = Plan.make(recipe, goal, external), dict[str, Artifact[Any]]()
+        for planned in plan.stages:
+            if (job := planned.job(artifacts)) is None:
+                continue
+            if (found := self._artifacts.lookup(job.stage, job.fingerprint)) is None:
+                return None
+            artifacts[planned.role] = found
+        wanted = {role: artifact.fingerprint for role, artifact in artifacts.items()}
+        label = external.label if external else None
+        return next((each for each in done if _did(each) == wanted and (not label or each.strategy == label)), None)
 
     def refuse(self, recipe: Recipe, reason: str) -> None:
         """Record a run that could not begin."""
@@ -100,7 +141,7 @@ class Runner:
             self._end_early(record, "failed", words)
             raise
         except BaseException:  # Ctrl-C, or an order to end
-            self._end_early(record, "cancelled", "cancelled; give the same command again to go on")
+            self._end_early(record, "cancelled", CANCELLED)
             raise
         self._end(record, "completed", None)
 
@@ -171,6 +212,11 @@ class Runner:
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
     return recipe.anchored().model_dump(mode="json")
+
+
+def _did(record: RunRecord) -> dict[str, str | None]:
+    """What a run's stages gave, by role."""
+    return {stage.role: stage.fingerprint for stage in record.stages}
 
 
 def _describe(record: RunRecord, description: RunDescription) -> None:

@@ -68,6 +68,7 @@ class ExportManifest(StageManifest):
     kept: tuple[Block, ...]
     dropped: tuple[Block, ...]
     verified: bool
+    """True: what is not is deleted, and the stage fails with the difference in its message."""
     verified_with: str
     """What loaded the export for the comparison, one after another: engines, or a reader of our own."""
     max_logit_difference: float

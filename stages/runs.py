@@ -66,6 +66,8 @@ class RunDescription(_Record):
     """What a run is about, as far as it is known; a single stage knows less than a whole pipeline."""
 
     name: str | None = None
+    comparison: str | None = None
+    """The comparison that the run is a row of."""
     model: str | None = None
     """What the user typed: a hub id or a folder."""
     model_fingerprint: str | None = None
@@ -81,6 +83,11 @@ class RunDescription(_Record):
     block_kinds: str | None = None
     metric: str | None = None
     strategy: str | None = None
+    """How the blocks were chosen; for a model that was pruned elsewhere, what it is labelled with."""
+    external: str | None = None
+    """The folder of a model that was pruned elsewhere, which is measured here as the pruned one."""
+    num_parameters_left: int | None = None
+    """Of that model."""
     device: str | None = None
     dtype: str | None = None
     num_blocks_removed: int | None = None

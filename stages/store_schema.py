@@ -41,6 +41,7 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "num_blocks_removed": "BIGINT",
         "host": "VARCHAR NOT NULL",
         "record_digest": "VARCHAR NOT NULL",
+        "comparison": "VARCHAR",
     },
     "stage_runs": {
         "run_id": "VARCHAR NOT NULL",
@@ -98,6 +99,8 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "num_fewshot": "BIGINT",
         "num_examples": "BIGINT",
     },
+    # Only exports that are there, so `verified` is true: one that fails the comparison is deleted, and its row of
+    # `stage_runs` has the status 'failed' and an `error` with the difference of the logits.
     "exports": {
         "run_id": "VARCHAR NOT NULL",
         "format": "VARCHAR NOT NULL",
@@ -191,6 +194,8 @@ class RunRow(NamedTuple):
     host: str
     record_digest: str
     """sha256 of the run record that these rows were made from."""
+    comparison: str | None = None
+    """The comparison that the run is a row of."""
 
 
 class StageRow(NamedTuple):

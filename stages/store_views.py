@@ -37,7 +37,7 @@ WITH removed AS ({_REMOVED}), texts AS (
 SELECT run_id, r.name, r.model, r.strategy, r.metric, r.block_kinds, m.text, m.num_blocks_removed,
        if(m.num_blocks_removed = 0, 0, s.ratio) AS ratio, m.perplexity, d.perplexity AS dense_perplexity,
        m.perplexity / d.perplexity AS times_dense, r.created_at, r.model_fingerprint, t.text_fingerprint,
-       c.text_fingerprint AS calibration_fingerprint
+       c.text_fingerprint AS calibration_fingerprint, r.comparison
 FROM measured m
 JOIN runs r USING (run_id)
 LEFT JOIN texts t USING (run_id, text)
@@ -162,17 +162,18 @@ WITH accuracies AS ({_ACCURACIES}), removed AS ({_REMOVED}), points AS (
           AND len(o.blocks) < len(p.blocks) AND list_has_all(p.blocks, o.blocks)
     )
 ), once AS (
-    SELECT * FROM firsts
-    QUALIFY row_number() OVER (
-        PARTITION BY model_fingerprint, text, text_fingerprint, strategy, metric, block_kinds, blocks
-        ORDER BY accuracy IS NOT NULL DESC, created_at DESC, run_id DESC
-    ) = 1
+    SELECT *, list(comparison) FILTER (comparison IS NOT NULL) OVER same AS all_comparisons
+    FROM firsts
+    WINDOW same AS (PARTITION BY model_fingerprint, text, text_fingerprint, strategy, metric, block_kinds, blocks)
+    QUALIFY row_number() OVER (same ORDER BY accuracy IS NOT NULL DESC, created_at DESC, run_id DESC) = 1
 ), methods AS (
     SELECT any_value(model) AS model, text, ratio_from, strategy, metric, block_kinds, count(*) AS num_models,
            avg(ratio) AS mean_ratio, avg(num_blocks_removed) AS mean_blocks_removed,
            avg(perplexity) AS mean_perplexity, min(perplexity) AS best_perplexity, max(perplexity) AS worst_perplexity,
            avg(times_dense) AS mean_times_dense, avg(accuracy) AS mean_accuracy,
-           string_agg(DISTINCT tasks, '; ' ORDER BY tasks) AS tasks, model_fingerprint, text_fingerprint
+           string_agg(DISTINCT tasks, '; ' ORDER BY tasks) AS tasks,
+           list_sort(list_distinct(flatten(list(coalesce(all_comparisons, []))))) AS comparisons,
+           model_fingerprint, text_fingerprint
     FROM once
     GROUP BY model_fingerprint, text, text_fingerprint, ratio_from, strategy, metric, block_kinds
 )
@@ -186,7 +187,8 @@ ORDER BY model, text, text_fingerprint, ratio_from, mean_perplexity, strategy, m
 """
 """A row a model, text, step of five percent of the parameters (`ratio_from` 0.2: from 20 to 25 %) and method: strategy,
 metric and kinds of blocks. Of each search it takes the first model in that step; several searches of one method (seeds,
-calibration sets) are averaged. `times_blockpruner`: the mean perplexity over that of the paper's method there."""
+calibration sets) are averaged. `comparisons`: the names of those that the runs belong to. `times_blockpruner`: the mean
+perplexity over that of the paper's method there."""
 
 STAGE_COST = """
 WITH computed AS (

@@ -66,6 +66,11 @@ class Workspace:
                 "give another with --workspace DIR or the environment variable BLOCKPRUNER_WORKSPACE"
             ) from error
 
+    def owns(self, path: Path) -> bool:
+        """Whether a path lies in one of the folders that are this workspace's own business."""
+        ours = (self.artifacts, self.state, self.runs, self.locks, self.damaged, self.database)
+        return any(user_path(path).resolve().is_relative_to(folder) for folder in ours)
+
     def require(self) -> None:
         """Make sure that there is something to look at; makes nothing.
 

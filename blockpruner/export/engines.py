@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import transformers
+
 from blockpruner.export.formats import FORMATS
 from blockpruner.export.names import ExportFormat
 from blockpruner.export.settings import window_period
@@ -89,7 +91,13 @@ def how_to_load(name: ExportFormat) -> tuple[str, ...]:
             return _in_transformers(name)
 
 
+_TRANSFORMERS_OF_CODE = 5
+"""What the code in `templates` needs, as it says itself where it meets an older one."""
+
+
 def _in_transformers(name: ExportFormat) -> tuple[str, ...]:
+    written_with = f"transformers {transformers.__version__}"
+    needs = f"transformers {_TRANSFORMERS_OF_CODE} or newer" if FORMATS[name].has_code else "what the original needs"
     # Without a word transformers asks before it reads the tokenizer, too, which needs none of the code.
     code, no_code = (", trust_remote_code=True", ", trust_remote_code=False") if FORMATS[name].has_code else ("", "")
     return (
@@ -99,4 +107,6 @@ def _in_transformers(name: ExportFormat) -> tuple[str, ...]:
         f'model = AutoModelForCausalLM.from_pretrained("."{code})',
         f'tokenizer = AutoTokenizer.from_pretrained("."{no_code})',
         "```",
+        "",
+        f"Compared with the original in {written_with}; it needs {needs}.",
     )

@@ -16,7 +16,7 @@ from blockpruner.errors import ExportError
 from blockpruner.export import custom, decilm, stock, zeroed
 from blockpruner.export.attention import window
 from blockpruner.export.gguf_file import format as gguf_file
-from blockpruner.export.names import ExportDtype, ExportFormat, FormatChoice, dtypes_of
+from blockpruner.export.names import AUTO_TAKES, ExportDtype, ExportFormat, FormatChoice, dtypes_of
 from blockpruner.export.source import ExportSource
 from blockpruner.export.verify import Loading, Verification, Verifier, round_weights, verify
 from blockpruner.export.verify_mlx import verify_with_mlx_lm
@@ -83,7 +83,6 @@ FORMATS: dict[ExportFormat, Format] = {
     ),
     "zeroed": Format("zeroed", zeroed.check, zeroed.write, zeroed.places, zeros=lambda source: source.removed),
 }
-_PREFERRED: tuple[ExportFormat, ...] = ("stock", "transformers", "zeroed")
 
 
 def format_for(source: ExportSource, wanted: FormatChoice) -> Format:
@@ -103,7 +102,7 @@ def format_for(source: ExportSource, wanted: FormatChoice) -> Format:
 
 def _preferred(source: ExportSource) -> ExportFormat:
     """Where none can hold the model, the last, to say why."""
-    return next((name for name in _PREFERRED if can_hold(source, name)), _PREFERRED[-1])
+    return next((name for name in AUTO_TAKES if can_hold(source, name)), AUTO_TAKES[-1])
 
 
 def can_hold(source: ExportSource, name: ExportFormat) -> bool:

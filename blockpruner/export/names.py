@@ -7,7 +7,9 @@ from typing import Literal
 
 ExportFormat = Literal["stock", "transformers", "decilm", "gguf", "zeroed"]
 FormatChoice = Literal["auto", "stock", "transformers", "decilm", "gguf", "zeroed"]
-"""'auto' takes the first that can hold the model: stock, transformers, zeroed."""
+"""'auto' takes the first of `AUTO_TAKES` that can hold the model."""
+
+AUTO_TAKES: tuple[ExportFormat, ...] = ("stock", "transformers", "zeroed")
 
 ExportDtype = Literal["float32", "float16", "bfloat16", "q8_0"]
 """How weights are stored; q8_0: 8 bits a value, and a scale for every 32."""

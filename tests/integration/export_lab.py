@@ -170,6 +170,13 @@ def ask_here(program: Path, export_dir: Path, request: Mapping[str, Tensor], *op
         return load_file(answered)
 
 
+def verify_here(patch: pytest.MonkeyPatch) -> None:
+    """Let the gate ask in this process."""
+    import blockpruner.export.gguf_file.verification  # noqa: F401  # else it would import the stand-in, and keep it
+
+    patch.setattr("blockpruner.export.verify.ask", ask_here)
+
+
 def _code(program: ModuleType, folder: Path) -> list[str]:
     return ["--has-code"] if program is fresh_load and list(folder.glob("*.py")) else []
 
@@ -215,11 +222,13 @@ def left_padded(prompts: list[list[int]]) -> dict[str, Tensor]:
     }
 
 
-def generate(model: Any, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+def generate(
+    model: Any, prompts: list[list[int]], assistant: PreTrainedModel | None = None, **options: Any
+) -> list[list[int]]:
     batch = left_padded(prompts)
     settings = GenerationConfig(
         max_new_tokens=NUM_NEW, min_new_tokens=NUM_NEW, do_sample=False, pad_token_id=0, eos_token_id=2, **options
     )
-    output = model.generate(**batch, generation_config=settings)
+    output = model.generate(**batch, generation_config=settings, assistant_model=assistant)
     rows: list[list[int]] = output[:, batch["input_ids"].shape[1] :].tolist()
     return rows

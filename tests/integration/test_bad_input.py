@@ -240,6 +240,13 @@ CASES: dict[str, tuple[Callable[[Lab], Outcome], str]] = {
         )
     },
     "null character in a recipe": (lambda lab: recipe_of(lab, b'model: "a\\0b"\nnum_blocks: 1\n'), "null character"),
+    **{
+        f"export among the results in {place}": (
+            lambda lab, place=place: export_to(lab, lab.workspace / place),
+            "is a place for results in the workspace",
+        )
+        for place in ("artifacts/mine", "runs/mine", "state")
+    },
     "workspace without a name": (lambda lab: blockpruner("runs", "--workspace", ""), "'' is given"),
     # settings
     "unknown block kinds": (lambda lab: lab.search("--block-kinds", "mlpp"), "did you mean 'mlp'"),

@@ -418,6 +418,20 @@ def test_rotary_frequencies_of_old_checkpoints_are_left_out(sources: dict[str, S
 # --- the gate ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("family", "case"), [("llama", LEADING), ("qwen2", "first attention")])
+@pytest.mark.parametrize("role", ["assisted", "assistant"])
+def test_assisted_decoding_generates_the_same(
+    sources: dict[str, Source], exports: Exports, family: str, case: str, role: str
+) -> None:
+    """With the dense model on the other side; tokens are taken back from the caches of both."""
+    source, pruned = sources[family], load(exports[family, case].path)
+    prompt, dense = PROMPTS[0], source.model
+    if role == "assisted":
+        assert generate(pruned, [prompt], assistant=dense) == [greedy(source, CASES[case], prompt, NUM_NEW)]
+    else:
+        assert generate(dense, [prompt], assistant=pruned) == [greedy(source, (), prompt, NUM_NEW)]
+
+
 @pytest.fixture
 def transformers_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of a fresh process with transformers, where the test is about the other one."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ExportError
 from blockpruner.export import decilm
 from blockpruner.export.write import write_export
-from tests.integration.export_lab import REMOVED, WIDTHS, YARN
+from tests.integration.export_lab import REMOVED, WIDTHS, YARN, load
 from tests.tiny_models import save_tiny_model
 
 
@@ -66,3 +68,12 @@ def test_every_multiple_of_256_is_exact_and_nothing_else(hidden_size: int) -> No
         ffn_mult = 3 * width / (2 * hidden_size)
         for value in (ffn_mult, round(ffn_mult, 6)):
             assert (decilm.engine_width(value, hidden_size) == width) == (width % 256 == 0)
+
+
+def test_an_older_transformers_is_told_what_the_code_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_tiny_model(tmp_path / "source", **WIDTHS)
+    folder = write_export(Checkpoint.open(str(source)), (mha(1),), tmp_path / "not-loaded-before", "decilm").path
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
+    runpy.run_path(str(folder / "configuration_decilm.py"))  # other engines read it
+    with pytest.raises(ImportError, match=r"needs transformers 5.*4\.57\.1"):
+        load(folder)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import runpy
 import shutil
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,20 @@ def test_prompt_lookup_generates_the_same(
     assert generated == [greedy(sources["llama"], REMOVED["first attention"], prompt, NUM_NEW)]
 
 
+@pytest.mark.parametrize(("family", "case"), [("llama", "first attention"), ("gemma3_text", LEADING)])
+@pytest.mark.parametrize("role", ["assisted", "assistant"])
+def test_assisted_decoding_generates_the_same(
+    sources: dict[str, Source], exports: dict[tuple[str, str], WrittenExport], family: str, case: str, role: str
+) -> None:
+    """With the dense model on the other side; tokens are taken back from the caches of both."""
+    source, pruned = sources[family], load(exports[family, case].path)
+    prompt, dense = PROMPTS[0], source.model
+    if role == "assisted":
+        assert generate(pruned, [prompt], assistant=dense) == [greedy(source, REMOVED[case], prompt, NUM_NEW)]
+    else:
+        assert generate(dense, [prompt], assistant=pruned) == [greedy(source, (), prompt, NUM_NEW)]
+
+
 def test_a_prompt_fed_in_chunks_gives_the_same_logits(
     sources: dict[str, Source], exports: dict[tuple[str, str], WrittenExport]
 ) -> None:
@@ -190,6 +206,17 @@ def test_an_export_that_does_not_load_is_an_error_of_one_line(
     with pytest.raises(ExportError, match="broken on purpose") as caught:
         verify(folder, REQUEST, {}, Loading("cpu", "float32", has_code=True))
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("version", "loads"), [("4.57.1", False), ("5.0.0", True), ("10.1.0.dev0", True)])
+def test_an_older_transformers_is_told_what_the_code_needs(
+    exports: dict[tuple[str, str], WrittenExport], monkeypatch: pytest.MonkeyPatch, version: str, loads: bool
+) -> None:
+    """Of a version before 5 some families' modules want other arguments, and fail anywhere."""
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
+    code = exports["gemma2", "first attention"].path / "configuration_blockpruned.py"
+    with nullcontext() if loads else pytest.raises(ImportError, match=r"needs transformers 5.*4\.57\.1"):
+        runpy.run_path(str(code))
 
 
 LOGITS = {"plain_logits": torch.tensor([1.0, -40.0]), "cached_logits": torch.tensor([2.0, 3.0])}

@@ -21,7 +21,7 @@ from blockpruner.loading import load_model, meta_model
 from blockpruner.progress import Progress
 from stages.contract import ArtifactRef, Runtime
 from stages.export import MODEL_FOLDER, STAGE, ExportConfig, ExportInputs, ExportManifest
-from tests.integration.export_lab import ask_here, every_family, finished_search, load, run
+from tests.integration.export_lab import every_family, finished_search, load, run, verify_here
 from tests.oracles import oracle_logits
 from tests.tiny_models import tiny_model, tiny_token_ids
 
@@ -185,7 +185,7 @@ def test_weights_of_every_family_can_be_rounded(
     tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     """Weights alone: what a family computes from its configuration, such as Gemma's scale of embeddings, is not."""
-    monkeypatch.setattr("blockpruner.export.verify.ask", ask_here)
+    verify_here(monkeypatch)
     manifest = run(tmp_path, finished_search(tiny_folder(family), ORDER[:2], tmp_path), dtype="bfloat16")
     assert manifest.verified
     model = load(tmp_path / "out" / MODEL_FOLDER, dtype="auto")

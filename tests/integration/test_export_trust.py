@@ -14,7 +14,7 @@ from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import CheckpointError
 from blockpruner.export.names import ExportFormat
 from blockpruner.export.write import write_export
-from blockpruner.speed import SpeedCase, measure_speed
+from blockpruner.speed import SpeedCase, TimedModel, measure_speed
 from stages.contract import Runtime
 from stages.evaluate import EvaluateConfig, EvaluateInputs
 from stages.evaluate import run as evaluate
@@ -89,7 +89,7 @@ def test_a_family_of_transformers_that_brings_its_old_code_along_is_exported(tmp
 def test_speed_trusts_a_model_as_it_is_told(tmp_path: Path, trap: Path, trusted: bool) -> None:
     case = SpeedCase(batch_size=1, prompt_tokens=4, new_tokens=1)
     folder = model_with(trap, tmp_path / "source")
-    measure_speed(folder, [case], device="cpu", dtype="float32", num_repeats=1, trust_remote_code=trusted)
+    measure_speed([TimedModel(folder, trusted)], [case], device="cpu", dtype="float32", num_repeats=1)
     assert trap.exists() == trusted
 
 

@@ -16,7 +16,7 @@ from blockpruner.export.settings import window_period
 from blockpruner.export.source import ExportSource
 from blockpruner.export.verify import ask, shorter_window
 from blockpruner.export.write import write_export
-from tests.integration.export_lab import REQUEST, Source, ask_here, change_config, finished_search, run
+from tests.integration.export_lab import REQUEST, Source, change_config, finished_search, run, verify_here
 from tests.tiny_models import save_tiny_model
 
 needs_mlx = pytest.mark.skipif(
@@ -109,7 +109,7 @@ LONG = 64
 
 @pytest.fixture
 def quick_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("blockpruner.export.verify.ask", ask_here)
+    verify_here(monkeypatch)
     monkeypatch.setattr("blockpruner.export.gguf_file.verification.find_spec", lambda _: None)
 
 

@@ -179,7 +179,7 @@ def test_memory_holds_one_tensor_at_a_time(
     from blockpruner.export import weights
 
     alive: list[weakref.ref[Tensor]] = []
-    original = weights._read
+    original = weights.read_tensor
 
     def watched(checkpoint: Checkpoint, name: str) -> Tensor:
         assert not [ref for ref in alive if ref() is not None], name
@@ -187,7 +187,7 @@ def test_memory_holds_one_tensor_at_a_time(
         alive.append(weakref.ref(tensor))
         return tensor
 
-    monkeypatch.setattr(weights, "_read", watched)
+    monkeypatch.setattr(weights, "read_tensor", watched)
     write_export(source_of("llama").checkpoint, (mha(0),), tmp_path / "model", "gguf")
     assert len(alive) > 20
 

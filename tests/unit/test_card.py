@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers
 import yaml
 
 from blockpruner.blocks import Block, mha, mlp, survivors
@@ -81,6 +82,8 @@ def test_the_way_to_load_it_fits_the_format(tmp_path: Path, format_: ExportForma
     assert 'from_pretrained("."' in text
     assert ('ForCausalLM.from_pretrained(".", trust_remote_code=True)' in text) == needs_code
     assert ('AutoTokenizer.from_pretrained(".", trust_remote_code=False)' in text) == needs_code
+    assert ("it needs transformers 5 or newer" in text) == needs_code
+    assert f"in transformers {transformers.__version__}" in text
     assert ("what loads that loads this" in text) == (format_ in ("stock", "zeroed"))
     assert ("saves neither memory nor time" in text) == (format_ == "zeroed")
     assert ("vllm serve . --trust-remote-code" in text) == (format_ == "decilm")

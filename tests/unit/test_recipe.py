@@ -46,7 +46,7 @@ def test_every_setting_has_its_line_of_help() -> None:
         ({"device": "cudda"}, "unknown device 'cudda'; valid are auto, cpu, cuda and cuda:N; did you mean 'cuda'?"),
         ({"export_format": "ggml"}, "unknown export_format 'ggml'"),
         ({"export_format": "gguf,stock", "export_dtype": "Q8_0"}, "format stock has no dtype q8_0"),
-        ({"export_dtype": "float16"}, "format auto has no dtype float16 (it has float32, bfloat16)"),
+        ({"export_dtype": "float16"}, "format auto has no dtype float16 (it has float32, bfloat16, and none: as they"),
         ({"export_dtype": "int4"}, "unknown export_dtype 'int4'"),
         ({"num_samples": 0}, "num_samples is 0: it should be greater than or equal to 1, or all"),
         ({"num_samples": "none"}, "num_samples is 'none': it should be a valid integer"),
@@ -189,3 +189,11 @@ def test_an_option_takes_the_place_of_what_a_recipe_file_exports(tmp_path: Path)
     (tmp_path / "r.yaml").write_text("model: m\nnum_blocks: 4\nexport_blocks: 2\n")
     recipe = load_recipe(str(tmp_path / "r.yaml"), {"num_blocks": 6})
     assert (recipe.num_blocks, recipe.export_blocks) == (6, None)
+
+
+def test_another_format_begins_with_the_dtype_of_the_weights() -> None:
+    ran = make_recipe({"model": "m", "num_blocks": 4, "export_format": "gguf", "export_dtype": "Q8_0"})
+    assert ran.going_on({}, 4).export_dtype == "q8_0"
+    assert ran.going_on({"export_format": "decilm"}, 4).export_dtype is None
+    assert ran.going_on({"export_format": "decilm", "export_dtype": "bfloat16"}, 4).export_dtype == "bfloat16"
+    assert ran.going_on({"export_dtype": "none"}, 4).export_dtype is None

@@ -221,6 +221,20 @@ def test_methods_side_by_side_at_the_same_share(lab: ViewLab) -> None:
     ]
 
 
+def test_methods_know_the_comparisons_that_they_are_rows_of(lab: ViewLab) -> None:
+    lab.searched("mha:1", [11.0], comparison="b")
+    lab.searched("mha:1", [11.0], name="the same again", comparison="a")
+    lab.searched("mha:1", [11.0], name="alone")
+    lab.searched("mha:0", [12.0], strategy="oneshot")
+    where = "list_contains(comparisons, 'a')"
+    assert lab.view("method_comparison", "strategy", "num_models", "comparisons", where=where) == [
+        ("blockpruner", 1, ["a", "b"])
+    ]
+    assert lab.view("method_comparison", "comparisons", where="strategy = 'oneshot'") == [([],)]
+    points = lab.view("perplexity_by_ratio", "name", "comparison", where="num_blocks_removed > 0")
+    assert sorted(points, key=str) == [("alone", None), ("run", "b"), ("run", None), ("the same again", "a")]
+
+
 def test_of_models_that_go_the_same_way_the_first_in_a_step_counts(
     lab: ViewLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:

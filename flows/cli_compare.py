@@ -1,0 +1,156 @@
+"""The command `compare`: a grid of runs, and one table of them."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from blockpruner.errors import ConfigurationError
+from flows import cli_options as options
+from flows.completion import complete_comparison
+
+if TYPE_CHECKING:
+    from flows.comparison import Outcome
+    from flows.grid import Comparison
+
+ComparisonFile = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A comparison: a YAML file, or one of the project's by name. Options override its base.",
+        autocompletion=complete_comparison,
+    ),
+]
+Parallel = Annotated[int, typer.Option("--parallel", metavar="N", help="How many cells to run at the same time.")]
+ExternalFolders = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--external",
+        metavar="DIR",
+        help="A checkpoint that something else has pruned: evaluated, and a row of the table. May be several.",
+    ),
+]
+Labels = Annotated[
+    list[str] | None, typer.Option("--label", metavar="NAME", help="What the external checkpoint's row is called.")
+]
+WithSpeed = Annotated[
+    bool, typer.Option("--speed", help="Time every model as well, one after another when all else is done.")
+]
+ReportFile = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE", parser=options.folder, help="Write an HTML report of all runs here."),
+]
+FAILED_CELLS = 1
+"""Exit status where the table is there and some of its cells failed."""
+
+
+def compare(
+    context: typer.Context,
+    recipe: ComparisonFile,
+    parallel: Parallel = 1,
+    external: ExternalFolders = None,
+    label: Labels = None,
+    with_speed: WithSpeed = False,
+    report: ReportFile = None,
+    model: options.Model = None,
+    calibration: options.Calibration = None,
+    calibration_column: options.CalibrationColumn = None,
+    num_samples: options.NumSamples = None,
+    sequence_length: options.SequenceLength = None,
+    tasks: options.Tasks = None,
+    task_dir: options.TaskDir = None,
+    num_fewshot: options.NumFewshot = None,
+    limit: options.Limit = None,
+    eval_text: options.EvalText = None,
+    eval_text_column: options.EvalTextColumn = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    batch_size: options.BatchSize = None,
+    memory_budget: options.MemoryBudget = None,
+    seed: options.Seed = None,
+    name: options.Name = None,
+    trust_remote_code: options.TrustRemoteCode = None,
+    workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE,
+    as_json: options.Json = False,
+    as_csv: options.Csv = False,
+    as_markdown: options.Markdown = False,
+    as_latex: options.Latex = False,
+) -> None:
+    """Compare models, methods and ratios in one table.
+
+    Runs every cell of a grid. Cells share what they have in common, one that fails is a row with its error, and the
+    same command again does only what is missing. Exit status 1: some cells failed.
+    """
+    from flows.cli_output import put, put_view
+    from flows.comparison import rows_of
+    from flows.comparison_table import comparison_text, comparison_view, standing
+    from flows.table_formats import chosen_format
+    from stages.workspace import Workspace
+
+    form = chosen_format(as_json=as_json, as_csv=as_csv, as_markdown=as_markdown, as_latex=as_latex)
+    comparison = _comparison(recipe, options.given_settings(context), external or [], label or [], with_speed)
+    if report is not None:
+        _require_place(report)
+    outcomes = _run_flow(comparison, workspace, parallel, report)
+    rows = rows_of(comparison, outcomes, Workspace(workspace), _warn)
+    if form is None:
+        put_view(comparison_view(comparison, rows))
+    else:
+        more = {"workspace": str(workspace), "report": str(report) if report else None}
+        put(comparison_text(comparison, rows, form, **more))
+    if failed := standing(rows):
+        _warn(failed)
+        raise typer.Exit(FAILED_CELLS)
+
+
+def _comparison(
+    source: str, given: dict[str, Any], folders: list[str], labels: list[str], with_speed: bool
+) -> Comparison:
+    from flows.grid import load_comparison
+
+    if len(folders) != len(labels):
+        raise ConfigurationError(
+            f"--external is given {len(folders)} times and --label {len(labels)} times; give each checkpoint its label"
+        )
+    more: dict[str, Any] = {"external": [{"path": p, "label": n} for p, n in zip(folders, labels, strict=True)]}
+    if with_speed:
+        more["speed"] = True
+    if "name" in given:
+        more["name"] = given.pop("name")
+    return load_comparison(source, given, more)
+
+
+def _require_place(report: Path) -> None:
+    """Before hours of computing, make sure that the report has somewhere to go."""
+    if report.is_dir() or not report.absolute().parent.is_dir():
+        problem = "is a folder" if report.is_dir() else f"cannot be written: there is no folder {report.parent}"
+        raise ConfigurationError(f"{report} {problem}; give --report a file in a folder that is there")
+
+
+def _run_flow(comparison: Comparison, workspace: Path, parallel: int, report: Path | None) -> list[Outcome]:
+    """Run the Prefect flow in this process. What can be refused is refused before Prefect's server is started."""
+    from flows.prefect_settings import be_quiet
+    from flows.reporter import Reporter
+
+    with redirect_stdout(sys.stderr):  # whoever else prints does not mean it as a result
+        be_quiet()
+        from flows.compare_flow import check_comparison, compare
+        from flows.comparison import Outcome
+        from flows.runner import Runner
+
+        Runner(workspace, Reporter())  # that the workspace can be written, and who died there
+        check_comparison(comparison, parallel)
+        Reporter().say("starting Prefect")
+        from flows.prefect_server import start_shielded_server
+
+        start_shielded_server()
+        result = compare(comparison, str(workspace), parallel, str(report) if report else None)
+        return [Outcome.model_validate(each) for each in result["outcomes"]]
+
+
+def _warn(line: str) -> None:
+    typer.echo(f"Warning: {line}", err=True)

@@ -1,0 +1,299 @@
+"""The rows of a comparison: what each cell's run has measured, beside what was asked for and what the paper found.
+
+Reads the runs' records and the JSON files of their artifacts. Computes no model and shows nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import geometric_mean
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from blockpruner.errors import ArtifactError
+from flows.grid import Cell, Comparison
+from flows.paper_figures import PaperModel, paper_figures
+from flows.summary import AVERAGE, RunSummary, finite
+from stages.artifacts import read_envelope
+from stages.runs import RunRecord, RunStore
+from stages.store_schema import EvaluationRow, SpeedRow
+from stages.workspace import Warn, Workspace
+
+_NEAR = 0.03
+"""How far two shares of removed parameters may lie apart and still be compared."""
+_EXTERNAL = "external:"
+"""How the role of a text begins that an external checkpoint's own tokenizer has cut."""
+
+
+class Outcome(BaseModel):
+    """How a cell ended."""
+
+    model_config = ConfigDict(frozen=True)
+
+    key: str
+    """See `Cell.key`."""
+    run_id: str | None
+    """None where no run began."""
+    speed_run_id: str | None = None
+    """The run that timed it."""
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A number of the dense and of the pruned model; None where it was not measured."""
+
+    dense: float | None = None
+    pruned: float | None = None
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the paper has for the same model and method."""
+
+    strategy: str
+    ratio: float | None
+    """Share of parameters removed; None where the paper does not say."""
+    perplexity: Pair
+    """On WikiText-2; of what was measured alike here, else None."""
+    average: Pair
+    """Mean accuracy over the paper's tasks, as a share."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell's row."""
+
+    label: str
+    model: str
+    strategy: str | None
+    strategy_seed: int | None
+    """Of a strategy that draws; None of any other."""
+    metric: str | None
+    block_kinds: str | None
+    calibration: str
+    num_samples: int | None
+    """None: all rows."""
+    seed: int
+    ratio_asked: float | None
+    num_blocks_asked: int | None
+    ratio: float | None
+    """Share of all parameters that is gone."""
+    num_blocks_removed: int | None
+    perplexities: Mapping[str, Pair]
+    """By evaluation text."""
+    accuracies: Mapping[str, Pair]
+    """By task: acc_norm where it has that, else acc."""
+    average: Pair
+    """Mean of the tasks' accuracies."""
+    prefill_speedup: float | None
+    """How many times as fast as the dense model: the geometric mean over what was timed."""
+    decode_speedup: float | None
+    search_seconds: float | None
+    """What the steps of the search up to here took, whenever they were computed."""
+    seconds: float | None
+    """What the run took; stages that others had computed before cost it nothing."""
+    status: str
+    error: str | None
+    note: str | None
+    run_id: str | None
+    speed_run_id: str | None
+    published: Published | None = None
+
+    @property
+    def retained(self) -> float | None:
+        """The share of the dense model's mean accuracy that is left."""
+        if self.average.dense is None or self.average.pruned is None or self.average.dense == 0:
+            return None
+        return self.average.pruned / self.average.dense
+
+
+def rows_of(comparison: Comparison, outcomes: Sequence[Outcome], workspace: Workspace, warn: Warn) -> list[Row]:
+    """A row for every cell, in their order."""
+    by_key, runs = {outcome.key: outcome for outcome in outcomes}, RunStore(workspace.path, warn)
+    return [_row(cell, by_key[cell.key], runs, warn) for cell in comparison.cells]
+
+
+def _row(cell: Cell, outcome: Outcome, runs: RunStore, warn: Warn) -> Row:
+    recipe, external = cell.recipe, cell.external
+    summary = _summary(outcome.run_id, runs, warn)
+    timed = _summary(outcome.speed_run_id, runs, warn)
+    record = summary.record if summary else None
+    prefill, decode = _speedups(timed.rows.speed if timed else ())
+    ratio = _ratio(summary) if summary else None
+    row = Row(
+        label=cell.label,
+        model=recipe.model,
+        strategy=external.label if external else recipe.strategy,
+        strategy_seed=recipe.strategy_seed if recipe.strategy == "random" and not external else None,
+        metric=None if external else _known(record, "metric", recipe.metric),
+        block_kinds=None if external else recipe.block_kinds,
+        calibration=recipe.calibration,
+        num_samples=recipe.num_samples,
+        seed=recipe.seed,
+        ratio_asked=None if external else recipe.ratio,
+        num_blocks_asked=None if external else recipe.num_blocks,
+        ratio=ratio,
+        num_blocks_removed=record.num_blocks_removed if record and not external else None,
+        perplexities=_perplexities(summary) if summary else {},
+        accuracies=_accuracies(summary.rows.evaluations) if summary else {},
+        average=Pair(summary.average("dense"), summary.average("pruned")) if summary else Pair(),
+        prefill_speedup=prefill,
+        decode_speedup=decode,
+        search_seconds=_search_seconds(summary, ratio) if summary else None,
+        seconds=_seconds(record),
+        status=_status(record, outcome),
+        error=outcome.error or (record.error if record else None),
+        note=_note(summary) if summary and external else None,
+        run_id=outcome.run_id,
+        speed_run_id=outcome.speed_run_id,
+    )
+    return row if row.ratio is None else _beside_the_papers(row, cell, record)
+
+
+def _beside_the_papers(row: Row, cell: Cell, record: RunRecord | None) -> Row:
+    model = paper_figures().model(row.model, record.num_layers if record else None)
+    found = _published(row, cell, model) if model else None
+    return Row(**{**vars(row), "published": found})
+
+
+def _published(row: Row, cell: Cell, model: PaperModel) -> Published | None:
+    """The paper's figures, as far as they were measured as ours were; None where the method or the ratio is another."""
+    figures, is_ours = paper_figures(), row.strategy == "blockpruner"
+    if is_ours and (row.metric != "perplexity" or row.block_kinds != "both"):
+        return None
+    result, ours = model.result((row.strategy or "").lower()), model.result("blockpruner")
+    if result is None or row.ratio is None:
+        return None
+    nominal = result.ratio or (ours.ratio if ours else None)
+    if nominal is None or abs(row.ratio - nominal) > _NEAR:
+        return None
+    same_text = figures.text in row.perplexities and cell.recipe.sequence_length == figures.sequence_length
+    same_tasks = set(cell.recipe.tasks) == set(figures.tasks)
+    return Published(
+        strategy=result.strategy,
+        ratio=result.ratio,
+        perplexity=Pair(model.dense.perplexity, result.perplexity) if same_text else Pair(),
+        average=Pair(_share(model.dense.average), _share(result.average)) if same_tasks else Pair(),
+    )
+
+
+def _summary(run_id: str | None, runs: RunStore, warn: Warn) -> RunSummary | None:
+    if run_id is None:
+        return None
+    try:
+        return RunSummary.of(runs.load(run_id), runs.workspace, warn)
+    except ArtifactError as error:
+        warn(str(error))
+        return None
+
+
+def _known(record: RunRecord | None, name: str, asked: str) -> str:
+    """What the run says it did, where it says it."""
+    return (getattr(record, name) if record else None) or asked
+
+
+def _ratio(summary: RunSummary) -> float | None:
+    """Share of all parameters that is gone: what the search says, or a count of an external checkpoint's."""
+    record = summary.record
+    if record.num_parameters_left is not None and record.num_parameters:
+        return 1 - record.num_parameters_left / record.num_parameters
+    return summary.removed[-1].ratio if summary.export and summary.removed else None
+
+
+def _perplexities(summary: RunSummary) -> dict[str, Pair]:
+    """On the evaluation texts; on the calibration set where there are no others."""
+    texts = [row.text for row in summary.texts]
+    shown = [text for text in texts if text != "calibration"] or texts
+    return {text: Pair(*(summary.perplexity(variant, text) for variant in ("dense", "pruned"))) for text in shown}
+
+
+def _accuracies(evaluations: Iterable[EvaluationRow]) -> dict[str, Pair]:
+    """By task, what it counts with in the average."""
+    rows = list(evaluations)
+    tasks = list(dict.fromkeys(row.task for row in rows if row.task != AVERAGE))
+    by_task = {task: Pair(*(_accuracy(rows, variant, task) for variant in ("dense", "pruned"))) for task in tasks}
+    return {task: pair for task, pair in by_task.items() if pair != Pair()}
+
+
+def _accuracy(rows: Iterable[EvaluationRow], variant: str, task: str) -> float | None:
+    """Normalised by length where the task has that, as in the paper."""
+    values = {row.metric.partition(",")[0]: row.value for row in rows if (row.variant, row.task) == (variant, task)}
+    return values.get("acc_norm", values.get("acc"))
+
+
+def _speedups(rows: Iterable[SpeedRow]) -> tuple[float | None, float | None]:
+    """Prefill and decoding, dense over pruned and pruned over dense."""
+    by_case: dict[tuple[int, int, int], dict[str, SpeedRow]] = {}
+    for row in rows:
+        by_case.setdefault((row.batch_size, row.prompt_tokens, row.new_tokens), {})[row.variant] = row
+    pairs = [(case["dense"], case["pruned"]) for case in by_case.values() if case.keys() >= {"dense", "pruned"}]
+    if not pairs:
+        return None, None
+    prefill = geometric_mean(dense.prefill_ms / pruned.prefill_ms for dense, pruned in pairs)
+    decode = geometric_mean(pruned.decode_tokens_per_s / dense.decode_tokens_per_s for dense, pruned in pairs)
+    return prefill, decode
+
+
+def _search_seconds(summary: RunSummary, ratio: float | None) -> float | None:
+    steps = {step.step: step.seconds for step in summary.removed}
+    return math.fsum(steps.values()) if steps and ratio is not None else None
+
+
+def _seconds(record: RunRecord | None) -> float | None:
+    if record is None or record.finished_at is None:
+        return None
+    return (record.finished_at - record.created_at).total_seconds()
+
+
+def _status(record: RunRecord | None, outcome: Outcome) -> str:
+    if record is None:
+        return "failed" if outcome.error else "not run"
+    return "crashed" if record.status == "running" else record.status
+
+
+def _note(summary: RunSummary) -> str | None:
+    """Whether an external checkpoint was measured on the same tokens as its dense model."""
+    cut = {role: digest for role in _text_roles(summary.record) if (digest := _token_digest(summary, role))}
+    other = [role for role in cut if role.startswith(_EXTERNAL) and cut[role] != cut.get(role.removeprefix(_EXTERNAL))]
+    if not other:
+        return None
+    return "its tokenizer cuts the texts otherwise: its perplexity is of other tokens than the dense model's"
+
+
+def _text_roles(record: RunRecord) -> list[str]:
+    return [stage.role for stage in record.stages if stage.stage == "calibrate"]
+
+
+def _token_digest(summary: RunSummary, role: str) -> str | None:
+    stage = summary.record.stage(role)
+    if stage is None or stage.artifact_path is None:
+        return None
+    try:
+        return str(read_envelope(summary.workspace.inside(stage.artifact_path)).manifest["token_digest"])
+    except (ArtifactError, KeyError):
+        return None
+
+
+def _share(percent: float | None) -> float | None:
+    return None if percent is None else percent / 100
+
+
+def as_json(row: Row) -> dict[str, Any]:
+    """The row as `--json` gives it. Numbers that are not finite are null."""
+    values = {
+        **vars(row),
+        "perplexities": {text: vars(pair) for text, pair in row.perplexities.items()},
+        "accuracies": {task: vars(pair) for task, pair in row.accuracies.items()},
+        "average": vars(row.average),
+        "retained": row.retained,
+        "published": _published_json(row.published) if row.published else None,
+    }
+    return {name: finite(value) for name, value in values.items()}
+
+
+def _published_json(found: Published) -> dict[str, Any]:
+    return {**vars(found), "perplexity": vars(found.perplexity), "average": vars(found.average)}
