@@ -1,12 +1,13 @@
 """What a search on Ray costs and gains: one worker against none, and more workers against one.
 
-    python -m tests.benchmarks.ray_scaling MODEL_DIR --tokens 16x256 --num-blocks 2 --workers 1,2
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.ray_scaling MODEL_DIR --tokens 16x256 --num-blocks 2 --workers 1,2
     python -m tests.benchmarks.ray_scaling MODEL_DIR --device cuda --workers 1,2,4,8
 
-Tokens are drawn at random: which they are changes no time. Each search is begun anew with the same cut and must end
-with the same bits. "Start" is Ray, the workers' processes, loading the model (here: loading alone) and the dense
-model's pass; "steps" is the rest. What limits the scaling is the number of micro-batches M: with W workers a step
-lasts as long as the ceil(M / W) micro-batches of whoever has most, so "projected" is that over M.
+On CPUs give all the same number of threads, as above. Tokens are drawn at random: which they are changes no time. Each
+search is begun anew with the same cut and must end with the same bits. "Start" is Ray, the workers' processes, loading
+the model (without Ray: loading alone) and the dense model's pass; "steps" is the rest. What limits the scaling is the
+number of micro-batches M: with W workers a step lasts as long as the ceil(M / W) micro-batches of whoever has most, so
+"projected" is that over M.
 """
 
 from __future__ import annotations
