@@ -30,6 +30,8 @@ _LONGEST_FOLDER = 40
 
 _SAYS_LITTLE: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+# Ray would have its workers give way to everything else on the machine; a search without it does not.
+_AS_IMPORTANT = {"RAY_worker_niceness": "0"}
 # What makes Ray stay on loopback, as it does by itself on macOS: it replaces a 127.0.0.1 that it is given as this
 # machine's address by the one that others reach it by.
 _ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
@@ -53,7 +55,9 @@ def ray_session(settings: ExecutorSettings) -> Iterator[Any]:
         ExecutorError: if Ray does not start, or the cluster cannot be joined.
     """
     with ExitStack() as stack:
-        stack.enter_context(_environment(_QUIET if settings.ray_address else {**_QUIET, **_ON_LOOPBACK, **_TOKEN}))
+        stack.enter_context(
+            _environment(_QUIET if settings.ray_address else {**_QUIET, **_AS_IMPORTANT, **_ON_LOOPBACK, **_TOKEN})
+        )
         folder = stack.enter_context(_folder()) if settings.ray_address is None else None
         with _handlers_kept():
             import ray  # reads its environment when it is imported
@@ -85,7 +89,7 @@ def _start(ray: Any, folder: Path) -> None:
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
             _node_ip_address=_LOOPBACK,
-            _temp_dir=str(folder),
+            _temp_dir=str(folder / "ray"),  # Ray opens it to all; the folder around it is closed
             **_SAYS_LITTLE,
         )
     except (ConnectionError, RuntimeError, TimeoutError) as error:
@@ -101,7 +105,7 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
     """A folder of its own for Ray's files, with a short path."""
     parent = tempfile.gettempdir()
     return tempfile.TemporaryDirectory(
-        prefix="bp-ray-", dir=parent if len(parent) < _LONGEST_FOLDER else "/tmp", ignore_cleanup_errors=True
+        prefix="bp-", dir=parent if len(parent) < _LONGEST_FOLDER else "/tmp", ignore_cleanup_errors=True
     )
 
 

@@ -197,6 +197,8 @@ def test_an_order_to_end_ends_ray_and_its_workers(tiny_folder: Callable[[str], P
     process = start(*command, *more, "--workspace", tmp_path / "workspace", **environment)
     try:
         family = _family_that_scores(process.pid, tmp_path / "workspace")
+        (folder,) = Path(files).glob("bp-*")
+        assert folder.stat().st_mode & 0o077 == 0, "open to nobody else"
         listening = {at.laddr.ip for each in family for at in each.net_connections("tcp") if at.status == "LISTEN"}
         assert listening <= {LOOPBACK, f"::ffff:{LOOPBACK}", "::1"}
         assert listening
@@ -210,7 +212,7 @@ def test_an_order_to_end_ends_ray_and_its_workers(tiny_folder: Callable[[str], P
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive
     assert not (home / ".ray").exists()
-    assert not list(Path(files).glob("bp-ray-*"))
+    assert not list(Path(files).glob("bp-*"))
     shutil.rmtree(files)
 
 
