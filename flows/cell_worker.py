@@ -157,13 +157,15 @@ def _carry_out(workspace: Path, request: Request, reporter: Reporter, is_over: t
     from flows.runner import CANCELLED, Runner
 
     runner = Runner(workspace, reporter)
+    before = {each.run_id for each in runner.runs.list()}  # this process has carried out other cells
     try:
         found = runner.finished(request.recipe, request.goal, request.comparison, request.external)
         if found is not None:
             return Event(kind="end", run_id=found.run_id, cached=True)
         record = runner.run(request.recipe, request.goal, comparison=request.comparison, external=request.external)
     except Exception as error:  # whatever it is, it is this cell's, and the others go on
-        begun = next((each for each in runner.runs.list() if each.pid == os.getpid()), None)
+        ours = (each for each in runner.runs.list() if each.pid == os.getpid() and each.run_id not in before)
+        begun = next(ours, None)
         if is_over.is_set():  # what native code (DuckDB's, for one) made of the order to end
             if begun is not None and begun.status == "failed":
                 runner.runs.finish(begun, "cancelled", CANCELLED, at=begun.finished_at)

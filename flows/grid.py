@@ -50,6 +50,8 @@ _MEASURED_ALIKE = frozenset(
         "log_samples",
         "num_fewshot",
         "limit",
+        "dtype",
+        "device",
     }
 )
 """What no cell may have for itself: its row could not be compared with the others."""

@@ -81,7 +81,7 @@ def test_entries_say_who_needs_them_and_how_large_they_are(lab: Lab) -> None:
     by_hand = sum(path.stat().st_size for path in folder(lab, shared).rglob("*") if path.is_file())
     assert entries[1].bytes == by_hand > 3000
     assert entries[1].last_used == NOW + timedelta(days=2)
-    assert abs(entries[0].last_used - NOW) < timedelta(minutes=5)
+    assert abs(entries[0].last_used - datetime.now(UTC)) < timedelta(minutes=5)
 
 
 def test_links_and_foreign_files_are_nothing_of_ours(lab: Lab, tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def test_cells_that_differ_in_how_far_they_prune_share_a_family_the_furthest_fir
         ({"grid": {"device": ["cpu", "cuda"]}}, "device is no axis of a grid"),
         ({"grid": {"tasks": "piqa"}}, "all cells are measured alike"),
         ({"grid": {"sequence_length": [8, 16]}}, "all cells are measured alike"),
+        ({"grid": {"dtype": "bfloat16"}}, "all cells are measured alike"),
         ({"grid": {"name": "x"}}, "runs are named after their cells"),
         ({"grid": {"ratio": 0.1, "num_blocks": 3}}, "both num_blocks and ratio are given"),
         ({"grid": {"metric": "js", "strategy": "rm"}}, "metric"),
