@@ -39,6 +39,10 @@ class ExportError(BlockPrunerError):
     """The surviving blocks cannot be written in the format asked for, or the written model is not the same model."""
 
 
+class ExecutorError(BlockPrunerError):
+    """Workers elsewhere cannot be had, or were lost."""
+
+
 class StoreError(BlockPrunerError):
     """The results database cannot be opened, or a query failed."""
 

@@ -104,6 +104,9 @@ LacoThreshold = Annotated[float | None, _setting("laco_threshold", "T")]
 Scorer = Annotated[str | None, _setting("scorer", "sweep|plain", autocompletion=complete_choice("sweep", "plain"))]
 MemoryBudget = Annotated[str | None, _setting("memory_budget", "SIZE")]
 Compile = Annotated[str | None, _setting("compile", "auto|on|off", autocompletion=complete_choice("auto", "on", "off"))]
+Executor = Annotated[str | None, _setting("executor", "local|ray", autocompletion=complete_choice("local", "ray"))]
+Workers = Annotated[int | None, _setting("workers", "N")]
+RayAddress = Annotated[str | None, _setting("ray_address", "HOST:PORT")]
 StockCompatible = Annotated[
     bool | None,
     typer.Option("--stock-compatible/--no-stock-compatible", help=SETTINGS["stock_compatible"], show_default=False),

@@ -35,6 +35,7 @@ from flows.recipe import Recipe
 from stages import baseline, calibrate, evaluate, export, fold, search, speed
 from stages.artifacts import Artifact
 from stages.contract import ArtifactRef, Stage, StageConfig, StageInputs
+from stages.executor import require_ray
 from stages.lm_tasks import TaskSpec, resolve_tasks
 from stages.runs import RunDescription
 from stages.text_sources import Purpose, resolve_text
@@ -128,6 +129,7 @@ class Plan:
         """
         if goal in _SEARCHING and external is None:
             recipe.require_target()
+            require_ray(recipe.spread)
         device = resolve_device(recipe.device)
         dtype = resolve_dtype(recipe.dtype, device)
         if recipe.compile == "on" and device == "cpu":

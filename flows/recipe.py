@@ -23,6 +23,7 @@ from blockpruner.paths import user_path
 from blockpruner.scoring.settings import CompileChoice, MetricName, ScorerName, ScorerSettings
 from blockpruner.strategies import LacoSettings, StrategyName, check_settings
 from flows.settings_text import SETTINGS
+from stages.executor import ExecutorName, ExecutorSettings, check_address
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
 COMPARISONS_FOLDER = RECIPES_FOLDER / "compare"
@@ -37,7 +38,7 @@ _SEARCH_FIELDS = (
 """What a pruning order may depend on, beside how far it goes."""
 _NUMBER_FIELDS = (
     *("num_samples", "sequence_length", "seed", "num_blocks", "ratio", "export_blocks"),
-    *("num_fewshot", "limit", "batch_size", "strategy_seed", "laco_layers_per_merge"),
+    *("num_fewshot", "limit", "batch_size", "workers", "strategy_seed", "laco_layers_per_merge"),
     *("laco_first_layer", "laco_last_layer", "laco_interval", "laco_threshold"),
 )
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?")
@@ -50,6 +51,7 @@ _MOST_BLOCKS = 10**6
 _MOST_EXAMPLES = 10**9
 _MOST_SHOTS = 10**4
 _MOST_SEQUENCES_AT_ONCE = 2**20
+_MOST_WORKERS = 2**12
 
 
 def _as_list(value: object) -> object:
@@ -92,6 +94,15 @@ def _amount_of_memory(value: object) -> object:
         parse_memory_size(str(value))
     except ConfigurationError as error:
         raise PydanticCustomError("memory", "{reason}", {"reason": str(error)}) from error
+    return value
+
+
+def _host_and_port(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            check_address(value)
+        except ConfigurationError as error:
+            raise PydanticCustomError("executor", "{reason}", {"reason": str(error)}) from error
     return value
 
 
@@ -174,6 +185,11 @@ class Recipe(BaseModel):
     compile: Annotated[CompileChoice, BeforeValidator(_on_or_off)] = Field(
         default="auto", description=SETTINGS["compile"]
     )
+    executor: ExecutorName = Field(default="local", description=SETTINGS["executor"])
+    workers: int | None = Field(default=None, ge=1, le=_MOST_WORKERS, description=SETTINGS["workers"])
+    ray_address: Annotated[NonBlank | None, BeforeValidator(_host_and_port)] = Field(
+        default=None, description=SETTINGS["ray_address"]
+    )
     speed_batch_sizes: Annotated[tuple[_Count, ...], BeforeValidator(_numbers)] = Field(
         default=(1, 8), min_length=1, description=SETTINGS["speed_batch_sizes"]
     )
@@ -220,6 +236,29 @@ class Recipe(BaseModel):
                     {"name": name, "dtype": self.export_dtype, "valid": ", ".join(dtypes_of(name))},
                 )
         return self
+
+    @model_validator(mode="after")
+    def _one_executor(self) -> Self:
+        given = [name for name in ("workers", "ray_address") if getattr(self, name) is not None]
+        if self.executor == "local":
+            if given:
+                raise PydanticCustomError("executor", f"{given[0]} is for executor ray; give --executor ray as well")
+        elif self.scorer == "plain":
+            raise PydanticCustomError("executor", "scorer plain knows no executor ray; leave one of them out")
+        elif self.strategy == "laco":
+            raise PydanticCustomError(
+                "executor", "strategy laco merges one model, and knows no executor ray; leave one of them out"
+            )
+        elif ":" in self.device:
+            raise PydanticCustomError(
+                "executor", "device {device} with executor ray: Ray chooses the GPU; give cuda", {"device": self.device}
+            )
+        return self
+
+    @property
+    def spread(self) -> ExecutorSettings:
+        """Who is to compute a search's scores."""
+        return ExecutorSettings(executor=self.executor, workers=self.workers, ray_address=self.ray_address)
 
     @property
     def stock_compatible_at(self) -> str | None:
@@ -416,7 +455,7 @@ def _describe(problem: ErrorDetails) -> str:
     if kind == "literal_error":
         valid = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
         return f"unknown {field} {came!r}; valid are {', '.join(valid)}{nearest(str(came), valid)}"
-    if kind in ("device", "export_dtype", "strategy", "target"):
+    if kind in ("device", "executor", "export_dtype", "strategy", "target"):
         return problem["msg"]
     shown = repr(came)
     or_all = {"num_samples": ", or all", "batch_size": ", or auto"}.get(field, "")

@@ -177,7 +177,7 @@ class Runner:
                     show(progress)
                     listener(progress)
 
-                runtime = Runtime(plan.device, plan.recipe.batch_size, plan.recipe.scoring, both)
+                runtime = Runtime(plan.device, plan.recipe.batch_size, plan.recipe.scoring, plan.recipe.spread, both)
                 return self._artifacts.get_or_run(job.stage, job.config, job.inputs, runtime)
 
         started = time.monotonic()

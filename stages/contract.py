@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from blockpruner.progress import ProgressCallback, silent
 from blockpruner.scoring.settings import ScorerSettings
+from stages.executor import ExecutorSettings
 
 
 class StageConfig(BaseModel):
@@ -57,6 +58,8 @@ class Runtime:
     """Sequences in one forward pass; None lets the stage choose."""
     scoring: ScorerSettings = field(default_factory=ScorerSettings)
     """How a search computes its scores."""
+    executor: ExecutorSettings = field(default_factory=ExecutorSettings)
+    """Who computes them."""
     progress: ProgressCallback = silent
     state_dir: Path | None = None
     """Where a resumable stage keeps its checkpoints; the artifact store sets it."""

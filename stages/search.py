@@ -7,30 +7,29 @@ how far it goes: one that reached K blocks is the start of any longer one, and t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from blockpruner.architectures import Architecture, architecture_of, block_sizes, num_parameters
+from blockpruner.architectures import Architecture, block_sizes, num_parameters
 from blockpruner.blocks import Block, BlockKind, BlockKinds, all_blocks
 from blockpruner.calibration import load_token_ids
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.collapse import CollapseSearch, MergingModel, check_laco
-from blockpruner.errors import ConfigurationError
 from blockpruner.journal import SearchJournal
-from blockpruner.loading import DtypeName, load_model, meta_model, torch_dtype
+from blockpruner.loading import DtypeName, meta_model
 from blockpruner.merging import check_mergeable, stored_dtype
 from blockpruner.ordered_search import OrderedSearch
 from blockpruner.perplexity import perplexity
 from blockpruner.progress import ProgressCallback
 from blockpruner.repackable import Repackable
-from blockpruner.scoring.build import build_scorer, device_memory, is_streamed, made_for
+from blockpruner.scoring.build import device_memory
 from blockpruner.scoring.interface import SurveyScorer, TableCallback
 from blockpruner.scoring.layer_measures import LayerMeasure
 from blockpruner.scoring.metrics import metric_of
@@ -42,6 +41,8 @@ from blockpruner.search import GreedySearch, Search, SearchTarget
 from blockpruner.strategies import STRATEGIES, LacoSettings, Procedure, StrategyName, check_settings
 from blockpruner.trace import LayerMerge, SearchStep, SearchSummary, write_trace
 from stages.contract import ArtifactRef, Runtime, Stage, StageConfig, StageManifest
+from stages.executor import ExecutorSettings
+from stages.search_scorer import ScoringJob
 from stages.text_perplexity import check_vocabulary
 
 _NOISE_NATS: dict[DtypeName, float] = {"float32": 1e-5, "bfloat16": 2e-3}
@@ -137,68 +138,49 @@ class SearchManifest(StageManifest):
 
 
 class _Workbench:
-    """The scorer and its model, loaded when the first score is needed: a search that checkpoints answer loads none."""
+    """The scorer and its model, loaded when the first score is needed: a search that checkpoints answer loads none.
+
+    A context: what was started for the scorer ends with it.
+    """
 
     def __init__(
-        self,
-        config: SearchConfig,
-        inputs: SearchInputs,
-        journal: SearchJournal,
-        runtime: Runtime,
-        num_parameters: int,
+        self, job: ScoringJob, token_ids_BT: Tensor, journal: SearchJournal, executor: ExecutorSettings
     ) -> None:
-        self._config, self._inputs, self._journal, self._runtime = config, inputs, journal, runtime
-        self._num_parameters = num_parameters
-        self._token_ids_BT = load_token_ids(inputs.calibration.path)
+        self._job, self._token_ids_BT, self._journal, self._executor = job, token_ids_BT, journal, executor
         self._idle = Meter()
+        self._started = ExitStack()
 
-    @property
-    def _scorer(self) -> SurveyScorer:
-        return self._parts[0]
+    def __enter__(self) -> _Workbench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in ("_scorer", "_parts"):  # and with them the model, whose memory the device is to have back
+            vars(self).pop(name, None)
+        self._started.close()
 
     @property
     def merging(self) -> MergingModel:
         """The model of the same scorer, to be merged."""
         _, architecture, model = self._parts
-        stored = stored_dtype(architecture, self._inputs.model)
-        return MergingModel(architecture, model, self._token_ids_BT, stored, self._runtime.batch_size)
+        stored = stored_dtype(architecture, self._job.model)
+        return MergingModel(architecture, model, self._token_ids_BT, stored, self._job.batch_size)
+
+    @cached_property
+    def _scorer(self) -> SurveyScorer:
+        if self._executor.executor == "ray":
+            from stages.ray_scorer import ray_scorer  # Ray is an optional extra
+
+            spread = ray_scorer(self._job, self._token_ids_BT, self._executor, self._cut_so_far, self._keep_cut)
+            return self._started.enter_context(spread)
+        return self._parts[0]
 
     @cached_property
     def _parts(self) -> tuple[SurveyScorer, Architecture, PreTrainedModel]:
-        try:
-            return self._built()
-        except torch.OutOfMemoryError as error:
-            raise ConfigurationError(
-                "the device has too little memory for the model and the scorer; give a larger --memory-budget, or "
-                "--scorer sweep, which fetches weights layer by layer where they do not fit"
-            ) from error
-
-    def _built(self) -> tuple[SurveyScorer, Architecture, PreTrainedModel]:
-        config, inputs, runtime, settings = self._config, self._inputs, self._runtime, self._runtime.scoring
-        weight_bytes = self._num_parameters * torch_dtype(config.dtype).itemsize
-        can_stream = settings.scorer == "sweep" and config.laco is None
-        streamed = can_stream and is_streamed(weight_bytes, runtime.device, settings.memory_budget)
-        model = load_model(
-            inputs.model,
-            device="cpu" if streamed else runtime.device,
-            dtype=config.dtype,
-            trust_remote_code=inputs.trust_remote_code,
-        )
-        purpose = made_for(runtime.device, settings, runtime.batch_size)
-        architecture = architecture_of(inputs.model.model_type).for_config(model.config)
-        scorer = build_scorer(
-            architecture,
-            model,
-            self._token_ids_BT,
-            runtime.device,
-            metric_of(config.metric),
-            settings,
-            runtime.batch_size,
-            self._cut_so_far(purpose),
-            lambda plan: self._journal.keep_plan(f"{purpose}\n{plan.cut.model_dump_json()}"),
-            whole_layers=STRATEGIES[config.strategy].whole_layers,
-        )
-        return scorer, architecture, model
+        """What computes in this process."""
+        job = self._job
+        self._started.enter_context(device_memory(job.device, job.settings.memory_budget))
+        purpose = job.purpose
+        return job.parts(self._token_ids_BT, self._cut_so_far(purpose), lambda plan: self._keep_cut(purpose, plan.cut))
 
     @property
     def num_sequences(self) -> int:
@@ -208,7 +190,7 @@ class _Workbench:
     @property
     def meter(self) -> Meter:
         """What was computed so far; asking for it loads nothing."""
-        return self._scorer.meter if "_parts" in vars(self) else self._idle
+        return self._scorer.meter if "_scorer" in vars(self) else self._idle
 
     def fill(self, removed: tuple[Block, ...], table: ScoreTable, on_update: TableCallback) -> None:
         """See `Scorer.fill`."""
@@ -233,6 +215,9 @@ class _Workbench:
             return SweepCut.model_validate_json(cut) if made_for == purpose else None
         except ValidationError:  # of another version of this program
             return None
+
+    def _keep_cut(self, purpose: str, cut: SweepCut) -> None:
+        self._journal.keep_plan(f"{purpose}\n{cut.model_dump_json()}")
 
 
 def run(config: SearchConfig, inputs: SearchInputs, out_dir: Path, runtime: Runtime) -> SearchManifest:
@@ -260,8 +245,7 @@ def run(config: SearchConfig, inputs: SearchInputs, out_dir: Path, runtime: Runt
     settings = {name: str(value) for name, value in config.model_dump(exclude=set(STAGE.not_resume_fields)).items()}
     parts = {**inputs.fingerprints(), **settings}
     journal = SearchJournal(runtime.state_dir, STAGE.resume_fingerprint(config, inputs), parts=parts)
-    with device_memory(runtime.device, runtime.scoring.memory_budget):
-        dense_nll_B, steps = _search(config, inputs, journal, runtime, (candidates, total), target)
+    dense_nll_B, steps = _search(config, inputs, journal, runtime, (candidates, total), target)
     summary = SearchSummary(
         dense_perplexity=perplexity(dense_nll_B),
         num_layers=num_layers,
@@ -288,12 +272,25 @@ def _search(
     target: SearchTarget,
 ) -> tuple[Tensor, tuple[SearchStep, ...]]:
     """Each sequence's dense NLL, and the steps; when this returns, nothing holds the model any more."""
-    workbench = _Workbench(config, inputs, journal, runtime, sizes[1])
-    dense_nll_B = journal.dense_nll()
-    if dense_nll_B is None:
-        journal.keep_dense_nll(dense_nll_B := workbench.dense_nll())
+    job = ScoringJob(
+        model=inputs.model,
+        num_layers=1 + max(block.layer_index for block in sizes[0]),
+        num_parameters=sizes[1],
+        dtype=config.dtype,
+        metric=config.metric,
+        device=runtime.device,
+        batch_size=runtime.batch_size,
+        settings=runtime.scoring,
+        trust_remote_code=inputs.trust_remote_code,
+        whole_layers=STRATEGIES[config.strategy].whole_layers,
+        can_stream=config.laco is None,
+    )
     make = _SEARCHES[STRATEGIES[config.strategy].procedure]
-    return dense_nll_B, make(config, workbench, sizes, journal, runtime.progress).run(target)
+    with _Workbench(job, load_token_ids(inputs.calibration.path), journal, runtime.executor) as workbench:
+        dense_nll_B = journal.dense_nll()
+        if dense_nll_B is None:
+            journal.keep_dense_nll(dense_nll_B := workbench.dense_nll())
+        return dense_nll_B, make(config, workbench, sizes, journal, runtime.progress).run(target)
 
 
 Sizes = tuple[Mapping[Block, int], int]

@@ -13,7 +13,7 @@ from blockpruner.scoring.build import build_scorer
 from blockpruner.scoring.interface import Scorer
 from blockpruner.scoring.metrics import metric_of
 from blockpruner.scoring.plain import PlainScorer
-from blockpruner.scoring.plan import SweepCut, SweepPlan
+from blockpruner.scoring.plan import SweepCut, SweepPlan, Team
 from blockpruner.scoring.settings import MetricName, ScorerSettings
 from blockpruner.scoring.sweep import SweepScorer
 from blockpruner.scoring.table import ScoreTable
@@ -38,10 +38,17 @@ def sweep_scorer(
     branches_per_chunk: int = 3,
     logit_elements: int = 2**12,
     snapshot_bytes: int = 0,
+    num_workers: int = 1,
+    whole_layers: bool = False,
 ) -> SweepScorer:
     """A sweep on the CPU with this plan."""
     cut = SweepCut(micro_batch=micro_batch, branches_per_chunk=branches_per_chunk, logit_elements=logit_elements)
-    scorer = build_scorer(row_of(model), model, token_ids_BT, "cpu", metric_of(metric), ScorerSettings(), cut=cut)
+    scorer = build_scorer(
+        *(row_of(model), model, token_ids_BT, "cpu", metric_of(metric), ScorerSettings()),
+        cut=cut,
+        whole_layers=whole_layers,
+        team=Team(num_workers),
+    )
     assert isinstance(scorer, SweepScorer)
     scorer.use(SweepPlan(cut, snapshot_bytes))
     return scorer

@@ -22,7 +22,7 @@ from blockpruner.scoring.interface import SurveyScorer
 from blockpruner.scoring.loss import NLL, TokenLosses, token_nll
 from blockpruner.scoring.metrics import Divergence, Metric
 from blockpruner.scoring.plain import PlainScorer
-from blockpruner.scoring.plan import Machine, SweepCut, SweepPlan, SweepShape, plan_sweep
+from blockpruner.scoring.plan import Machine, SweepCut, SweepPlan, SweepShape, Team, plan_sweep
 from blockpruner.scoring.residency import Resident, Streamed
 from blockpruner.scoring.settings import CompileChoice, ScorerSettings
 from blockpruner.scoring.sweep import SweepScorer
@@ -86,6 +86,7 @@ def build_scorer(
     on_plan: Callable[[SweepPlan], None] = lambda _: None,
     *,
     whole_layers: bool = False,
+    team: Team | None = None,
 ) -> SurveyScorer:
     """A scorer for a model that lies on `device`, or on the CPU if it is to be streamed.
 
@@ -100,6 +101,7 @@ def build_scorer(
         cut: the cut of an interrupted search, to go on with; None: a new one.
         on_plan: told of the plan, and of each smaller one that has to be made.
         whole_layers: whether a candidate stands for its layer, and not for a block.
+        team: those who share the search's micro-batches, this scorer among them; None: it has them all.
 
     Raises:
         ConfigurationError: if there is too little memory for one sequence.
@@ -118,13 +120,15 @@ def build_scorer(
     run, divergence = _compiled(metric) if compiles else (run_layer, metric.divergence)
     nll = _nll(compute)
     decoder = Decoder(architecture, model, length, residency, run, whole_layers=whole_layers)
-    plan = plan_sweep(shape, _machine(compute, settings.memory_budget), batch_size, cut)
+    team = team or Team()
+    machine = _machine(compute, settings.memory_budget, team.num_on_machine)
+    plan = plan_sweep(shape, machine, batch_size, cut, team.num_workers)
     on_plan(plan)
 
     def make_losses(cut: SweepCut) -> TokenLosses:
         return TokenLosses(decoder.logits, divergence, cut.logit_elements, shape.vocab_size, nll)
 
-    return SweepScorer(decoder, token_ids_BT, metric, plan, costs, make_losses, meter, on_plan)
+    return SweepScorer(decoder, token_ids_BT, metric, plan, costs, make_losses, meter, on_plan, team.num_workers)
 
 
 def _indexed(device: torch.device) -> torch.device:
@@ -170,16 +174,17 @@ def _projected(layer: nn.Module, experts_per_token: int) -> int:
     return sum(max(each.shape[-2:]) * (experts_per_token if each.dim() == 3 else 1) for each in matrices)
 
 
-def _machine(device: torch.device, memory_budget: int | None) -> Machine:
+def _machine(device: torch.device, memory_budget: int | None, num_sharing: int) -> Machine:
+    available = available_bytes() // num_sharing
     if device.type != "cuda":
-        usable = memory_budget or int(_CPU_SHARE * available_bytes())
+        usable = memory_budget or int(_CPU_SHARE * available)
         return Machine(usable, 0, plans.CPU_CHUNK_BYTES, plans.CPU_LOGIT_ELEMENTS, plans.CPU_MICRO_BATCH_FLOPS)
     allocated = torch.cuda.memory_allocated(device)
     reusable = torch.cuda.memory_reserved(device) - allocated
     usable = int(_GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + reusable))
     if memory_budget:
         usable = min(usable, memory_budget - allocated)
-    host = int(_HOST_SHARE * available_bytes())
+    host = int(_HOST_SHARE * available)
     return Machine(usable, host, plans.CUDA_CHUNK_BYTES, plans.CUDA_LOGIT_ELEMENTS, plans.CUDA_MICRO_BATCH_FLOPS)
 
 

@@ -82,6 +82,19 @@ class SweepCut(BaseModel):
     logit_elements: PositiveInt
     """Logits that exist at one time."""
 
+    def batch_of(self, sequence_index: int, num_sequences: int) -> slice:
+        """The micro-batch that a sequence belongs to."""
+        start = sequence_index - sequence_index % self.micro_batch
+        return slice(start, min(start + self.micro_batch, num_sequences))
+
+    def within(self, other: SweepCut) -> SweepCut:
+        """The largest cut that is nowhere larger than either."""
+        return SweepCut(
+            micro_batch=min(self.micro_batch, other.micro_batch),
+            branches_per_chunk=min(self.branches_per_chunk, other.branches_per_chunk),
+            logit_elements=min(self.logit_elements, other.logit_elements),
+        )
+
     def smaller(self, vocab_size: int) -> SweepCut | None:
         """The next cut to try when the device had too little memory; None when there is none."""
         least = min(self.logit_elements, vocab_size)
@@ -116,8 +129,21 @@ class SweepPlan:
         return replace(self, cut=cut) if cut else None
 
 
+@dataclass(frozen=True)
+class Team:
+    """Those who score a search's micro-batches between them."""
+
+    num_workers: int = 1
+    num_on_machine: int = 1
+    """Of them on the same machine: each may take its share of what memory is free."""
+
+
 def plan_sweep(
-    shape: SweepShape, machine: Machine, micro_batch: int | None = None, cut: SweepCut | None = None
+    shape: SweepShape,
+    machine: Machine,
+    micro_batch: int | None = None,
+    cut: SweepCut | None = None,
+    num_workers: int = 1,
 ) -> SweepPlan:
     """Choose micro-batch, chunks and snapshots.
 
@@ -126,6 +152,7 @@ def plan_sweep(
         machine: what may be used.
         micro_batch: sequences of a micro-batch, taken as they are.
         cut: the cut of an interrupted search, taken as it is.
+        num_workers: those who share the micro-batches; a new cut lets the one who has most have as little as can be.
 
     Raises:
         ConfigurationError: if there is too little memory for one sequence.
@@ -142,7 +169,7 @@ def plan_sweep(
         if micro_batch is None:
             branch_bytes = shape.sequence_length * shape.working_bytes
             fitting = max(1, min(int(0.35 * usable) // front_bytes, int(0.2 * usable) // branch_bytes))
-            micro_batch = _micro_batch(shape, machine, fitting)
+            micro_batch = _micro_batch(shape, machine, fitting, num_workers)
         chunk_tokens = min(machine.chunk_bytes // shape.hidden_bytes, int(0.2 * usable) // shape.working_bytes)
         cut = SweepCut(
             micro_batch=micro_batch,
@@ -157,14 +184,21 @@ def plan_sweep(
     return SweepPlan(cut, machine.host_bytes if on_host else left, on_host)
 
 
-def _micro_batch(shape: SweepShape, machine: Machine, fitting: int) -> int:
-    """Sequences of a micro-batch: enough to be worth the start, few enough to fit, and if possible all of one size."""
+def _micro_batch(shape: SweepShape, machine: Machine, fitting: int, num_workers: int) -> int:
+    """Sequences of a micro-batch: enough to be worth the start, at most `fitting`, and if possible all of one size."""
     worth = math.ceil(machine.micro_batch_flops / max(1.0, shape.flops_per_sequence))
     # One branch fills a chunk where that leaves some micro-batches: then all batches are of one size.
     filling = min(machine.chunk_bytes // shape.stream_bytes, math.ceil(shape.num_sequences / 4))
     wanted = max(math.ceil(shape.num_sequences / MICRO_BATCHES), worth, filling)
-    most = max(1, min(wanted, fitting, shape.num_sequences))
+    most = max(1, min(wanted, fitting, math.ceil(shape.num_sequences / num_workers)))
+    if num_workers > 1:
+        return min(range(most, 0, -1), key=lambda size: _longest_share(shape.num_sequences, size, num_workers))
     return next(
         (size for size in range(most, most // 2, -1) if shape.num_sequences % size == 0),
         math.ceil(shape.num_sequences / math.ceil(shape.num_sequences / most)),
     )
+
+
+def _longest_share(num_sequences: int, micro_batch: int, num_workers: int) -> int:
+    """Sequences that the worker with most micro-batches scores."""
+    return math.ceil(math.ceil(num_sequences / micro_batch) / num_workers) * micro_batch

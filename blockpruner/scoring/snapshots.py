@@ -133,6 +133,12 @@ class SnapshotStore:
                 self._give_back(snapshot)
         self._of_batch[start] = {at: snapshot for at, snapshot in held.items() if at in positions}
 
+    def drop_oldest(self, num_batches: int) -> None:
+        """Forget the micro-batches that were scored longest ago, until so many are left."""
+        while len(self._of_batch) > num_batches:
+            self.drop_except(next(iter(self._of_batch)), ())
+            self._of_batch.popitem()  # which has just become the last
+
     def _is_valid(self, snapshot: Snapshot, removed: Collection[Block], candidates: Collection[Block]) -> bool:
         """Whether a sweep comes past the same front: no block before it has gone since, and the branches are its."""
         before = self._blocks_before[snapshot.position]

@@ -10,7 +10,8 @@ Shapes: `B` sequences, `b` of a micro-batch, `K` branches, `T` tokens, `M` = b (
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -49,12 +50,15 @@ class SweepScorer:
         make_losses: MakeLosses,
         meter: Meter,
         on_plan: Callable[[SweepPlan], None] = lambda _: None,
+        num_workers: int = 1,
     ) -> None:
         """Score on token ids [B, T], cut as `plan` says. `scoring.build` puts the parts together.
 
-        `on_plan` is told when the plan had to shrink.
+        `on_plan` is told when the plan had to shrink. Where `num_workers` scorers share the micro-batches of a search,
+        each keeps snapshots of its share of them only.
         """
         self._on_plan = on_plan
+        self._num_workers = num_workers
         self._decoder = decoder
         self._token_ids_BT = token_ids_BT
         self.metric = metric
@@ -62,6 +66,7 @@ class SweepScorer:
         self._make_losses = make_losses
         self._meter = meter
         self._dense_BTD: Tensor | None = None
+        self._is_dense_known_B = torch.zeros(len(token_ids_BT), dtype=torch.bool)
         self._rank_before: dict[Block, int] = {}
         self.use(plan)
 
@@ -85,49 +90,66 @@ class SweepScorer:
         """How the sweep is cut now."""
         return self._plan
 
-    @torch.inference_mode()
     def dense_nll(self) -> Tensor:
         """Each sequence's mean token NLL in nats of the unpruned model: float64 [B] on the CPU."""
-        if self.metric.divergence is not None:
-            shape = (*self._token_ids_BT.shape, self._decoder.hidden_size)
-            self._dense_BTD = torch.empty(shape, dtype=self._decoder.dtype)
         return self.nll_without(())
 
-    @torch.inference_mode()
     def nll_without(self, removed: tuple[Block, ...]) -> Tensor:
         """See `SurveyScorer.nll_without`."""
-        table = ScoreTable.empty((_TRUNK,), self.num_sequences)
+        table = ScoreTable.empty((TRUNK,), self.num_sequences)
         while not table.is_complete:
-            self._attempt(partial(self._trunk_columns, removed, self._next_batch(table), table))
+            self.trunk_batch(removed, self._next_batch(table), table)
         return table.nll_CB[0]
 
-    @torch.inference_mode()
     def measure_layers(self, measure: LayerMeasure) -> Tensor:
         """See `SurveyScorer.measure_layers`; needs a decoder of whole layers."""
-        assert all(unit.blocks == both_of(unit.layer_index) for unit in self.units)
         table = ScoreTable.empty([unit.blocks[0] for unit in self.units], self.num_sequences)
         while not table.is_complete:
-            self._attempt(partial(self._measured_columns, measure, self._next_batch(table), table))
+            self.measured_batch(measure, self._next_batch(table), table)
         return table.nll_CB
 
-    @torch.inference_mode()
     def fill(self, removed: tuple[Block, ...], table: ScoreTable, on_update: TableCallback) -> None:
         """See `Scorer.fill`. Goes micro-batch by micro-batch, all candidates of one at once."""
-        if self.metric.divergence is not None and self._dense_BTD is None:
-            self.dense_nll()
         self._meter.start()
-        step = self._step(removed, table.candidates)
         while not table.is_complete:
-            batch = self._next_batch(table)
-            if self._attempt(partial(self._fill_columns, step, batch, table)):
+            if self.score_batch(removed, self._next_batch(table), table):
                 on_update(table)
-            else:
-                step = self._step(removed, table.candidates)
-        self._rank_before = _ranks(table, self.metric)
+        self.rank_by(ranking(table, self.metric))
+
+    @torch.inference_mode()
+    def score_batch(self, removed: tuple[Block, ...], batch: slice, table: ScoreTable) -> bool:
+        """Compute and enter the values of all of a table's candidates for one micro-batch.
+
+        Returns:
+            Whether it was done; if not, the device had too little memory, and the plan is smaller now.
+
+        Raises:
+            ConfigurationError: if no plan is small enough.
+        """
+        return self._attempt(partial(self._fill_columns, removed, batch, table))
+
+    @torch.inference_mode()
+    def trunk_batch(self, removed: tuple[Block, ...], batch: slice, table: ScoreTable) -> bool:
+        """`score_batch` for the model without the removed blocks, which is the only row of the table."""
+        return self._attempt(partial(self._trunk_columns, removed, batch, table))
+
+    @torch.inference_mode()
+    def measured_batch(self, measure: LayerMeasure, batch: slice, table: ScoreTable) -> bool:
+        """`score_batch` for a measure of every layer, each a row of the table; needs a decoder of whole layers."""
+        assert all(unit.blocks == both_of(unit.layer_index) for unit in self.units)
+        return self._attempt(partial(self._measured_columns, measure, batch, table))
+
+    def rank_by(self, ranking: Sequence[Block]) -> None:
+        """Expect the next removals among the first of these; it decides where snapshots are kept, and no score."""
+        ranks = {block: rank for rank, block in enumerate(ranking, start=1)}
+        if ranks != self._rank_before:
+            self._rank_before = ranks
+            self._steps.clear()
 
     def use(self, plan: SweepPlan) -> None:
         """Go on with another plan, and without the snapshots there are."""
         self._plan = plan
+        self._steps: dict[tuple[object, ...], _Step] = {}
         self._losses = self._make_losses(plan.cut)
         host = HostCopies(self._decoder.device, plan.snapshot_bytes) if plan.snapshots_on_host else None
         self.snapshots = SnapshotStore(self._decoder.units, host)
@@ -135,8 +157,7 @@ class SweepScorer:
     def _next_batch(self, table: ScoreTable) -> slice:
         """The next sequences that a table lacks values of, as many as go together."""
         first = int((~table.done_CB.all(dim=0)).nonzero()[0])
-        start = first - first % self._plan.cut.micro_batch
-        return slice(start, min(start + self._plan.cut.micro_batch, self.num_sequences))
+        return self._plan.cut.batch_of(first, self.num_sequences)
 
     def _attempt(self, compute: Callable[[], None]) -> bool:
         """Whether it was computed; if not, the device had too little memory, and there is a smaller plan.
@@ -164,41 +185,56 @@ class SweepScorer:
             torch.cuda.empty_cache()
         return False
 
-    def _step(self, removed: tuple[Block, ...], candidates: tuple[Block, ...]) -> _Step:
-        """What all micro-batches of one step share."""
+    def _step(self, removed: tuple[Block, ...], candidates: tuple[Block, ...], held: frozenset[int]) -> _Step:
+        """What the micro-batches of one step share that have valid snapshots at the same positions."""
+        key = (removed, candidates, held)
+        if key not in self._steps:
+            if not any(known[:2] == key[:2] for known in self._steps):
+                self._steps.clear()  # those of the step before
+            self._steps[key] = self._planned_step(removed, candidates, held)
+        return self._steps[key]
+
+    def _planned_step(self, removed: tuple[Block, ...], candidates: tuple[Block, ...], held: frozenset[int]) -> _Step:
         units, costs = self._decoder.units, self.costs.walk(self._decoder.units, removed, candidates)
-        held = self.snapshots.positions(0, removed, candidates)
         branches, sizes = 0, {}
         for unit in units:
             reachable = unit.index in held or unit.index > max(held, default=0)
             if reachable and not frozenset(removed).issuperset(unit.blocks):
-                sizes[unit.index] = (branches + 1) * self._stream_bytes
+                sizes[unit.index] = (branches + 1) * self._kept_stream_bytes
             branches += len(frozenset(candidates).intersection(unit.blocks))
         weights = [
             sum(1.0 / self._rank_before.get(block, 1) for block in unit.blocks if block in candidates) for unit in units
         ]
         wanted = choose_positions(weights, costs, sizes, self._plan.snapshot_bytes)
-        return _Step(
-            Walk(self._decoder, removed, candidates, self._plan.cut.branches_per_chunk), removed, costs, wanted
-        )
+        return _Step(Walk(self._decoder, removed, candidates, self._plan.cut.branches_per_chunk), costs, wanted)
 
     @property
-    def _stream_bytes(self) -> int:
-        """Of the hidden states of all sequences, without branches."""
-        hidden = self._decoder.hidden_size * self._decoder.dtype.itemsize
-        return self._token_ids_BT.numel() * hidden
+    def _num_batches_kept(self) -> int:
+        """Micro-batches of which snapshots are kept here: all, or one worker's share."""
+        return math.ceil(math.ceil(self.num_sequences / self._plan.cut.micro_batch) / self._num_workers)
 
-    def _fill_columns(self, step: _Step, batch: slice, table: ScoreTable) -> None:
+    @property
+    def _kept_stream_bytes(self) -> int:
+        """Of the hidden states, without branches, of the sequences of which snapshots are kept here."""
+        num_sequences = min(self.num_sequences, self._num_batches_kept * self._plan.cut.micro_batch)
+        hidden = self._decoder.hidden_size * self._decoder.dtype.itemsize
+        return num_sequences * int(self._token_ids_BT.shape[1]) * hidden
+
+    def _fill_columns(self, removed: tuple[Block, ...], batch: slice, table: ScoreTable) -> None:
         """Compute and enter a micro-batch's values."""
+        if self.metric.divergence is not None and not bool(self._is_dense_known_B[batch].all()):
+            self._trunk_columns((), batch, ScoreTable.empty((TRUNK,), self.num_sequences))
         token_ids_bT = self._token_ids_BT[batch].to(self._decoder.device)
-        held = self.snapshots.positions(batch.start, step.removed, table.candidates)
+        held = self.snapshots.positions(batch.start, removed, table.candidates)
+        step = self._step(removed, table.candidates, held)
         front = self.snapshots.front_at(batch.start, max(held)) if held else step.walk.start(token_ids_bT)
         self.snapshots.drop_except(batch.start, held & step.wanted)
+        self.snapshots.drop_oldest(self._num_batches_kept)
         begun = front.position
 
         def keep(passed: Front) -> None:
             if passed.position in step.wanted - held:
-                self.snapshots.keep(batch.start, passed, step.removed)
+                self.snapshots.keep(batch.start, passed, removed)
 
         front = step.walk.run(front, keep)
         assert front.skipped == table.candidates  # branches fork in stream order, the order of the table's rows
@@ -212,11 +248,18 @@ class SweepScorer:
         token_ids_bT = self._token_ids_BT[batch].to(self._decoder.device)
         walk = Walk(self._decoder, removed, (), self._plan.cut.branches_per_chunk)
         hidden_bTD = walk.run(walk.start(token_ids_bT), lambda _: None).chunks[-1].hidden
-        trunk = Chunk((_TRUNK,), hidden_bTD)
+        trunk = Chunk((TRUNK,), hidden_bTD)
         nll_Kb, _ = self._chunk_losses(trunk, batch, token_ids_bT, divergent=False)
         table.fill(slice(None), batch, nll_Kb)
-        if self._dense_BTD is not None and not removed:
-            self._dense_BTD[batch] = hidden_bTD.cpu()
+        if self.metric.divergence is not None and not removed:
+            self._keep_dense(batch, hidden_bTD)
+
+    def _keep_dense(self, batch: slice, hidden_bTD: Tensor) -> None:
+        if self._dense_BTD is None:
+            shape = (*self._token_ids_BT.shape, self._decoder.hidden_size)
+            self._dense_BTD = torch.empty(shape, dtype=self._decoder.dtype)
+        self._dense_BTD[batch] = hidden_bTD.cpu()
+        self._is_dense_known_B[batch] = True
 
     def _measured_columns(self, measure: LayerMeasure, batch: slice, table: ScoreTable) -> None:
         """Enter a measure of every layer of the dense model."""
@@ -256,14 +299,13 @@ class _Step:
     """What all micro-batches of one step share."""
 
     walk: Walk
-    removed: tuple[Block, ...]
     costs: list[int]
     """Operations a token before each unit, and in all."""
     wanted: frozenset[int]
     """Where to keep snapshots."""
 
 
-_TRUNK = Block(layer_index=0, block_kind=BlockKind.MHA)
+TRUNK = Block(layer_index=0, block_kind=BlockKind.MHA)
 """Names the only row of a table for one model."""
 
 
@@ -272,11 +314,11 @@ def _stacked(losses: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor
     return torch.cat([nll for nll, _ in losses]), torch.cat(divergences) if divergences else None
 
 
-def _ranks(table: ScoreTable, metric: Metric) -> dict[Block, int]:
-    """Where each candidate stood among the others, from 1: low ones are likely to be the next to go."""
+def ranking(table: ScoreTable, metric: Metric) -> tuple[Block, ...]:
+    """The candidates of a complete table by their scores: the first are likely to be the next to go."""
     rows = zip(table.nll_CB, table.divergence_CB, table.candidates, strict=True)
     order = sorted((metric.mean_nats(nll_B, divergence_B), block) for nll_B, divergence_B, block in rows)
-    return {block: rank for rank, (_, block) in enumerate(order, start=1)}
+    return tuple(block for _, block in order)
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import blockpruner as package
-import stages.search
+import stages.search_scorer
 from tests.integration.command_line import ROOT, Outcome, blockpruner, in_a_process, start
 from tests.tiny_models import tiny_rows
 from tests.unit.child_processes import wait_for
@@ -202,7 +202,7 @@ def test_more_blocks_continue_and_fewer_read_the_prefix(options: list[object], m
     def no_model(*_: object, **__: object) -> None:
         raise AssertionError("a prefix needs no model")
 
-    monkeypatch.setattr(stages.search, "load_model", no_model)
+    monkeypatch.setattr(stages.search_scorer, "load_model", no_model)
     assert blockpruner("search", *options, "--num-blocks", 3).json["pruning_order"] == more["pruning_order"][:3]
     assert blockpruner("search", *options, "--ratio", ratio).json["pruning_order"] == more["pruning_order"][:3]
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import pytest
 
 import stages.search
+import stages.search_scorer
 from blockpruner.blocks import Block, BlockKind, all_blocks
 from blockpruner.calibration import save_token_ids
 from blockpruner.checkpoint import Checkpoint
@@ -160,6 +161,7 @@ _KILLS_ITSELF = """
 import functools, os, signal, sys
 from pathlib import Path
 import stages.search
+import stages.search_scorer
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.journal import SearchJournal
 from stages.contract import ArtifactRef, Runtime
@@ -198,7 +200,7 @@ def test_more_blocks_go_on_and_fewer_read_the_prefix_without_a_model(
     _, longer = run(tmp_path, inputs, progress=reports.append, num_blocks=4)
     assert without_seconds(longer) == without_seconds(whole)
     assert reports[0].resumed == 8 + 7
-    monkeypatch.setattr(stages.search, "load_model", no_model)
+    monkeypatch.setattr(stages.search_scorer, "load_model", no_model)
     for num_blocks in (1, 3, 4):
         manifest, prefix = run(tmp_path, inputs, num_blocks=num_blocks)
         assert without_seconds(prefix) == without_seconds(whole)[: 1 + num_blocks]
@@ -211,7 +213,7 @@ def test_without_the_steps_a_model_is_loaded_indeed(
     tmp_path: Path, inputs: SearchInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that the test above can fail."""
-    monkeypatch.setattr(stages.search, "load_model", no_model)
+    monkeypatch.setattr(stages.search_scorer, "load_model", no_model)
     with pytest.raises(AssertionError, match="a model was loaded"):
         run(tmp_path, inputs, num_blocks=1)
 
@@ -254,7 +256,7 @@ def test_the_checkpoints_of_another_search_are_not_used(tmp_path: Path, inputs: 
 def test_a_target_that_cannot_be_is_refused_before_a_model_is_loaded(
     tmp_path: Path, inputs: SearchInputs, monkeypatch: pytest.MonkeyPatch, target: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(stages.search, "load_model", no_model)
+    monkeypatch.setattr(stages.search_scorer, "load_model", no_model)
     with pytest.raises(ConfigurationError) as caught:
         run(tmp_path, inputs, **target)
     assert len(str(caught.value).splitlines()) == 1
@@ -266,7 +268,7 @@ def test_an_unknown_architecture_is_refused_before_a_model_is_loaded(
     folder = Path(shutil.copytree(inputs.model.path, tmp_path / "model"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "gptj"}))
-    monkeypatch.setattr(stages.search, "load_model", no_model)
+    monkeypatch.setattr(stages.search_scorer, "load_model", no_model)
     with pytest.raises(UnsupportedArchitectureError, match="'gptj'"):
         run(tmp_path, SearchInputs(Checkpoint.open(str(folder)), inputs.calibration), num_blocks=1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -148,3 +149,33 @@ def test_a_meter_tells_speed_and_what_was_saved() -> None:
     assert Meter().mfu is None
     assert not math.isnan(Meter().flops_per_s)
     assert torch.get_default_dtype() == torch.float32
+
+
+@given(st.integers(1, 60), st.integers(2, 20))
+def test_workers_get_shares_as_equal_as_can_be(num_sequences: int, num_workers: int) -> None:
+    shape = dataclasses.replace(LLAMA_2_7B, num_sequences=num_sequences)
+    size = plan_sweep(shape, gpu(1000 * GIB), num_workers=num_workers).cut.micro_batch
+
+    def longest(size: int) -> int:
+        """Micro-batches dealt out one by one."""
+        hands = [0] * num_workers
+        for index in range(0, num_sequences, size):
+            hands[index // size % num_workers] += size
+        return max(hands)
+
+    most = plan_sweep(shape, gpu(1000 * GIB)).cut.micro_batch
+    assert longest(size) == min(longest(other) for other in range(1, max(most, size) + 1))
+
+
+def test_a_cut_that_is_given_is_kept_for_any_number_of_workers() -> None:
+    cut = plan_sweep(LLAMA_2_7B, gpu(120 * GIB)).cut
+    assert plan_sweep(LLAMA_2_7B, gpu(120 * GIB), cut=cut, num_workers=16).cut == cut
+    assert plan_sweep(LLAMA_2_7B, gpu(120 * GIB), num_workers=8).cut.micro_batch == 3
+
+
+def test_the_batch_of_a_sequence_and_the_common_cut() -> None:
+    cut = SweepCut(micro_batch=3, branches_per_chunk=9, logit_elements=100)
+    assert [cut.batch_of(index, 8) for index in (0, 2, 3, 7)] == [slice(0, 3), slice(0, 3), slice(3, 6), slice(6, 8)]
+    other = SweepCut(micro_batch=4, branches_per_chunk=2, logit_elements=200)
+    assert cut.within(other) == other.within(cut)
+    assert cut.within(other) == SweepCut(micro_batch=3, branches_per_chunk=2, logit_elements=100)

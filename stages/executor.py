@@ -1,0 +1,72 @@
+"""Who computes a search: this process, or workers that Ray places on GPUs and machines. Plain data and cheap checks.
+
+None of it changes a number, so none of it is part of a fingerprint. Imports nothing heavy, and never Ray.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from importlib.util import find_spec
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, PositiveInt
+
+from blockpruner.errors import ConfigurationError
+
+ExecutorName = Literal["local", "ray"]
+
+_ANSWER_S = 3.0
+"""For a cluster's address to take a connection."""
+_ADDRESS = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(?P<port>\d{1,5})")
+
+
+class ExecutorSettings(BaseModel):
+    """Where a search's scores are computed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    executor: ExecutorName = "local"
+    """This process, or Ray's workers."""
+    workers: PositiveInt | None = None
+    """Workers of Ray, each with the model on a GPU or a share of the CPUs; None: one for each GPU, or each machine."""
+    ray_address: str | None = None
+    """HOST:PORT of a Ray cluster that this machine is part of; None: Ray is started here for the one search."""
+
+
+def check_address(address: str) -> tuple[str, int]:
+    """The host and port of a Ray cluster's address.
+
+    Raises:
+        ConfigurationError: if it is none.
+    """
+    match = _ADDRESS.fullmatch(address)
+    if match is None or not 0 < int(match["port"]) < 2**16:
+        raise ConfigurationError(
+            f"ray_address is {address!r}; give HOST:PORT as `ray start --head` prints it, such as 127.0.0.1:6379"
+        )
+    return match["host"].strip("[]"), int(match["port"])
+
+
+def require_ray(settings: ExecutorSettings) -> None:
+    """Make sure, before anything is computed, that Ray is installed and its address answers, where it is asked for.
+
+    Raises:
+        ConfigurationError: saying what to do.
+    """
+    if settings.executor != "ray":
+        return
+    if find_spec("ray") is None:
+        raise ConfigurationError(
+            "--executor ray needs Ray, which is not installed; install it with "
+            '`pip install -c constraints.txt -e ".[ray]"`, or leave --executor out'
+        )
+    if settings.ray_address is not None:
+        host, port = check_address(settings.ray_address)
+        try:
+            socket.create_connection((host, port), timeout=_ANSWER_S).close()
+        except OSError as error:
+            raise ConfigurationError(
+                f"no Ray cluster answers at {settings.ray_address} ({error.strerror or error}); start one with "
+                "`ray start --head`, or leave --ray-address out to use this machine alone"
+            ) from error

@@ -1,0 +1,76 @@
+"""Executors: what is refused before anything is computed, and that nothing needs Ray without being asked."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blockpruner.errors import ConfigurationError
+from flows.recipe import make_recipe
+from stages.executor import ExecutorSettings, require_ray
+from tests.integration.command_line import ROOT, blockpruner
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"executor": "rya"}, "unknown executor 'rya'; valid are local, ray; did you mean 'ray'?"),
+        ({"executor": "ray", "workers": 0}, "workers is 0"),
+        ({"executor": "ray", "workers": True}, "workers is True"),
+        ({"executor": "ray", "workers": 2.5}, "workers is 2.5"),
+        ({"workers": 2}, "workers is for executor ray; give --executor ray as well"),
+        ({"ray_address": "127.0.0.1:6379"}, "ray_address is for executor ray"),
+        ({"executor": "ray", "ray_address": "127.0.0.1"}, "ray_address is '127.0.0.1'; give HOST:PORT"),
+        ({"executor": "ray", "ray_address": "here:99999"}, "ray_address is 'here:99999'; give HOST:PORT"),
+        ({"executor": "ray", "ray_address": "ray://here:1"}, "ray_address is 'ray://here:1'; give HOST:PORT"),
+        ({"executor": "ray", "ray_address": " "}, "ray_address is ' '"),
+        ({"executor": "ray", "ray_address": 6379}, "ray_address is 6379"),
+        ({"executor": "ray", "scorer": "plain"}, "scorer plain knows no executor ray"),
+        ({"executor": "ray", "strategy": "laco"}, "strategy laco merges one model, and knows no executor ray"),
+        ({"executor": "ray", "device": "cuda:1"}, "device cuda:1 with executor ray: Ray chooses the GPU; give cuda"),
+    ],
+)
+def test_an_executor_that_cannot_be_is_one_clear_line(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        make_recipe({"model": "m", **fields})
+    assert str(caught.value).startswith(said)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_settings_of_a_recipe() -> None:
+    recipe = make_recipe({"model": "m", "executor": "ray", "workers": 3, "ray_address": "[::1]:6379", "device": "cuda"})
+    assert recipe.spread == ExecutorSettings(executor="ray", workers=3, ray_address="[::1]:6379")
+    assert make_recipe({"model": "m"}).spread == ExecutorSettings()
+
+
+def test_without_ray_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("stages.executor.find_spec", lambda _: None)
+    model = ROOT / "data/demo/model"
+    outcome = blockpruner("search", "--model", model, "--num-blocks", 1, "--executor", "ray", "--workspace", tmp_path)
+    assert outcome.status == 2
+    (line,) = outcome.stderr.splitlines()
+    assert "needs Ray" in line
+    assert 'pip install -c constraints.txt -e ".[ray]"' in line
+    assert not list(tmp_path.glob("artifacts/*/*")), "refused before anything is computed"
+
+
+def test_a_cluster_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.executor.find_spec", lambda _: "installed")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        settings = ExecutorSettings(executor="ray", ray_address=address)
+        with pytest.raises(ConfigurationError, match=f"no Ray cluster answers at {address}"):
+            require_ray(settings)
+        taken.listen()
+        require_ray(settings)
+
+
+def test_a_search_here_imports_no_ray() -> None:
+    program = "import sys, stages.search, flows.runner; sys.exit(any('ray' in n.split('.')[:1] for n in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
