@@ -14,7 +14,7 @@ from flows import cli_options as options
 from flows.model_copy import copy_models, require_new_folder
 
 if TYPE_CHECKING:
-    from flows.plan import Goal
+    from flows.goals import Goal
     from flows.recipe import Recipe
     from flows.summary import RunSummary
 

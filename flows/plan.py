@@ -9,27 +9,21 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from blockpruner.architectures import block_sizes, num_parameters
 from blockpruner.baichuan import is_foldable
-from blockpruner.blocks import all_blocks
 from blockpruner.checkpoint import Checkpoint
-from blockpruner.collapse import check_laco
 from blockpruner.errors import ConfigurationError
 from blockpruner.export.formats import FORMATS
 from blockpruner.export.names import ExportFormat, FormatChoice
-from blockpruner.loading import DtypeName, check_tensors, meta_model, resolve_device, resolve_dtype
-from blockpruner.merging import check_mergeable, stored_dtype
+from blockpruner.loading import DtypeName, resolve_device, resolve_dtype
 from blockpruner.paths import user_path
-from blockpruner.positions import check_sequence_length
-from blockpruner.repackable import Repackable
-from blockpruner.search import SearchTarget
-from blockpruner.speed import check_prompts
 from blockpruner.strategies import STRATEGIES
 from blockpruner.trace import read_trace
 from flows.formats import PrunedModel, check_family, check_formats, dtype_for, is_repeated
+from flows.goals import EXPORTING, SEARCHING, Goal
 from flows.grid import External
+from flows.model_shape import ModelShape, measured_shape, searched_shape
 from flows.opened_models import PrunedElsewhere, check_any_model, folded_model, opened
 from flows.recipe import Recipe
 from stages import baseline, calibrate, evaluate, export, fold, search, speed
@@ -39,13 +33,6 @@ from stages.executor import require_ray
 from stages.lm_tasks import TaskSpec, resolve_tasks
 from stages.runs import RunDescription
 from stages.text_sources import Purpose, resolve_text
-
-Goal = Literal["calibrate", "baseline", "search", "export", "evaluate", "measure", "speed"]
-"""How far to go: to the stage of this name with all that it needs ('evaluate' is the whole pipeline); 'measure'
-evaluates the model as it is and prunes nothing."""
-
-_SEARCHING: frozenset[Goal] = frozenset({"search", "export", "evaluate", "speed"})
-_EXPORTING: frozenset[Goal] = frozenset({"export", "evaluate", "speed"})
 
 _FOLDED = "fold"
 """Role of the artifact that holds a model folded into a Llama."""
@@ -94,14 +81,6 @@ class PlannedStage:
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """How large a model is."""
-
-    num_layers: int
-    num_parameters: int
-
-
-@dataclass(frozen=True)
 class Plan:
     """Everything that a run will do."""
 
@@ -127,7 +106,7 @@ class Plan:
         Raises:
             BlockPrunerError: if the model, a text, a task or a setting cannot be used.
         """
-        if goal in _SEARCHING and external is None:
+        if goal in SEARCHING and external is None:
             recipe.require_target()
             require_ray(recipe.spread)
         device = resolve_device(recipe.device)
@@ -138,9 +117,9 @@ class Plan:
             )
         checkpoint = opened(recipe.model)
         if external is None:
-            shape = _checked_shape(recipe, goal, checkpoint) if goal in _SEARCHING else None
+            shape = searched_shape(recipe, goal, checkpoint) if goal in SEARCHING else None
         else:
-            shape = _shape(recipe, goal, checkpoint)
+            shape = measured_shape(recipe, goal, checkpoint)
         if goal == "baseline" or (goal == "measure" and recipe.eval_text):
             check_any_model(recipe, checkpoint)
         elsewhere = PrunedElsewhere.open(external, recipe) if external else None
@@ -163,12 +142,12 @@ class Plan:
             self._check_family(self.checkpoint)
 
     def _check_family(self, model: Checkpoint) -> None:
-        if self.goal in _EXPORTING:
+        if self.goal in EXPORTING:
             check_family(PrunedModel(model, dtype=self.recipe.export_dtype), self._formats)
 
     def description(self) -> RunDescription:
         """What the run's record says from the beginning. Reads the model's weights once, to identify them."""
-        recipe, searching = self.recipe, self.goal in _SEARCHING and self.external is None
+        recipe, searching = self.recipe, self.goal in SEARCHING and self.external is None
         calibrating = self.goal != "measure"
         return RunDescription(
             name=recipe.name,
@@ -236,9 +215,9 @@ class Plan:
 
     @property
     def _pruning(self) -> Iterator[PlannedStage]:
-        if self.goal in _SEARCHING:
+        if self.goal in SEARCHING:
             yield PlannedStage("search", "search", self._search)
-        if self.goal in _EXPORTING:
+        if self.goal in EXPORTING:
             first, *others = self._formats
             yield PlannedStage("export", "export", partial(self._export, first))
             for name in others:
@@ -436,66 +415,7 @@ def _exported(artifact: Artifact[Any]) -> tuple[Checkpoint, bool]:
     return Checkpoint.open(str(artifact.path / export.MODEL_FOLDER)), FORMATS[name].has_code
 
 
-def _checked_shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelShape:
-    """The model's size, and whether it has as many blocks to remove as the recipe wants.
-
-    Raises:
-        UnsupportedArchitectureError: if the model's family is not in the table.
-        CheckpointError: if the weights are not those of the model that config.json describes.
-        ConfigurationError: if the target cannot be reached, or a sequence or prompt is longer than the model can read.
-    """
-    architecture, shapes = meta_model(checkpoint)
-    check_tensors(checkpoint, shapes)
-    check_sequence_length(shapes, recipe.sequence_length)
-    if goal == "speed":
-        check_prompts(shapes, recipe.speed_prompt_tokens, recipe.speed_new_tokens)
-    num_layers, total = len(architecture.decoder_layers(shapes)), num_parameters(shapes)
-    sizes = block_sizes(architecture, shapes)
-    candidates = {block: sizes[block] for block in all_blocks(num_layers, recipe.block_kinds)}
-    _check_num_blocks(recipe, len(candidates))
-    whole_layers = STRATEGIES[recipe.strategy].whole_layers
-    holds_pairs = recipe.stock_compatible and not whole_layers
-    repackable = Repackable(num_layers, architecture.is_parallel) if holds_pairs else None
-    SearchTarget(recipe.num_blocks, recipe.ratio, repackable, whole_layers).check(candidates, total)
-    if STRATEGIES[recipe.strategy].procedure == "collapse":
-        check_laco(recipe.laco, num_layers)
-        check_mergeable(architecture, shapes)
-        if not is_foldable(checkpoint):  # whose tensors have other names until then
-            stored_dtype(architecture, checkpoint)
-    if recipe.export_blocks is not None and whole_layers and recipe.export_blocks % 2:
-        raise ConfigurationError(
-            f"export_blocks is {recipe.export_blocks}, and strategy {recipe.strategy} removes whole layers, two blocks "
-            "each; give an even number"
-        )
-    if recipe.export_blocks is not None and recipe.num_blocks is not None and recipe.export_blocks > recipe.num_blocks:
-        raise ConfigurationError(
-            f"export_blocks is {recipe.export_blocks}, but num_blocks is {recipe.num_blocks}; "
-            "give at most as many, or search for more"
-        )
-    return ModelShape(num_layers, total)
-
-
-def _shape(recipe: Recipe, goal: Goal, checkpoint: Checkpoint) -> ModelShape:
-    """The size of a model whose pruning is not searched for; raises what `_checked_shape` does, less its target's."""
-    architecture, shapes = meta_model(checkpoint)
-    check_tensors(checkpoint, shapes)
-    check_sequence_length(shapes, recipe.sequence_length)
-    if goal == "speed":
-        check_prompts(shapes, recipe.speed_prompt_tokens, recipe.speed_new_tokens)
-    return ModelShape(len(architecture.decoder_layers(shapes)), num_parameters(shapes))
-
-
 def _judged_by(recipe: Recipe) -> str:
     """The metric, or where the strategy has an importance of its own, that."""
     strategy = STRATEGIES[recipe.strategy]
     return recipe.metric if strategy.uses_metric else strategy.importance
-
-
-def _check_num_blocks(recipe: Recipe, num_candidates: int) -> None:
-    """`SearchTarget.check` refuses this as well, without knowing which kinds of blocks were asked for."""
-    if recipe.num_blocks is not None and recipe.num_blocks >= num_candidates:
-        kind = "" if recipe.block_kinds == "both" else f"{recipe.block_kinds} "
-        raise ConfigurationError(
-            f"num_blocks is {recipe.num_blocks}, but of the {num_candidates} {kind}blocks one must stay; "
-            f"give at most {num_candidates - 1}"
-        )

@@ -16,8 +16,9 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from blockpruner.progress import Progress, ProgressCallback, silent
+from flows.goals import Goal
 from flows.grid import External
-from flows.plan import Goal, Job, Plan, PlannedStage
+from flows.plan import Job, Plan, PlannedStage
 from flows.recipe import Recipe
 from flows.reporter import Reporter
 from flows.wording import in_plain_words, one_line
