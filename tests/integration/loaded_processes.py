@@ -1,0 +1,91 @@
+"""The command line in real processes that begin at once: each is forked from one that has loaded everything.
+
+Loading takes seconds, which a test of many processes has not. What a process does, it does itself: it has a pid, locks
+and signals of its own, and leads a group as in a terminal.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from tests.integration.command_line import Outcome
+
+_LOADED = ("flows.plan", "flows.runner", "flows.summary", "flows.cli_output", "flows.prune_flow", "stages.store")
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.conftest", *_LOADED])
+
+Before = Callable[..., None]
+"""Called in the new process with `arguments` of its own; a function of a module."""
+
+
+class Command:
+    """A command under way in a process of its own."""
+
+    def __init__(self, arguments: Sequence[object], said: Path, before: Sequence[tuple[Before, Sequence[object]]] = ()):
+        """Start it. `said`: a folder of its own for what it says."""
+        said.mkdir(parents=True)
+        self._said = said
+        words = [str(argument) for argument in arguments]
+        self._process = _CONTEXT.Process(target=_be_the_command, args=(words, str(said), list(before)))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def stderr(self) -> str:
+        """What it has said so far on standard error."""
+        path = self._said / "stderr"
+        return path.read_text() if path.exists() else ""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended."""
+        return not self._process.is_alive()
+
+    def send(self, signal_number: signal.Signals) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, signal_number)
+
+    def outcome(self, timeout: float = 120.0) -> Outcome:
+        """Wait for its end."""
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, f"it does not end; it said {self.stderr}"
+        return Outcome(self._process.exitcode, (self._said / "stdout").read_text(), self.stderr)
+
+    def end(self) -> None:
+        """Kill it, if it still runs."""
+        self._process.kill()
+        self._process.join()
+
+
+@contextmanager
+def commands() -> Iterator[Callable[[Command], Command]]:
+    """Gives a function that takes note of commands; they are killed at the end of the block, if they still run."""
+    with ExitStack() as stack:
+
+        def noted(command: Command) -> Command:
+            stack.callback(command.end)
+            return command
+
+        yield noted
+
+
+def _be_the_command(arguments: list[str], said: str, before: list[tuple[Before, Sequence[object]]]) -> None:
+    os.setsid()
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(Path(said, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    for prepare, its_arguments in before:
+        prepare(*its_arguments)
+    from flows.cli import app
+
+    try:
+        app(arguments, prog_name="blockpruner")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
