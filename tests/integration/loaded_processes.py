@@ -13,26 +13,50 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from tests.integration.command_line import Outcome
 
 _LOADED = ("flows.plan", "flows.runner", "flows.summary", "flows.cli_output", "flows.prune_flow", "stages.store")
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.conftest", *_LOADED])
+_CONTEXT.set_forkserver_preload(list(_LOADED))
 
 Before = Callable[..., None]
 """Called in the new process with `arguments` of its own; a function of a module."""
 
 
+def command_line(arguments: Sequence[object]) -> None:
+    """The program itself."""
+    from flows.cli import app
+
+    app([str(argument) for argument in arguments], prog_name="blockpruner")
+
+
+def pipeline(arguments: Sequence[Any]) -> None:
+    """The pipeline without Prefect: a workspace, how far to go, and the fields of a recipe."""
+    from flows.recipe import make_recipe
+    from flows.reporter import Reporter
+    from flows.runner import Runner
+
+    workspace, goal, fields = arguments
+    Runner(workspace, Reporter()).run(make_recipe(fields), goal)
+
+
 class Command:
     """A command under way in a process of its own."""
 
-    def __init__(self, arguments: Sequence[object], said: Path, before: Sequence[tuple[Before, Sequence[object]]] = ()):
+    def __init__(
+        self,
+        arguments: Sequence[object],
+        said: Path,
+        before: Sequence[tuple[Before, Sequence[object]]] = (),
+        program: Callable[[Sequence[Any]], None] = command_line,
+    ) -> None:
         """Start it. `said`: a folder of its own for what it says."""
         said.mkdir(parents=True)
         self._said = said
-        words = [str(argument) for argument in arguments]
-        self._process = _CONTEXT.Process(target=_be_the_command, args=(words, str(said), list(before)))
+        everything = (program, list(arguments), str(said), list(before))
+        self._process = _CONTEXT.Process(target=_be_the_command, args=everything)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -76,16 +100,19 @@ def commands() -> Iterator[Callable[[Command], Command]]:
         yield noted
 
 
-def _be_the_command(arguments: list[str], said: str, before: list[tuple[Before, Sequence[object]]]) -> None:
+def _be_the_command(
+    program: Callable[[Sequence[Any]], None],
+    arguments: Sequence[Any],
+    said: str,
+    before: Sequence[tuple[Before, Sequence[object]]],
+) -> None:
     os.setsid()
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(said, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     for prepare, its_arguments in before:
         prepare(*its_arguments)
-    from flows.cli import app
-
     try:
-        app(arguments, prog_name="blockpruner")
+        program(arguments)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
