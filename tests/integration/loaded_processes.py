@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import signal
+import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from blockpruner.export import verify
 from tests.integration.command_line import Outcome
 
 _LOADED = ("flows.plan", "flows.runner", "flows.summary", "flows.cli_output", "flows.prune_flow", "stages.store")
+_STREAMS = ("stdout", "stderr")
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(list(_LOADED))
 
@@ -33,11 +39,12 @@ def command_line(arguments: Sequence[object]) -> None:
 
 
 def pipeline(arguments: Sequence[Any]) -> None:
-    """The pipeline without Prefect: a workspace, how far to go, and the fields of a recipe."""
+    """The pipeline without Prefect, and exports loaded by a fork: a workspace, how far to go, a recipe's fields."""
     from flows.recipe import make_recipe
     from flows.reporter import Reporter
     from flows.runner import Runner
 
+    verify.subprocess = SimpleNamespace(run=_run_in_a_fork)  # type: ignore[assignment]
     workspace, goal, fields = arguments
     Runner(workspace, Reporter()).run(make_recipe(fields), goal)
 
@@ -54,6 +61,8 @@ class Command:
     ) -> None:
         """Start it. `said`: a folder of its own for what it says."""
         said.mkdir(parents=True)
+        for name in _STREAMS:
+            (said / name).touch()
         self._said = said
         everything = (program, list(arguments), str(said), list(before))
         self._process = _CONTEXT.Process(target=_be_the_command, args=everything)
@@ -64,8 +73,7 @@ class Command:
     @property
     def stderr(self) -> str:
         """What it has said so far on standard error."""
-        path = self._said / "stderr"
-        return path.read_text() if path.exists() else ""
+        return (self._said / "stderr").read_text()
 
     @property
     def is_over(self) -> bool:
@@ -100,6 +108,22 @@ def commands() -> Iterator[Callable[[Command], Command]]:
         yield noted
 
 
+def _run_in_a_fork(command: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
+    """What loads an export is a process of its own here as well, without loading all libraries once more."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            sys.argv = list(command[2:])
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            status = 0
+        except BaseException:  # noqa: BLE001  # it must not go on as its parent
+            traceback.print_exc()
+        os._exit(status)
+    _, status = os.waitpid(child, 0)
+    return subprocess.CompletedProcess(command, status, "", "")
+
+
 def _be_the_command(
     program: Callable[[Sequence[Any]], None],
     arguments: Sequence[Any],
@@ -107,8 +131,8 @@ def _be_the_command(
     before: Sequence[tuple[Before, Sequence[object]]],
 ) -> None:
     os.setsid()
-    for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(Path(said, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    for descriptor, name in enumerate(_STREAMS, start=1):
+        os.dup2(os.open(Path(said, name), os.O_WRONLY | os.O_APPEND), descriptor)
     for prepare, its_arguments in before:
         prepare(*its_arguments)
     try:
