@@ -44,7 +44,7 @@ def pipeline(arguments: Sequence[Any]) -> None:
     from flows.reporter import Reporter
     from flows.runner import Runner
 
-    verify.subprocess = SimpleNamespace(run=_run_in_a_fork)  # type: ignore[assignment]
+    load_exports_in_forks()
     workspace, goal, fields = arguments
     Runner(workspace, Reporter()).run(make_recipe(fields), goal)
 
@@ -106,6 +106,11 @@ def commands() -> Iterator[Callable[[Command], Command]]:
             return command
 
         yield noted
+
+
+def load_exports_in_forks() -> None:
+    """In a process about to begin: what loads an export is forked from it."""
+    verify.subprocess = SimpleNamespace(run=_run_in_a_fork)  # type: ignore[assignment]
 
 
 def _run_in_a_fork(command: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
