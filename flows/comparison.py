@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import geometric_mean
 from typing import Any
 
@@ -15,15 +15,13 @@ from pydantic import BaseModel, ConfigDict
 
 from blockpruner.errors import ArtifactError
 from flows.grid import Cell, Comparison
-from flows.paper_figures import PaperModel, paper_figures
+from flows.paper_figures import CLOSE, paper_figures
 from flows.summary import AVERAGE, RunSummary, finite
 from stages.artifacts import read_envelope
 from stages.runs import RunRecord, RunStore
 from stages.store_schema import EvaluationRow, SpeedRow
 from stages.workspace import Warn, Workspace
 
-_NEAR = 0.03
-"""How far two shares of removed parameters may lie apart and still be compared."""
 _EXTERNAL = "external:"
 """How the role of a text begins that an external checkpoint's own tokenizer has cut."""
 
@@ -102,6 +100,8 @@ class Row:
     run_id: str | None
     speed_run_id: str | None
     published: Published | None = None
+    not_as_in_paper: tuple[str, ...] = ()
+    """Why the paper's figures for this model and method, or some of them, do not stand beside the row."""
 
     @property
     def retained(self) -> float | None:
@@ -155,30 +155,37 @@ def _row(cell: Cell, outcome: Outcome, runs: RunStore, warn: Warn) -> Row:
 
 
 def _beside_the_papers(row: Row, cell: Cell, record: RunRecord | None) -> Row:
-    model = paper_figures().model(row.model, record.num_layers if record else None)
-    found = _published(row, cell, model) if model else None
-    return Row(**{**vars(row), "published": found})
+    """The row with the paper's figures, as far as they were found as ours were, and else with what differs."""
+    figures, method = paper_figures(), (row.strategy or "").lower()
+    model = figures.model(row.model, record.num_layers if record else None)
+    if model is None or row.ratio is None or not model.results_of(method):
+        return row
+    settings = cell.recipe.model_dump()
+    other_search = [] if cell.external else figures.other_search(settings)
+    other_text, other_tasks = _other_text(row, cell), figures.other_tasks(settings)
+    result = model.nearest(method, row.ratio)
+    if result is None:
+        other_search.append(f"the paper has no ratio within {CLOSE:g} of this one")
+    published = None
+    if result is not None and not other_search and not (other_text and other_tasks):
+        published = Published(
+            strategy=result.strategy,
+            ratio=result.ratio,
+            perplexity=Pair() if other_text else Pair(model.dense.perplexity, result.perplexity),
+            average=Pair() if other_tasks else Pair(_share(model.dense.average), _share(result.average)),
+        )
+    differences = dict.fromkeys([*other_search, *other_text, *other_tasks])
+    return replace(row, published=published, not_as_in_paper=tuple(differences))
 
 
-def _published(row: Row, cell: Cell, model: PaperModel) -> Published | None:
-    """The paper's figures, as far as they were measured as ours were; None where the method or the ratio is another."""
-    figures, is_ours = paper_figures(), row.strategy == "blockpruner"
-    if is_ours and (row.metric != "perplexity" or row.block_kinds != "both"):
-        return None
-    result, ours = model.result((row.strategy or "").lower()), model.result("blockpruner")
-    if result is None or row.ratio is None:
-        return None
-    nominal = result.ratio or (ours.ratio if ours else None)
-    if nominal is None or abs(row.ratio - nominal) > _NEAR:
-        return None
-    same_text = figures.text in row.perplexities and cell.recipe.sequence_length == figures.sequence_length
-    same_tasks = set(cell.recipe.tasks) == set(figures.tasks)
-    return Published(
-        strategy=result.strategy,
-        ratio=result.ratio,
-        perplexity=Pair(model.dense.perplexity, result.perplexity) if same_text else Pair(),
-        average=Pair(_share(model.dense.average), _share(result.average)) if same_tasks else Pair(),
-    )
+def _other_text(row: Row, cell: Cell) -> list[str]:
+    """In what the perplexity is not the paper's."""
+    figures, length = paper_figures(), cell.recipe.sequence_length
+    if figures.text not in row.perplexities:
+        return [f"perplexity on {figures.text} was not measured"]
+    if length != figures.sequence_length:
+        return [f"sequence_length is {length}, in the paper {figures.sequence_length}"]
+    return []
 
 
 def _summary(run_id: str | None, runs: RunStore, warn: Warn) -> RunSummary | None:

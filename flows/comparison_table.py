@@ -14,7 +14,7 @@ from flows.comparison import Pair, Published, Row, as_json
 from flows.grid import Comparison
 from flows.paper_figures import paper_figures
 from flows.summary import dump_json
-from flows.table_formats import DataTable, TableFormat, formatted, shown
+from flows.table_formats import DataTable, TableFormat, formatted, in_markdown, shown
 from flows.wording import count, one_line, spell_out
 
 _ASKED = ("model", "strategy", "metric", "block kinds", "calibration", "rows", "seed")
@@ -31,7 +31,11 @@ def comparison_text(comparison: Comparison, rows: Sequence[Row], form: TableForm
     """The comparison in a form for programs and papers; `more` goes into JSON's object."""
     if form == "json":
         return dump_json({"comparison": comparison.name, **more, "rows": [as_json(row) for row in rows]})
-    return formatted(full_table(rows) if form == "csv" else people_table(rows), form)
+    if form == "csv":
+        return formatted(full_table(rows), form)
+    mark, written = ("% ", one_line) if form == "latex" else ("", in_markdown)
+    notes = [f"{mark}{written(note)}" for note in _paper_notes(rows)]
+    return "\n\n".join([formatted(people_table(rows), form), *notes])
 
 
 def full_table(rows: Sequence[Row]) -> DataTable:
@@ -68,6 +72,7 @@ def full_table(rows: Sequence[Row]) -> DataTable:
         _Column("paper_perplexity_pruned", lambda row: row.published.perplexity.pruned if row.published else None),
         _Column("paper_average_dense", lambda row: row.published.average.dense if row.published else None),
         _Column("paper_average_pruned", lambda row: row.published.average.pruned if row.published else None),
+        _Column("not_as_in_paper", lambda row: "; ".join(row.not_as_in_paper) or None),
         *(_Column(name, _getter(name)) for name in ("run_id", "speed_run_id")),
     ]
     return _table(columns, rows)
@@ -98,9 +103,23 @@ def comparison_view(comparison: Comparison, rows: Sequence[Row]) -> RenderableTy
     remarks = [f"{row.label}: {text}" for row in rows for text in (row.error, row.note) if text]
     if remarks:
         parts += [Text(), *(Text(one_line(text), style="red") for text in remarks)]
-    if any(row.published for row in rows):
-        parts += [Text(), Text(f"paper: {paper_figures().source}", style="dim")]
+    if notes := _paper_notes(rows):
+        parts += [Text(), *(Text(one_line(note), style="dim") for note in notes)]
     return Group(*parts)
+
+
+def _paper_notes(rows: Sequence[Row]) -> list[str]:
+    """Where the paper's figures are from, and why which rows have none."""
+    differing: dict[str, list[str]] = {}
+    for row in rows:
+        for difference in row.not_as_in_paper:
+            differing.setdefault(difference, []).append(row.label)
+    able = sum(bool(row.published or row.not_as_in_paper) for row in rows)
+    notes = [f"paper: {paper_figures().source}"] if any(row.published for row in rows) else []
+    for difference, labels in differing.items():
+        whose = "every row" if len(labels) == able else ", ".join(labels)
+        notes.append(f"paper's figures left out, {whose}: {difference}")
+    return notes
 
 
 def standing(rows: Sequence[Row]) -> str | None:
@@ -158,6 +177,8 @@ def _people_columns(rows: Sequence[Row]) -> list[_Column]:
     if any(row.prefill_speedup is not None for row in rows):
         columns.append(_Column("prefill", lambda row: _times(row.prefill_speedup)))
         columns.append(_Column("decode", lambda row: _times(row.decode_speedup)))
+    if any(row.published for row in rows):
+        columns.append(_Column("paper removed", lambda row: _percent(row.published.ratio) if row.published else None))
     if any(row.published and row.published.perplexity.pruned is not None for row in rows):
         columns.append(_Column("paper PPL", lambda row: row.published.perplexity.pruned if row.published else None))
     if any(row.published and row.published.average.pruned is not None for row in rows):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from flows.comparison import Pair, Published, Row, _accuracies, _published, _speedups
+from flows.comparison import Pair, Published, Row, _accuracies, _speedups
 from flows.comparison_table import comparison_text, comparison_view, full_table, people_table, standing
 from flows.grid import Comparison, make_comparison
 from flows.paper_figures import paper_figures
@@ -191,47 +191,6 @@ def test_draws_are_told_apart() -> None:
 def test_what_failed_is_counted() -> None:
     assert standing([GREEDY]) is None
     assert standing(ROWS) == "1 of 3 cells failed; give the same command again to try them again"
-
-
-# --- the paper's figures ----------------------------------------------------------------------------------------------
-
-FIVE = {"tasks": list(paper_figures().tasks), "eval_text": "wikitext2"}
-
-
-@pytest.mark.parametrize(
-    ("row", "recipe", "perplexity", "average"),
-    [
-        ({}, FIVE, 11.51, 0.6017),
-        ({"strategy": "shortgpt", "metric": "block_influence"}, FIVE, 18.45, 0.5818),
-        ({"strategy": "SliceGPT", "metric": None}, FIVE, 30.74, 0.5783),
-        ({}, {**FIVE, "tasks": "piqa"}, 11.51, None),
-        ({}, {**FIVE, "sequence_length": 1024}, None, 0.6017),
-        ({"perplexities": {"c4": Pair(1.0, 2.0)}}, FIVE, None, 0.6017),
-    ],
-)
-def test_the_papers_figures_stand_beside_what_was_measured_alike(
-    row: dict[str, Any], recipe: dict[str, Any], perplexity: float | None, average: float | None
-) -> None:
-    found = published(row, recipe)
-    assert found is not None
-    assert found.perplexity.pruned == perplexity
-    assert found.average.pruned == (None if average is None else pytest.approx(average))
-
-
-@pytest.mark.parametrize(
-    "row",
-    [{"ratio": 0.26}, {"metric": "js"}, {"block_kinds": "mha"}, {"strategy": "random", "metric": "chance"}],
-)
-def test_and_nothing_beside_another_method_or_ratio(row: dict[str, Any]) -> None:
-    assert published(row, FIVE) is None
-
-
-def published(changed: dict[str, Any], recipe: dict[str, Any]) -> Published | None:
-    base = {"model": "meta-llama/Llama-2-7b-hf", "num_blocks": 17, **recipe}
-    (cell,) = make_comparison({"name": "c", "base": base, "grid": {}}).cells
-    model = paper_figures().model(cell.recipe.model, 32)
-    assert model is not None
-    return _published(dataclasses.replace(GREEDY, **changed), cell, model)
 
 
 # --- what rows are made from ------------------------------------------------------------------------------------------
