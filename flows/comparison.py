@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict
 from blockpruner.errors import ArtifactError
 from flows.grid import Cell, Comparison
 from flows.paper_figures import CLOSE, paper_figures
-from flows.summary import AVERAGE, RunSummary, finite
+from flows.summary import RunSummary, finite
+from stages.accuracy import primary
 from stages.artifacts import read_envelope
 from stages.runs import RunRecord, RunStore
 from stages.store_schema import EvaluationRow, SpeedRow
@@ -84,7 +85,7 @@ class Row:
     perplexities: Mapping[str, Pair]
     """By evaluation text."""
     accuracies: Mapping[str, Pair]
-    """By task: acc_norm where it has that, else acc."""
+    """By task: see `stages.accuracy`."""
     average: Pair
     """Mean of the tasks' accuracies."""
     prefill_speedup: float | None
@@ -218,18 +219,14 @@ def _perplexities(summary: RunSummary) -> dict[str, Pair]:
     return {text: Pair(*(summary.perplexity(variant, text) for variant in ("dense", "pruned"))) for text in shown}
 
 
-def _accuracies(evaluations: Iterable[EvaluationRow]) -> dict[str, Pair]:
+def _accuracies(evaluations: Sequence[EvaluationRow]) -> dict[str, Pair]:
     """By task, what it counts with in the average."""
-    rows = list(evaluations)
-    tasks = list(dict.fromkeys(row.task for row in rows if row.task != AVERAGE))
-    by_task = {task: Pair(*(_accuracy(rows, variant, task) for variant in ("dense", "pruned"))) for task in tasks}
+    dense, pruned = (
+        {task: row.value for task, row in primary(row for row in evaluations if row.variant == variant).items()}
+        for variant in ("dense", "pruned")
+    )
+    by_task = {task: Pair(dense.get(task), pruned.get(task)) for task in (*dense, *pruned)}
     return {task: pair for task, pair in by_task.items() if pair != Pair()}
-
-
-def _accuracy(rows: Iterable[EvaluationRow], variant: str, task: str) -> float | None:
-    """Normalised by length where the task has that, as in the paper."""
-    values = {row.metric.partition(",")[0]: row.value for row in rows if (row.variant, row.task) == (variant, task)}
-    return values.get("acc_norm", values.get("acc"))
 
 
 def _speedups(rows: Iterable[SpeedRow]) -> tuple[float | None, float | None]:

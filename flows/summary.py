@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.accuracy import AVERAGE_TASK
 from stages.runs import RunRecord
 from stages.store_rows import RunRows, rows_of
 from stages.store_schema import ExportRow, PerplexityRow, StepRow
@@ -19,8 +20,6 @@ from stages.workspace import Warn, Workspace
 _CALIBRATION = "calibration"
 _NOT_SHOWN = {"fingerprint", "checkpoints", "started_at"}
 """What `--json` does not tell of a stage."""
-AVERAGE = "average"
-"""The name under which the tasks' average is listed among them."""
 _SAMPLES_FILE = "samples.parquet"
 
 
@@ -61,7 +60,7 @@ class RunSummary:
 
     def average(self, variant: str) -> float | None:
         """The mean accuracy over the tasks, as in the paper's tables; None if none was measured."""
-        found = (row.value for row in self.rows.evaluations if (row.variant, row.task) == (variant, AVERAGE))
+        found = (row.value for row in self.rows.evaluations if (row.variant, row.task) == (variant, AVERAGE_TASK))
         return next(found, None)
 
     @property
