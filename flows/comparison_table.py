@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.comparison import Pair, Published, Row, as_json
-from flows.grid import Comparison
+from flows.grid import DENSE, Comparison
 from flows.paper_figures import paper_figures
 from flows.summary import dump_json
 from flows.table_formats import DataTable, TableFormat, formatted, in_markdown, shown
@@ -94,7 +94,7 @@ def comparison_view(comparison: Comparison, rows: Sequence[Row]) -> RenderableTy
         is_text = column.name in (*_ASKED, "status")
         table.add_column(column.name, justify="left" if is_text else "right", overflow="fold")
     for row in _with_dense(rows):
-        style = "dim" if row.status == _DENSE else "red" if row.error else None
+        style = "dim" if row.status == DENSE else "red" if row.error else None
         table.add_row(*(Text(shown(column.value(row))) for column in kept), style=style)
     heading = ", ".join(f"{name} {shown(value)}" for name, value in shared.items() if value is not None)
     parts: list[RenderableType] = [Text(one_line(comparison.name), style="bold")]
@@ -132,7 +132,6 @@ def standing(rows: Sequence[Row]) -> str | None:
 
 _REMARKS = ("error", "note")
 """Columns of sentences, which the terminal has below the table."""
-_DENSE = "dense"
 _OF_CELLS_ALONE: Sequence[str] = (
     *(
         "strategy_seed",
@@ -162,8 +161,8 @@ def _people_columns(rows: Sequence[Row]) -> list[_Column]:
         _Column("metric", lambda row: row.metric),
         _Column("block kinds", lambda row: row.block_kinds),
         _Column("calibration", lambda row: row.calibration),
-        _Column("rows", lambda row: "all" if row.num_samples is None and row.status != _DENSE else row.num_samples),
-        _Column("seed", lambda row: row.seed if row.status != _DENSE else None),
+        _Column("rows", lambda row: "all" if row.num_samples is None and row.status != DENSE else row.num_samples),
+        _Column("seed", lambda row: row.seed if row.status != DENSE else None),
         _Column("asked", _asked),
         _Column("removed", lambda row: _percent(row.ratio)),
         _Column("blocks", lambda row: row.num_blocks_removed),
@@ -213,9 +212,9 @@ def _dense_row(row: Row, with_paper: Row) -> Row:
     nothing: dict[str, Any] = dict.fromkeys(_OF_CELLS_ALONE)
     return replace(
         row,
-        label=_DENSE,
-        strategy=_DENSE,
-        status=_DENSE,
+        label=DENSE,
+        strategy=DENSE,
+        status=DENSE,
         calibration="",
         ratio=0.0,
         perplexities=dense(row.perplexities),

@@ -29,7 +29,8 @@ RECIPES_FOLDER = Path(__file__).parent / "recipes"
 COMPARISONS_FOLDER = RECIPES_FOLDER / "compare"
 """Recipes of another kind: see `flows.grid`."""
 _PATH_FIELDS = ("model", "calibration", "eval_text", "task_dir", "task_data")
-_TARGET_FIELDS = ("num_blocks", "ratio")
+TARGET_FIELDS = ("num_blocks", "ratio")
+"""How far to prune: one of them is given."""
 _SEARCH_FIELDS = (
     *("model", "calibration", "calibration_column", "num_samples", "sequence_length", "seed"),
     *("block_kinds", "stock_compatible", "metric", "strategy", "strategy_seed", "laco"),
@@ -316,7 +317,7 @@ class Recipe(BaseModel):
         same_search = all(getattr(asked, field) == getattr(self, field) for field in _SEARCH_FIELDS)
         if not same_search or not 1 <= changes.get("num_blocks", 0) <= num_searched:
             return asked
-        others = {field: value for field, value in changes.items() if field not in _TARGET_FIELDS}
+        others = {field: value for field, value in changes.items() if field not in TARGET_FIELDS}
         return self.changed({**others, "export_blocks": asked.num_blocks})
 
     def anchored(self) -> Recipe:
@@ -357,7 +358,7 @@ def _overridden(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict
     A target replaces the one before, whichever of the two fields that is, and with it the number of blocks to export:
     that was a part of the old one.
     """
-    replaced = {*_TARGET_FIELDS, "export_blocks"} if overrides.keys() & set(_TARGET_FIELDS) else set()
+    replaced = {*TARGET_FIELDS, "export_blocks"} if overrides.keys() & set(TARGET_FIELDS) else set()
     return {**{name: value for name, value in values.items() if name not in replaced}, **overrides}
 
 
