@@ -14,8 +14,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from blockpruner.errors import ArtifactError
+from blockpruner.strategies import STRATEGIES
 from flows.grid import Cell, Comparison
 from flows.paper_figures import CLOSE, paper_figures
+from flows.recipe import TARGET_FIELDS, Recipe
 from flows.summary import RunSummary, finite
 from stages.accuracy import primary
 from stages.artifacts import read_envelope
@@ -23,6 +25,11 @@ from stages.runs import RunRecord, RunStore
 from stages.store_schema import EvaluationRow, SpeedRow
 from stages.workspace import Warn, Workspace
 
+_SHOWN = (
+    *("model", "strategy", "strategy_seed", "metric", "block_kinds", "calibration", "num_samples", "seed", "name"),
+    *TARGET_FIELDS,
+)
+"""Recipe fields that a row has for themselves."""
 _EXTERNAL = "external:"
 """How the role of a text begins that an external checkpoint's own tokenizer has cut."""
 
@@ -77,6 +84,9 @@ class Row:
     num_samples: int | None
     """None: all rows."""
     seed: int
+    """Of the calibration set's draw."""
+    settings: Mapping[str, Any]
+    """What else the cells differ in, by recipe field, where this one's is not the default."""
     ratio_asked: float | None
     num_blocks_asked: int | None
     ratio: float | None
@@ -115,10 +125,16 @@ class Row:
 def rows_of(comparison: Comparison, outcomes: Sequence[Outcome], workspace: Workspace, warn: Warn) -> list[Row]:
     """A row for every cell, in their order."""
     by_key, runs = {outcome.key: outcome for outcome in outcomes}, RunStore(workspace.path, warn)
-    return [_row(cell, by_key[cell.key], runs, warn) for cell in comparison.cells]
+    recipes = [cell.recipe for cell in comparison.cells]
+    differing = [
+        name
+        for name in Recipe.model_fields
+        if name not in _SHOWN and len({getattr(each, name) for each in recipes}) > 1
+    ]
+    return [_row(cell, by_key[cell.key], differing, runs, warn) for cell in comparison.cells]
 
 
-def _row(cell: Cell, outcome: Outcome, runs: RunStore, warn: Warn) -> Row:
+def _row(cell: Cell, outcome: Outcome, differing: Sequence[str], runs: RunStore, warn: Warn) -> Row:
     recipe, external = cell.recipe, cell.external
     summary = _summary(outcome.run_id, runs, warn)
     timed = _summary(outcome.speed_run_id, runs, warn)
@@ -129,12 +145,15 @@ def _row(cell: Cell, outcome: Outcome, runs: RunStore, warn: Warn) -> Row:
         label=cell.label,
         model=recipe.model,
         strategy=external.label if external else recipe.strategy,
-        strategy_seed=recipe.strategy_seed if recipe.strategy == "random" and not external else None,
+        strategy_seed=recipe.strategy_seed
+        if STRATEGIES[recipe.strategy].importance == "chance" and not external
+        else None,
         metric=None if external else _known(record, "metric", recipe.metric),
         block_kinds=None if external else recipe.block_kinds,
         calibration=recipe.calibration,
         num_samples=recipe.num_samples,
         seed=recipe.seed,
+        settings={} if external else _set(recipe, differing),
         ratio_asked=None if external else recipe.ratio,
         num_blocks_asked=None if external else recipe.num_blocks,
         ratio=ratio,
@@ -153,6 +172,12 @@ def _row(cell: Cell, outcome: Outcome, runs: RunStore, warn: Warn) -> Row:
         speed_run_id=outcome.speed_run_id,
     )
     return row if row.ratio is None else _beside_the_papers(row, cell, record)
+
+
+def _set(recipe: Recipe, names: Iterable[str]) -> dict[str, Any]:
+    """The settings that are not the defaults."""
+    values = {name: getattr(recipe, name) for name in names}
+    return {name: value for name, value in values.items() if value != Recipe.model_fields[name].default}
 
 
 def _beside_the_papers(row: Row, cell: Cell, record: RunRecord | None) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from flows.summary import dump_json
 from flows.table_formats import DataTable, TableFormat, formatted, in_markdown, shown
 from flows.wording import count, one_line, spell_out
 
-_ASKED = ("model", "strategy", "metric", "block kinds", "calibration", "rows", "seed")
+_ASKED = ("model", "strategy", "metric", "block kinds", "calibration", "rows", "seed", "settings", "target")
 """Columns of what was asked for: the terminal has those that differ."""
 
 
@@ -53,7 +54,8 @@ def full_table(rows: Sequence[Row]) -> DataTable:
     )
     reached = ("ratio_asked", "num_blocks_asked", "ratio", "num_blocks_removed")
     last = ("prefill_speedup", "decode_speedup", "search_seconds", "seconds", "status", "error", "note")
-    columns = [_Column(name, _getter(name)) for name in (*first, *reached)]
+    columns = [_Column(name, _getter(name)) for name in first]
+    columns += [_Column("settings", _settings), *(_Column(name, _getter(name)) for name in reached)]
     columns += [
         _Column(f"perplexity_{variant}_{text}", _pair_getter("perplexities", text, variant))
         for text in _keys(rows, "perplexities")
@@ -95,7 +97,7 @@ def comparison_view(comparison: Comparison, rows: Sequence[Row]) -> RenderableTy
         table.add_column(column.name, justify="left" if is_text else "right", overflow="fold")
     for row in _with_dense(rows):
         style = "dim" if row.status == DENSE else "red" if row.error else None
-        table.add_row(*(Text(shown(column.value(row))) for column in kept), style=style)
+        table.add_row(*(Text(_in_terminal(column.value(row))) for column in kept), style=style)
     heading = ", ".join(f"{name} {shown(value)}" for name, value in shared.items() if value is not None)
     parts: list[RenderableType] = [Text(one_line(comparison.name), style="bold")]
     parts += [Text(one_line(text), style="dim") for text in (comparison.description, heading) if text]
@@ -133,18 +135,8 @@ def standing(rows: Sequence[Row]) -> str | None:
 _REMARKS = ("error", "note")
 """Columns of sentences, which the terminal has below the table."""
 _OF_CELLS_ALONE: Sequence[str] = (
-    *(
-        "strategy_seed",
-        "metric",
-        "block_kinds",
-        "num_samples",
-        "ratio_asked",
-        "num_blocks_asked",
-        "num_blocks_removed",
-        "error",
-        "note",
-    ),
-    *("prefill_speedup", "decode_speedup", "search_seconds", "seconds", "run_id", "speed_run_id"),
+    *("strategy_seed", "metric", "block_kinds", "num_samples", "ratio_asked", "num_blocks_asked", "num_blocks_removed"),
+    *("error", "note", "prefill_speedup", "decode_speedup", "search_seconds", "seconds", "run_id", "speed_run_id"),
 )
 """What a dense model's line has nothing for."""
 
@@ -163,7 +155,8 @@ def _people_columns(rows: Sequence[Row]) -> list[_Column]:
         _Column("calibration", lambda row: row.calibration),
         _Column("rows", lambda row: "all" if row.num_samples is None and row.status != DENSE else row.num_samples),
         _Column("seed", lambda row: row.seed if row.status != DENSE else None),
-        _Column("asked", _asked),
+        *([_Column("settings", _settings)] if any(row.settings for row in rows) else []),
+        _Column("target", _target),
         _Column("removed", lambda row: _percent(row.ratio)),
         _Column("blocks", lambda row: row.num_blocks_removed),
     ]
@@ -171,7 +164,8 @@ def _people_columns(rows: Sequence[Row]) -> list[_Column]:
     columns += [_Column(f"PPL {text}", _pair_getter("perplexities", text, "pruned")) for text in texts]
     columns += [_Column(task, _percent_of(_pair_getter("accuracies", task, "pruned"))) for task in tasks]
     if tasks:
-        columns.append(_Column("average", lambda row: _percent(row.average.pruned)))
+        if len(tasks) > 1:
+            columns.append(_Column("average", lambda row: _percent(row.average.pruned)))
         columns.append(_Column("retained", lambda row: _percent(row.retained)))
     if any(row.prefill_speedup is not None for row in rows):
         columns.append(_Column("prefill", lambda row: _times(row.prefill_speedup)))
@@ -216,6 +210,7 @@ def _dense_row(row: Row, with_paper: Row) -> Row:
         strategy=DENSE,
         status=DENSE,
         calibration="",
+        settings={},
         ratio=0.0,
         perplexities=dense(row.perplexities),
         accuracies=dense(row.accuracies),
@@ -262,14 +257,24 @@ def _average_getter(variant: str) -> Callable[[Row], Any]:
     return lambda row: getattr(row.average, variant)
 
 
-def _asked(row: Row) -> str | None:
+def _in_terminal(value: Any) -> str:
+    """As elsewhere, but with the zeros at the end of a number, so that those of a column stand below each other."""
+    is_small = isinstance(value, float) and math.isfinite(value) and abs(value) < 999.95
+    return f"{value:#.4g}" if is_small else shown(value)
+
+
+def _target(row: Row) -> str | None:
     if row.num_blocks_asked is not None:
         return count(row.num_blocks_asked, "block")
-    return _percent(row.ratio_asked)
+    return None if row.ratio_asked is None else f"{100 * row.ratio_asked:.4g}%"
+
+
+def _settings(row: Row) -> str | None:
+    return ", ".join(f"{name}={value}" for name, value in row.settings.items()) or None
 
 
 def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{100 * share:.4g}%" if share < 0.9995 else f"{100 * share:.1f}%"
+    return None if share is None else f"{100 * share:.2f}%"
 
 
 def _percent_of(getter: Callable[[Row], float | None]) -> Callable[[Row], str | None]:

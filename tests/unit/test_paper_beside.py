@@ -133,5 +133,5 @@ def test_every_form_of_the_table_says_what_differs_from_the_paper() -> None:
 def test_the_papers_ratio_stands_beside_its_figures() -> None:
     table = people_table(rows(compared(), ratio=0.2203))
     at = table.columns.index("paper removed")
-    assert [row[at] for row in table.rows] == ["0%", "21.99%"]
+    assert [row[at] for row in table.rows] == ["0.00%", "21.99%"]
     assert "paper removed" not in people_table(rows(compared(limit=3, eval_text="c4"), perplexities={})).columns
