@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from blockpruner.errors import ArtifactError
 from blockpruner.strategies import STRATEGIES
-from flows.grid import Cell, Comparison
+from flows.grid import EXTERNAL_ROLE, Cell, Comparison
 from flows.paper_figures import CLOSE, paper_figures
 from flows.recipe import TARGET_FIELDS, Recipe
 from flows.summary import RunSummary, finite
@@ -30,8 +30,6 @@ _SHOWN = (
     *TARGET_FIELDS,
 )
 """Recipe fields that a row has for themselves."""
-_EXTERNAL = "external:"
-"""How the role of a text begins that an external checkpoint's own tokenizer has cut."""
 
 
 class Outcome(BaseModel):
@@ -287,7 +285,11 @@ def _status(record: RunRecord | None, outcome: Outcome) -> str:
 def _note(summary: RunSummary) -> str | None:
     """Whether an external checkpoint was measured on the same tokens as its dense model."""
     cut = {role: digest for role in _text_roles(summary.record) if (digest := _token_digest(summary, role))}
-    other = [role for role in cut if role.startswith(_EXTERNAL) and cut[role] != cut.get(role.removeprefix(_EXTERNAL))]
+    other = [
+        role
+        for role in cut
+        if role.startswith(EXTERNAL_ROLE) and cut[role] != cut.get(role.removeprefix(EXTERNAL_ROLE))
+    ]
     if not other:
         return None
     return "its tokenizer cuts the texts otherwise: its perplexity is of other tokens than the dense model's"

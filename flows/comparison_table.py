@@ -270,7 +270,8 @@ def _target(row: Row) -> str | None:
 
 
 def _settings(row: Row) -> str | None:
-    return ", ".join(f"{name}={value}" for name, value in row.settings.items()) or None
+    """LaCo's under their own names, for the row names the strategy."""
+    return ", ".join(f"{name.removeprefix('laco_')}={value}" for name, value in row.settings.items()) or None
 
 
 def _percent(share: float | None) -> str | None:

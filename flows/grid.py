@@ -32,6 +32,8 @@ _MEASURED_ALIKE = (
     *("num_fewshot", "limit", "dtype", "device"),
 )
 """What no cell may have for itself: its row could not be compared with the others."""
+EXTERNAL_ROLE = "external:"
+"""How the role of a text begins that an external checkpoint's own tokenizer has cut."""
 DENSE = "dense"
 """What a table calls the line of a dense model."""
 _MOST_CELLS = 10_000

@@ -22,7 +22,7 @@ from blockpruner.strategies import STRATEGIES
 from blockpruner.trace import read_trace
 from flows.formats import PrunedModel, check_family, check_formats, dtype_for, is_repeated
 from flows.goals import EXPORTING, SEARCHING, Goal
-from flows.grid import External
+from flows.grid import EXTERNAL_ROLE, External
 from flows.model_shape import ModelShape, measured_shape, searched_shape
 from flows.opened_models import PrunedElsewhere, check_any_model, folded_model, opened
 from flows.recipe import Recipe
@@ -36,8 +36,6 @@ from stages.text_sources import Purpose, resolve_text
 
 _FOLDED = "fold"
 """Role of the artifact that holds a model folded into a Llama."""
-_EXTERNAL = "external:"
-"""Begins the role of a text that was cut by the tokenizer of a model pruned elsewhere."""
 
 _DENSE = ("evaluate:dense", "evaluate dense")
 """Role and label of the dense model's evaluation."""
@@ -227,10 +225,12 @@ class Plan:
         """The texts that it is measured on, cut by its own tokenizer where that is another one."""
         if self.goal != "evaluate" or not external.has_other_tokenizer(self.checkpoint):
             return
-        yield PlannedStage(f"{_EXTERNAL}calibration", f"calibrate for {external.label}", self._calibration_of_external)
+        yield PlannedStage(
+            f"{EXTERNAL_ROLE}calibration", f"calibrate for {external.label}", self._calibration_of_external
+        )
         for name, typed in self.texts.items():
             label = f"calibrate {name} for {external.label}"
-            yield PlannedStage(f"{_EXTERNAL}text:{name}", label, partial(self._text_of_external, typed))
+            yield PlannedStage(f"{EXTERNAL_ROLE}text:{name}", label, partial(self._text_of_external, typed))
 
     @property
     def _dense_evaluations(self) -> Iterator[PlannedStage]:
@@ -361,7 +361,7 @@ class Plan:
         """The pruned model on everything."""
 
         def ref(role: str) -> ArtifactRef:
-            return artifacts.get(f"{_EXTERNAL}{role}", artifacts[role]).ref
+            return artifacts.get(f"{EXTERNAL_ROLE}{role}", artifacts[role]).ref
 
         named = ((baseline.CALIBRATION, ref("calibration")), *((name, ref(f"text:{name}")) for name in self.texts))
         pruned, has_code = self._measured(artifacts)
