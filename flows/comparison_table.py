@@ -18,8 +18,8 @@ from flows.summary import dump_json
 from flows.table_formats import DataTable, TableFormat, formatted, in_markdown, shown
 from flows.wording import count, one_line, spell_out
 
-_ASKED = ("model", "strategy", "metric", "block kinds", "calibration", "rows", "seed", "settings", "target")
-"""Columns of what was asked for: the terminal has those that differ."""
+_ASKED = ("model", "strategy", "draw", "metric", "block kinds", "calibration", "rows", "seed", "settings", "target")
+"""Columns of what was asked for: the terminal has the cells' labels for what differs, and the rest above the table."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,17 @@ def people_table(rows: Sequence[Row]) -> DataTable:
 def comparison_view(comparison: Comparison, rows: Sequence[Row]) -> RenderableType:
     """For the terminal: what all cells share above the table, which has the rest."""
     shared, columns = _shared(rows), _people_columns(rows)
-    kept = [column for column in columns if column.name not in (*shared, *_REMARKS)]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in kept:
-        is_text = column.name in (*_ASKED, "status")
+    plain = {"status"} if all(row.status == "completed" for row in rows) else set()
+    left_out = {*_ASKED, *_REMARKS, *plain} - ({"target"} - shared.keys())
+    cell = _Column("cell", _cell(rows))
+    kept = [cell, *(column for column in columns if column.name not in left_out)]
+    lines, table = _with_dense(rows), Table(box=None, pad_edge=False, header_style="bold")
+    words = [word for row in lines for word in cell.value(row).split()]
+    table.add_column(cell.name, overflow="fold", min_width=min(_WIDEST_WORD, max(map(len, words), default=0)))
+    for column in kept[1:]:
+        is_text = column.name in ("target", "status")
         table.add_column(column.name, justify="left" if is_text else "right", overflow="fold")
-    for row in _with_dense(rows):
+    for row in lines:
         style = "dim" if row.status == DENSE else "red" if row.error else None
         table.add_row(*(Text(_in_terminal(column.value(row))) for column in kept), style=style)
     heading = ", ".join(f"{name} {shown(value)}" for name, value in shared.items() if value is not None)
@@ -132,6 +137,8 @@ def standing(rows: Sequence[Row]) -> str | None:
     return f"{failed} of {count(len(rows), 'cell')} failed; give the same command again to try them again"
 
 
+_WIDEST_WORD = 24
+"""Characters of a cell's label that a narrow terminal does not break."""
 _REMARKS = ("error", "note")
 """Columns of sentences, which the terminal has below the table."""
 _OF_CELLS_ALONE: Sequence[str] = (
@@ -227,12 +234,18 @@ def _dense_published(found: Published | None) -> Published | None:
     return replace(found, ratio=0.0, perplexity=Pair(perplexity, perplexity), average=Pair(average, average))
 
 
+def _cell(rows: Sequence[Row]) -> Callable[[Row], str]:
+    """A row's name, for which several dense models need their own."""
+    several = len({row.model for row in rows}) > 1
+    return lambda row: f"{row.model} {row.label}" if several and row.status == DENSE else row.label
+
+
 def _shared(rows: Sequence[Row]) -> dict[str, Any]:
-    """What was asked of every cell alike, by column; of one cell, everything but its strategy."""
+    """What was asked of every cell alike, by column."""
     columns = {column.name: column for column in _people_columns(rows) if column.name in _ASKED}
     searched = [row for row in rows if row.metric is not None] or list(rows)
     found = {name: {column.value(row) for row in searched} for name, column in columns.items()}
-    return {name: next(iter(values)) for name, values in found.items() if len(values) == 1 and name != "strategy"}
+    return {name: next(iter(values)) for name, values in found.items() if len(values) == 1}
 
 
 def _table(columns: Sequence[_Column], rows: Sequence[Row]) -> DataTable:

@@ -292,7 +292,11 @@ def _heeded(recipe: Recipe) -> Recipe:
 
 
 def _labels(recipes: tuple[Recipe, ...]) -> list[str]:
-    """What tells each recipe from the others, in words: model and strategy, and what differs among their own."""
+    """What tells each recipe from the others, in words: model and strategy, and what differs among their own.
+
+    With what all share, and with how far each prunes, a label is all that a reader needs: of other axes on which
+    strategies differ, what it does not name is the default.
+    """
     dumped = [recipe.model_dump() for recipe in recipes]
     first = [name for name in ("model", "strategy") if _varies(name, dumped)]
     order = [*AXES, *(name for name in Recipe.model_fields if name not in AXES)]
@@ -300,7 +304,11 @@ def _labels(recipes: tuple[Recipe, ...]) -> list[str]:
 
     def varying(values: Mapping[str, Any]) -> list[str]:
         alike = [other for other in dumped if all(other[name] == values[name] for name in first)]
-        return [name for name in order if name in first or _varies(name, alike)]
+        return [name for name in order if name in first or _varies(name, alike) or name in unusual(values)]
+
+    def unusual(values: Mapping[str, Any]) -> list[str]:
+        axes = [name for name in AXES if name not in TARGET_FIELDS and _varies(name, dumped)]
+        return [name for name in axes if values[name] != Recipe.model_fields[name].default]
 
     def label(values: Mapping[str, Any], names: list[str]) -> str:
         shown = {**values, **{name: known[values[name]] for name, known in short.items()}}

@@ -152,14 +152,16 @@ def test_tables_for_papers_begin_with_the_dense_model(
     assert error.replace("\\", "") in " ".join(failed.values()).replace("\\", "")
 
 
-def test_the_terminal_has_what_differs_in_columns_and_the_rest_above(comparison: Comparison) -> None:
+def test_the_terminal_has_the_cells_labels_and_what_they_share_above(comparison: Comparison) -> None:
     console = Console(width=200)
     with console.capture() as capture:
         console.print(comparison_view(comparison, ROWS))
     text = capture.get()
-    head = next(line for line in text.splitlines() if line.startswith("strategy"))
+    head = next(line for line in text.splitlines() if line.startswith("cell"))
     assert "calibration" not in head
-    assert "metric" in head
+    assert "target" not in head
+    assert "target 17 blocks" in text
+    assert [line.split()[0] for line in text.splitlines() if "%" in line] == ["dense", "blockpruner", "SliceGPT"]
     assert "model org/Llama-2-7b_hf" in text
     assert "calibration alpaca" in text
     assert "rm | x: no space_left & gone" in text
@@ -217,8 +219,11 @@ def test_what_all_cells_were_given_alike_stands_above_the_terminals_table(tmp_pa
     with console.capture() as capture:
         console.print(comparison_view(comparison, rows_of(comparison, outcomes, Workspace(tmp_path), pytest.fail)))
     lines = capture.get().splitlines()
-    assert lines[1] == "model m, block kinds both, calibration alpaca, rows 256, seed 42, target 20%"
-    assert lines[3].split() == ["strategy", "metric", "removed", "blocks", "search", "time", "status"]
+    assert (
+        lines[1] == "model m, strategy blockpruner, block kinds both, calibration alpaca, rows 256, seed 42, target 20%"
+    )
+    assert [line.split()[0] for line in lines[4:]] == ["kl", "js"]
+    assert lines[3].split() == ["cell", "removed", "blocks", "search", "time", "status"]
 
 
 def test_one_task_needs_no_average() -> None:

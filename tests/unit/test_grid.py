@@ -57,6 +57,19 @@ def test_labels_name_what_differs_among_a_strategys_own_cells() -> None:
     assert cells[0].recipe.name == "c: oneshot"
 
 
+def test_labels_name_what_is_unusual_where_strategies_differ() -> None:
+    blocks = [
+        {"strategy": "oneshot", "metric": "js", "calibration": ["c4", "ptb"]},
+        {"calibration": "c4"},
+        {"strategy": "random", "strategy_seed": 3},
+    ]
+    cells = comparison(grid=blocks).cells
+    assert [cell.label for cell in cells] == [
+        *("oneshot js c4", "oneshot js ptb", "blockpruner c4"),
+        "random strategy_seed=3",
+    ]
+
+
 def test_what_a_strategy_does_not_heed_makes_no_cells() -> None:
     blocks = [
         {"strategy": ["blockpruner", "random", "rm"], "strategy_seed": [0, 1, 2]},
