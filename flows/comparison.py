@@ -204,12 +204,10 @@ def _beside_the_papers(row: Row, cell: Cell, record: RunRecord | None) -> Row:
 
 def _other_text(row: Row, cell: Cell) -> list[str]:
     """In what the perplexity is not the paper's."""
-    figures, length = paper_figures(), cell.recipe.sequence_length
+    figures = paper_figures()
     if figures.text not in row.perplexities:
         return [f"perplexity on {figures.text} was not measured"]
-    if length != figures.sequence_length:
-        return [f"sequence_length is {length}, in the paper {figures.sequence_length}"]
-    return []
+    return figures.other_search({"sequence_length": cell.recipe.sequence_length})
 
 
 def _summary(run_id: str | None, runs: RunStore, warn: Warn) -> RunSummary | None:
