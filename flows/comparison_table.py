@@ -117,16 +117,15 @@ def comparison_view(comparison: Comparison, rows: Sequence[Row]) -> RenderableTy
 
 def _paper_notes(rows: Sequence[Row]) -> list[str]:
     """Where the paper's figures are from, and why which rows have none."""
-    differing: dict[str, list[str]] = {}
+    notes = [f"paper: {paper_figures().source}"] if any(row.published for row in rows) else []
+    rows_of, reasons = dict[str, list[str]](), dict[str, list[str]]()
     for row in rows:
         for difference in row.not_as_in_paper:
-            differing.setdefault(difference, []).append(row.label)
-    able = sum(bool(row.published or row.not_as_in_paper) for row in rows)
-    notes = [f"paper: {paper_figures().source}"] if any(row.published for row in rows) else []
-    for difference, labels in differing.items():
-        whose = "every row" if len(labels) == able else ", ".join(labels)
-        notes.append(f"paper's figures left out, {whose}: {difference}")
-    return notes
+            rows_of.setdefault(difference, []).append(row.label)
+    for difference, labels in rows_of.items():
+        whose = "every row" if len(labels) == len(rows) else ", ".join(labels)
+        reasons.setdefault(whose, []).append(difference)
+    return notes + [f"the paper's figures are left out of {whose}: {'; '.join(why)}" for whose, why in reasons.items()]
 
 
 def standing(rows: Sequence[Row]) -> str | None:
