@@ -21,6 +21,16 @@ from flows.wording import count, one_line, spell_out
 _ASKED = ("model", "strategy", "draw", "metric", "block kinds", "calibration", "rows", "seed", "settings", "target")
 """Columns of what was asked for: the terminal has the cells' labels for what differs, and the rest above the table."""
 
+_WIDEST_WORD = 24
+"""Characters of a cell's label that a narrow terminal does not break."""
+_REMARKS = ("error", "note")
+"""Columns of sentences, which the terminal has below the table."""
+_OF_CELLS_ALONE: Sequence[str] = (
+    *("strategy_seed", "metric", "block_kinds", "num_samples", "ratio_asked", "num_blocks_asked", "num_blocks_removed"),
+    *("error", "note", "prefill_speedup", "decode_speedup", "search_seconds", "seconds", "run_id", "speed_run_id"),
+)
+"""What a dense model's line has nothing for."""
+
 
 @dataclass(frozen=True)
 class _Column:
@@ -41,20 +51,10 @@ def comparison_text(comparison: Comparison, rows: Sequence[Row], form: TableForm
 
 def full_table(rows: Sequence[Row]) -> DataTable:
     """Every number, a line a cell."""
-    first = (
-        "label",
-        "model",
-        "strategy",
-        "strategy_seed",
-        "metric",
-        "block_kinds",
-        "calibration",
-        "num_samples",
-        "seed",
-    )
+    first = ("label", "model", "strategy", "strategy_seed", "metric", "block_kinds", "calibration", "num_samples")
     reached = ("ratio_asked", "num_blocks_asked", "ratio", "num_blocks_removed")
     last = ("prefill_speedup", "decode_speedup", "search_seconds", "seconds", "status", "error", "note")
-    columns = [_Column(name, _getter(name)) for name in first]
+    columns = [_Column(name, _getter(name)) for name in (*first, "seed")]
     columns += [_Column("settings", _settings), *(_Column(name, _getter(name)) for name in reached)]
     columns += [
         _Column(f"perplexity_{variant}_{text}", _pair_getter("perplexities", text, variant))
@@ -69,11 +69,11 @@ def full_table(rows: Sequence[Row]) -> DataTable:
     columns += [_Column(f"average_{variant}", _average_getter(variant)) for variant in ("dense", "pruned")]
     columns += [_Column(name, _getter(name)) for name in ("retained", *last)]
     columns += [
-        _Column("paper_ratio", lambda row: row.published.ratio if row.published else None),
-        _Column("paper_perplexity_dense", lambda row: row.published.perplexity.dense if row.published else None),
-        _Column("paper_perplexity_pruned", lambda row: row.published.perplexity.pruned if row.published else None),
-        _Column("paper_average_dense", lambda row: row.published.average.dense if row.published else None),
-        _Column("paper_average_pruned", lambda row: row.published.average.pruned if row.published else None),
+        _Column("paper_ratio", _of_paper(lambda paper: paper.ratio)),
+        _Column("paper_perplexity_dense", _of_paper(lambda paper: paper.perplexity.dense)),
+        _Column("paper_perplexity_pruned", _of_paper(lambda paper: paper.perplexity.pruned)),
+        _Column("paper_average_dense", _of_paper(lambda paper: paper.average.dense)),
+        _Column("paper_average_pruned", _of_paper(lambda paper: paper.average.pruned)),
         _Column("not_as_in_paper", lambda row: "; ".join(row.not_as_in_paper) or None),
         *(_Column(name, _getter(name)) for name in ("run_id", "speed_run_id")),
     ]
@@ -82,31 +82,16 @@ def full_table(rows: Sequence[Row]) -> DataTable:
 
 def people_table(rows: Sequence[Row]) -> DataTable:
     """As people and papers want it: a line for each dense model, then its cells."""
-    columns = _people_columns(rows)
-    lines = [tuple(column.value(row) for column in columns) for row in _with_dense(rows)]
-    return DataTable(tuple(column.name for column in columns), tuple(lines))
+    return _table(_people_columns(rows), _with_dense(rows))
 
 
 def comparison_view(comparison: Comparison, rows: Sequence[Row]) -> RenderableType:
     """For the terminal: what all cells share above the table, which has the rest."""
-    shared, columns = _shared(rows), _people_columns(rows)
-    plain = {"status"} if all(row.status == "completed" for row in rows) else set()
-    left_out = {*_ASKED, *_REMARKS, *plain} - ({"target"} - shared.keys())
-    cell = _Column("cell", _cell(rows))
-    kept = [cell, *(column for column in columns if column.name not in left_out)]
-    lines, table = _with_dense(rows), Table(box=None, pad_edge=False, header_style="bold")
-    words = [word for row in lines for word in cell.value(row).split()]
-    table.add_column(cell.name, overflow="fold", min_width=min(_WIDEST_WORD, max(map(len, words), default=0)))
-    for column in kept[1:]:
-        is_text = column.name in ("target", "status")
-        table.add_column(column.name, justify="left" if is_text else "right", overflow="fold")
-    for row in lines:
-        style = "dim" if row.status == DENSE else "red" if row.error else None
-        table.add_row(*(Text(_in_terminal(column.value(row))) for column in kept), style=style)
+    shared = _shared(rows)
     heading = ", ".join(f"{name} {shown(value)}" for name, value in shared.items() if value is not None)
     parts: list[RenderableType] = [Text(one_line(comparison.name), style="bold")]
     parts += [Text(one_line(text), style="dim") for text in (comparison.description, heading) if text]
-    parts += [Text(), table]
+    parts += [Text(), _terminal_table(rows, has_target="target" not in shared)]
     remarks = [f"{row.label}: {text}" for row in rows for text in (row.error, row.note) if text]
     if remarks:
         parts += [Text(), *(Text(one_line(text), style="red") for text in remarks)]
@@ -115,14 +100,36 @@ def comparison_view(comparison: Comparison, rows: Sequence[Row]) -> RenderableTy
     return Group(*parts)
 
 
+def _terminal_table(rows: Sequence[Row], *, has_target: bool) -> Table:
+    """A cell goes by its label, which has what it does not share with the others."""
+    left_out = {*_ASKED, *_REMARKS} - ({"target"} if has_target else set())
+    if all(row.status == "completed" for row in rows):
+        left_out.add("status")
+    cell, lines = _Column("cell", _cell(rows)), _with_dense(rows)
+    columns = [cell, *(column for column in _people_columns(rows) if column.name not in left_out)]
+    longest = max((len(word) for row in lines for word in cell.value(row).split()), default=0)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(
+            column.name,
+            justify="left" if column.name in ("cell", "target", "status") else "right",
+            overflow="fold",
+            min_width=min(_WIDEST_WORD, longest) if column is cell else None,
+        )
+    for row in lines:
+        style = "dim" if row.status == DENSE else "red" if row.error else None
+        table.add_row(*(Text(_in_terminal(column.value(row))) for column in columns), style=style)
+    return table
+
+
 def _paper_notes(rows: Sequence[Row]) -> list[str]:
     """Where the paper's figures are from, and why which rows have none."""
     notes = [f"paper: {paper_figures().source}"] if any(row.published for row in rows) else []
-    rows_of, reasons = dict[str, list[str]](), dict[str, list[str]]()
+    labels_of, reasons = dict[str, list[str]](), dict[str, list[str]]()
     for row in rows:
         for difference in row.not_as_in_paper:
-            rows_of.setdefault(difference, []).append(row.label)
-    for difference, labels in rows_of.items():
+            labels_of.setdefault(difference, []).append(row.label)
+    for difference, labels in labels_of.items():
         whose = "every row" if len(labels) == len(rows) else ", ".join(labels)
         reasons.setdefault(whose, []).append(difference)
     return notes + [f"the paper's figures are left out of {whose}: {'; '.join(why)}" for whose, why in reasons.items()]
@@ -134,17 +141,6 @@ def standing(rows: Sequence[Row]) -> str | None:
     if not failed:
         return None
     return f"{failed} of {count(len(rows), 'cell')} failed; give the same command again to try them again"
-
-
-_WIDEST_WORD = 24
-"""Characters of a cell's label that a narrow terminal does not break."""
-_REMARKS = ("error", "note")
-"""Columns of sentences, which the terminal has below the table."""
-_OF_CELLS_ALONE: Sequence[str] = (
-    *("strategy_seed", "metric", "block_kinds", "num_samples", "ratio_asked", "num_blocks_asked", "num_blocks_removed"),
-    *("error", "note", "prefill_speedup", "decode_speedup", "search_seconds", "seconds", "run_id", "speed_run_id"),
-)
-"""What a dense model's line has nothing for."""
 
 
 def _people_columns(rows: Sequence[Row]) -> list[_Column]:
@@ -177,13 +173,11 @@ def _people_columns(rows: Sequence[Row]) -> list[_Column]:
         columns.append(_Column("prefill", lambda row: _times(row.prefill_speedup)))
         columns.append(_Column("decode", lambda row: _times(row.decode_speedup)))
     if any(row.published for row in rows):
-        columns.append(_Column("paper removed", lambda row: _percent(row.published.ratio) if row.published else None))
+        columns.append(_Column("paper removed", _of_paper(lambda paper: _percent(paper.ratio))))
     if any(row.published and row.published.perplexity.pruned is not None for row in rows):
-        columns.append(_Column("paper PPL", lambda row: row.published.perplexity.pruned if row.published else None))
+        columns.append(_Column("paper PPL", _of_paper(lambda paper: paper.perplexity.pruned)))
     if any(row.published and row.published.average.pruned is not None for row in rows):
-        columns.append(
-            _Column("paper average", lambda row: _percent(row.published.average.pruned) if row.published else None)
-        )
+        columns.append(_Column("paper average", _of_paper(lambda paper: _percent(paper.average.pruned))))
     columns.append(_Column("search", lambda row: None if row.search_seconds is None else spell_out(row.search_seconds)))
     columns.append(_Column("time", lambda row: None if row.seconds is None else spell_out(row.seconds)))
     columns.append(_Column("status", lambda row: row.status))
@@ -192,12 +186,11 @@ def _people_columns(rows: Sequence[Row]) -> list[_Column]:
 
 def _with_dense(rows: Sequence[Row]) -> list[Row]:
     """The rows with one for each dense model before the first of its own."""
-    lines, seen = list[Row](), set[str]()
+    lines = list[Row]()
     for model in dict.fromkeys(row.model for row in rows):
         own = [row for row in rows if row.model == model]
         measured = next((row for row in own if any(pair.dense is not None for pair in row.perplexities.values())), None)
-        if measured is not None and model not in seen:
-            seen.add(model)
+        if measured is not None:
             lines.append(_dense_row(measured, next((row for row in own if row.published), measured)))
         lines += own
     return lines
@@ -263,6 +256,10 @@ def _getter(name: str) -> Callable[[Row], Any]:
 
 def _pair_getter(name: str, key: str, variant: str) -> Callable[[Row], Any]:
     return lambda row: getattr(getattr(row, name).get(key, Pair()), variant)
+
+
+def _of_paper(value: Callable[[Published], Any]) -> Callable[[Row], Any]:
+    return lambda row: value(row.published) if row.published else None
 
 
 def _average_getter(variant: str) -> Callable[[Row], Any]:
