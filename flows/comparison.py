@@ -146,7 +146,7 @@ def _row(cell: Cell, outcome: Outcome, differing: Sequence[str], runs: RunStore,
         strategy_seed=recipe.strategy_seed
         if STRATEGIES[recipe.strategy].importance == "chance" and not external
         else None,
-        metric=None if external else _known(record, "metric", recipe.metric),
+        metric=None if external else recipe.judged_by,
         block_kinds=None if external else recipe.block_kinds,
         calibration=recipe.calibration,
         num_samples=recipe.num_samples,
@@ -218,11 +218,6 @@ def _summary(run_id: str | None, runs: RunStore, warn: Warn) -> RunSummary | Non
     except ArtifactError as error:
         warn(str(error))
         return None
-
-
-def _known(record: RunRecord | None, name: str, asked: str) -> str:
-    """What the run says it did, where it says it."""
-    return (getattr(record, name) if record else None) or asked
 
 
 def _ratio(summary: RunSummary) -> float | None:

@@ -18,7 +18,6 @@ from blockpruner.export.formats import FORMATS
 from blockpruner.export.names import ExportFormat, FormatChoice
 from blockpruner.loading import DtypeName, resolve_device, resolve_dtype
 from blockpruner.paths import user_path
-from blockpruner.strategies import STRATEGIES
 from blockpruner.trace import read_trace
 from flows.formats import PrunedModel, check_family, check_formats, dtype_for, is_repeated
 from flows.goals import EXPORTING, SEARCHING, Goal
@@ -159,7 +158,7 @@ class Plan:
             sequence_length=recipe.sequence_length,
             seed=recipe.seed if calibrating else None,
             block_kinds=recipe.block_kinds if searching else None,
-            metric=_judged_by(recipe) if searching else None,
+            metric=recipe.judged_by if searching else None,
             strategy=self.external.label if self.external else recipe.strategy if searching else None,
             external=str(self.external.checkpoint.path) if self.external else None,
             num_parameters_left=self.external.num_parameters if self.external else None,
@@ -413,9 +412,3 @@ def _exported(artifact: Artifact[Any]) -> tuple[Checkpoint, bool]:
     """An exported model, and whether it comes with code of ours."""
     name: ExportFormat = artifact.manifest.format
     return Checkpoint.open(str(artifact.path / export.MODEL_FOLDER)), FORMATS[name].has_code
-
-
-def _judged_by(recipe: Recipe) -> str:
-    """The metric, or where the strategy has an importance of its own, that."""
-    strategy = STRATEGIES[recipe.strategy]
-    return recipe.metric if strategy.uses_metric else strategy.importance

@@ -21,7 +21,7 @@ from blockpruner.export.names import ExportDtype, FormatChoice, dtypes_of
 from blockpruner.memory_size import parse_memory_size
 from blockpruner.paths import user_path
 from blockpruner.scoring.settings import CompileChoice, MetricName, ScorerName, ScorerSettings
-from blockpruner.strategies import LacoSettings, StrategyName, check_settings
+from blockpruner.strategies import STRATEGIES, LacoSettings, StrategyName, check_settings
 from flows.settings_text import SETTINGS
 from stages.executor import ExecutorName, ExecutorSettings, check_address
 
@@ -266,6 +266,12 @@ class Recipe(BaseModel):
         """Where the search must end with what can be repacked: its target, as text."""
         target = f"{self.num_blocks} blocks" if self.num_blocks is not None else f"ratio {self.ratio}"
         return target if self.stock_compatible else None
+
+    @property
+    def judged_by(self) -> str:
+        """The metric, or where the strategy has an importance of its own, that."""
+        strategy = STRATEGIES[self.strategy]
+        return self.metric if strategy.uses_metric else strategy.importance
 
     @property
     def laco(self) -> LacoSettings:

@@ -210,6 +210,7 @@ def test_rows_that_differ_in_any_setting_look_different(tmp_path: Path) -> None:
     settings = {row.label: row.settings for row in rows}
     assert settings["laco laco_interval=1 laco_threshold=0.9"] == {"laco_interval": 1, "laco_threshold": 0.9}
     assert settings["random strategy_seed=0"] == {}
+    assert {row.metric for row in rows if row.strategy == "laco"} == {"dissimilarity"}  # also of what never ran
 
 
 def test_what_all_cells_were_given_alike_stands_above_the_terminals_table(tmp_path: Path) -> None:
