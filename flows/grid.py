@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
@@ -279,6 +280,10 @@ def _valid_axes() -> str:
     return f"axes are {', '.join(AXES)}"
 
 
+_ORDER = (*AXES, *(name for name in Recipe.model_fields if name not in AXES))
+"""In which a label names them."""
+
+
 def _heeded(recipe: Recipe) -> Recipe:
     """The recipe without what its strategy does not heed, so that nothing is searched or shown twice for that."""
     strategy, unheeded = STRATEGIES[recipe.strategy], set[str]()
@@ -299,44 +304,42 @@ def _labels(recipes: tuple[Recipe, ...]) -> list[str]:
     """
     dumped = [recipe.model_dump() for recipe in recipes]
     first = [name for name in ("model", "strategy") if _varies(name, dumped)]
-    order = [*AXES, *(name for name in Recipe.model_fields if name not in AXES)]
-    short = {name: _short_names(values[name] for values in dumped) for name in ("model", "calibration")}
+    apart = [name for name in AXES if name not in TARGET_FIELDS and _varies(name, dumped)]
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for values in dumped:
+        alike.setdefault(tuple(values[name] for name in first), []).append(values)
+    varying = {own: [name for name in Recipe.model_fields if _varies(name, group)] for own, group in alike.items()}
+    short = {name: _short_names({values[name] for values in dumped}) for name in ("model", "calibration")}
 
-    def varying(values: Mapping[str, Any]) -> list[str]:
-        alike = [other for other in dumped if all(other[name] == values[name] for name in first)]
-        return [name for name in order if name in first or _varies(name, alike) or name in unusual(values)]
-
-    def unusual(values: Mapping[str, Any]) -> list[str]:
-        axes = [name for name in AXES if name not in TARGET_FIELDS and _varies(name, dumped)]
-        return [name for name in axes if values[name] != Recipe.model_fields[name].default]
-
-    def label(values: Mapping[str, Any], names: list[str]) -> str:
+    def label(values: Mapping[str, Any], names: Iterable[str]) -> str:
         shown = {**values, **{name: known[values[name]] for name, known in short.items()}}
-        given = [name for name in names if values[name] is not None or name == "num_samples"]
-        return " ".join(_labelled(name, shown[name]) for name in given)
+        order = sorted(names, key=_ORDER.index)
+        return " ".join(_labelled(name, shown[name]) for name in order if _is_given(name, values))
 
-    return [label(values, varying(values)) or label(values, ["model", *TARGET_FIELDS]) for values in dumped]
+    def told(values: Mapping[str, Any]) -> set[str]:
+        unusual = (name for name in apart if values[name] != Recipe.model_fields[name].default)
+        return {*first, *varying[tuple(values[name] for name in first)], *unusual}
+
+    return [label(values, told(values)) or label(values, ["model", *TARGET_FIELDS]) for values in dumped]
+
+
+def _is_given(name: str, values: Mapping[str, Any]) -> bool:
+    return values[name] is not None or name == "num_samples"
 
 
 def _varies(name: str, dumped: list[dict[str, Any]]) -> bool:
     return len({repr(values[name]) for values in dumped}) > 1
 
 
-def _short_names(paths: Iterable[str]) -> dict[str, str]:
+def _short_names(paths: Set[str]) -> dict[str, str]:
     """Each path's last parts, as many as tell it from the others."""
     parts = {path: Path(path).parts or (path,) for path in paths}
-
-    def last(path: str, length: int) -> tuple[str, ...]:
-        return parts[path][-length:]
-
-    def short(path: str) -> str:
-        others = [other for other in parts if other != path]
-        for length in range(1, max(map(len, parts.values())) + 1):
-            if all(last(path, length) != last(other, length) for other in others):
-                return str(Path(*last(path, length)))
-        return path  # written in two ways
-
-    return {path: short(path) for path in parts}
+    found = dict[str, str]()
+    for length in range(1, max(map(len, parts.values()), default=0) + 1):
+        ends = {path: own[-length:] for path, own in parts.items()}
+        times = Counter(ends.values())
+        found |= {path: str(Path(*end)) for path, end in ends.items() if times[end] == 1 and path not in found}
+    return {path: found.get(path, path) for path in paths}  # one that is written in two ways stays as it is
 
 
 def _labelled(name: str, value: Any) -> str:

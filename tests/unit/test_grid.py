@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,13 @@ def test_labels_name_what_is_unusual_where_strategies_differ() -> None:
         *("oneshot js c4", "oneshot js ptb", "blockpruner c4"),
         "random strategy_seed=3",
     ]
+
+
+def test_a_large_grid_is_labelled_at_once() -> None:
+    started = time.monotonic()
+    cells = comparison(grid={"seed": list(range(50)), "num_samples": list(range(1, 41)), "metric": ["kl", "js"]}).cells
+    assert len({cell.label for cell in cells}) == 4000
+    assert time.monotonic() - started < 20  # half a second; more than a minute, were each compared with all others
 
 
 def test_what_a_strategy_does_not_heed_makes_no_cells() -> None:
