@@ -46,6 +46,12 @@ class DataTable:
         """A dictionary a row, fit for JSON: None for a number that is not finite."""
         return [dict(zip(self.columns, map(finite, row), strict=True)) for row in self.rows]
 
+    @property
+    def numeric(self) -> list[bool]:
+        """Whether each column holds nothing but numbers, which stand to the right."""
+        columns = [[row[index] for row in self.rows if row[index] is not None] for index in range(len(self.columns))]
+        return [bool(values) and all(isinstance(v, int | float) for v in values) for values in columns]
+
 
 def chosen_format(
     *, as_json: bool = False, as_csv: bool = False, as_markdown: bool = False, as_latex: bool = False
@@ -84,14 +90,14 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def markdown_table(table: DataTable) -> str:
     """A table as GitHub, and Prefect's server, draw it; numbers to the right."""
-    marks = ["---:" if is_number else "---" for is_number in _numeric(table)]
+    marks = ["---:" if is_number else "---" for is_number in table.numeric]
     lines = [map(in_markdown, table.columns), marks, *(map(in_markdown, row) for row in table.rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def latex_table(table: DataTable) -> str:
     r"""A tabular in the style of papers; the document needs \usepackage{booktabs}."""
-    alignment = "".join("r" if is_number else "l" for is_number in _numeric(table))
+    alignment = "".join("r" if is_number else "l" for is_number in table.numeric)
     head, *body = [" & ".join(map(_for_latex, line)) + r" \\" for line in (table.columns, *table.rows)]
     begin = rf"\begin{{tabular}}{{{alignment}}}"
     return "\n".join([begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"])
@@ -112,12 +118,6 @@ def shown(value: object) -> str:
 
 def _measured(value: float) -> str:
     return f"{value:.4g}" if not math.isfinite(value) or abs(value) < 1000 else f"{value:,.0f}"
-
-
-def _numeric(table: DataTable) -> list[bool]:
-    """Whether each column holds nothing but numbers."""
-    columns = [[row[index] for row in table.rows if row[index] is not None] for index in range(len(table.columns))]
-    return [bool(values) and all(isinstance(v, int | float) for v in values) for values in columns]
 
 
 def in_markdown(value: object) -> str:
