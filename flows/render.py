@@ -218,6 +218,8 @@ def _calibration(record: RunRecord) -> str:
 def _search(record: RunRecord) -> str:
     if record.strategy is None:
         return ""
+    if record.external is not None:
+        return f"none here: {record.strategy} made {record.external}"
     return f"{record.strategy}, {record.metric}, blocks: {record.block_kinds}, {record.dtype} on {record.device}"
 
 

@@ -170,7 +170,12 @@ def _details(run: ReportRun) -> RunDetails:
         f"seed {record.seed}",
         f"{record.num_sequences} sequences of {record.sequence_length}",
     ]
-    searched = [record.strategy, record.metric, f"blocks: {record.block_kinds}"]
+    searched = [
+        record.strategy,
+        record.metric,
+        f"blocks: {record.block_kinds}",
+        *([run.settings] if run.settings else []),
+    ]
     took = (record.finished_at - record.created_at).total_seconds() if record.finished_at else None
     facts = {
         "Run": record.run_id,
@@ -179,7 +184,8 @@ def _details(run: ReportRun) -> RunDetails:
         "Model": record.model,
         "Model's sha256": record.model_fingerprint,
         "Calibration": ", ".join(map(str, calibrated)) if record.num_sequences else record.calibration,
-        "Search": ", ".join(map(str, searched)) if record.strategy else None,
+        "Search": ", ".join(filter(None, searched)) if record.strategy and not record.external else None,
+        "Pruned elsewhere": f"{record.strategy}: {record.external}" if record.external else None,
         "Computed": f"in {record.dtype} on {record.device}, host {record.host}" if record.dtype else record.host,
         "Program": f"blockpruner {record.package_version}",
         "Exported model": f"{export.path} ({export.format})" if export else None,

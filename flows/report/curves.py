@@ -88,7 +88,10 @@ def _texts(runs: Sequence[ReportRun]) -> list[str]:
 
 
 def _text_curves(runs: Sequence[ReportRun], text: str) -> list[Curve]:
-    """A curve for each method on each model; runs that differ in their ratio alone are points of one."""
+    """A curve for each method on each model; runs that differ in their ratio alone are points of one.
+
+    Draws are searches of their own, and so are several settings of one method: a line between them would mean nothing.
+    """
     groups: dict[object, list[ReportRun]] = {}
     for run in runs:
         if run.summary.perplexity("dense", text) is not None or run.summary.perplexity("pruned", text) is not None:
@@ -111,15 +114,17 @@ def _method(run: ReportRun) -> object:
     record = run.record
     if record.strategy is None:
         return record.run_id
-    settings = (record.strategy, record.metric, record.block_kinds, record.calibration, record.num_samples, record.seed)
-    return (run.model_key, record.sequence_length, *settings)
+    searched = (record.strategy, record.metric, record.block_kinds, run.settings)
+    return (run.model_key, record.sequence_length, *searched, record.calibration, record.num_samples, record.seed)
 
 
 def _group_label(members: Sequence[ReportRun]) -> str:
+    if len(members) == 1:
+        return members[0].label
     record = members[0].record
-    kinds = "" if record.block_kinds in (None, "both") else f", {record.block_kinds}"
-    metric = "" if record.metric in (None, "perplexity") else f", {record.metric}"
-    return members[0].label if len(members) == 1 else f"{members[0].model}, {record.strategy}{kinds}{metric}"
+    kinds = record.block_kinds if record.block_kinds != "both" else None
+    metric = record.metric if record.metric in ("kl", "js") else None
+    return ", ".join(filter(None, (members[0].model, record.strategy, kinds, metric, members[0].settings)))
 
 
 def _published(papers: Sequence[PaperModel]) -> Iterator[Curve]:

@@ -8,7 +8,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from flows.grid import External, load_comparison
 from flows.paper_figures import paper_figures
+from flows.recipe import make_recipe
 from flows.render import sparkline
 from flows.report.bars import speed_bars
 from flows.report.build import Report
@@ -17,7 +19,7 @@ from flows.report.data import accuracies, distinct_searches, report_runs
 from flows.report.paper import comparisons
 from flows.report.picture import plain
 from flows.report.related import with_related
-from flows.report.reproduce import commands
+from flows.report.reproduce import commands, recipe_text
 from flows.report.theme import DARK, LIGHT, Theme
 from flows.results_table import results_table
 from flows.summary import RunSummary
@@ -280,3 +282,63 @@ def test_vector_pictures_show_the_steps(lab: Lab) -> None:
     assert data_uri(strip).startswith("data:image/svg+xml;base64,")
     nothing = summary(lab, lab.run("nothing", roles="b"))
     assert (blocks_svg(nothing), perplexity_svg(nothing)) == (None, None)
+
+
+# --- models that were pruned elsewhere, and draws ---------------------------------------------------------------------
+
+
+def of_an_external(lab: Lab) -> RunRecord:
+    record = lab.run("c: SliceGPT", roles="b")
+    text = {"text": "wikitext2", "num_tokens": 900, "perplexity": 25.0}
+    record.stages.append(lab.artifact("evaluate:pruned", {"texts": [text], "metrics": []}, "external"))
+    config = make_recipe({"model": "m", "calibration": "notes.txt", "ratio": 0.2, "eval_text": "w.txt"}).model_dump()
+    about = {"model": "m", "strategy": "SliceGPT", "external": "/x/sliced model", "num_parameters": 1000,
+             "num_parameters_left": 750, "comparison": "c", "config": config}  # fmt: skip
+    return record.model_copy(update=about)
+
+
+def test_a_model_that_was_pruned_elsewhere_has_its_ratio(lab: Lab) -> None:
+    (run,) = runs = report_runs([summary(lab, of_an_external(lab))])
+    assert run.ratio == 0.25
+    (picture,) = held_out_curves(runs, [])
+    (curve,) = picture.draw(LIGHT)["data"]
+    assert (curve["x"], curve["y"]) == ([0.0, 0.25], [5.47, 25.0])
+
+
+def test_a_model_that_was_pruned_elsewhere_is_measured_again_by_compare(lab: Lab, tmp_path: Path) -> None:
+    record = of_an_external(lab)
+    assert commands(record) == "blockpruner compare recipe.yaml"
+    (tmp_path / "recipe.yaml").write_text(recipe_text(record))
+    again = load_comparison(str(tmp_path / "recipe.yaml"), {}, {})
+    (cell,) = again.cells
+    assert again.name == "c"
+    assert cell.external == External(path="/x/sliced model", label="SliceGPT")
+    assert (cell.recipe.name, cell.recipe.eval_text, cell.recipe.ratio) == (record.name, ("w.txt",), None)
+    facts = dict(Report.of([summary(lab, record)]).page.details[0].facts)
+    assert facts["Pruned elsewhere"] == "SliceGPT: /x/sliced model"
+    assert "Search" not in facts
+
+
+def test_draws_are_not_joined(lab: Lab) -> None:
+    runs = []
+    for seed, ratio, perplexity in ((0, 0.1, 8.0), (1, 0.1, 30.0), (0, 0.2, 9.0), (2, 0.2, 7.0)):
+        record = lab.run(f"c: draw {seed} {ratio}", roles="b")
+        export = {"format": "stock", "num_blocks_removed": 1, "num_parameters": 1000 * (1 - ratio), "bytes": 1,
+                  "verified": True}  # fmt: skip
+        text = {"text": "wikitext2", "num_tokens": 9, "perplexity": perplexity}
+        record.stages.append(lab.artifact("export", export, f"{seed} {ratio}"))
+        record.stages.append(lab.artifact("evaluate:pruned", {"texts": [text]}, f"{seed} {ratio}"))
+        about = {"num_parameters": 1000, "strategy": "random", "metric": "chance", "block_kinds": "both", "model": "m",
+                 "config": {"strategy_seed": seed}, "comparison": "c"}  # fmt: skip
+        runs.append(summary(lab, record.model_copy(update=about)))
+    (picture,) = held_out_curves(report_runs(runs), [])
+    curves = {curve["name"]: curve["y"] for curve in picture.draw(LIGHT)["data"]}
+    assert curves == {"m, random, draw 0": [5.47, 8.0, 9.0], "draw 1 0.1": [5.47, 30.0], "draw 2 0.2": [5.47, 7.0]}
+
+
+def test_the_rows_of_one_comparison_are_called_as_it_calls_them(lab: Lab) -> None:
+    rows = [lab.run(f"c: {name}").model_copy(update={"comparison": "c"}) for name in ("rm", "oneshot")]
+    assert [run.label for run in report_runs([summary(lab, row) for row in rows])] == ["rm", "oneshot"]
+    with_another = [*rows, lab.run("d: rm").model_copy(update={"comparison": "d"})]
+    named = [run.label for run in report_runs([summary(lab, row) for row in with_another])]
+    assert named == ["c: rm", "c: oneshot", "d: rm"]
