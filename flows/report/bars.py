@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flows.report.data import Accuracy, ReportRun, StageTime
-from flows.report.picture import Figure, Picture, axis, base_layout, drawable, plain
-from flows.report.theme import HATCHING, Theme
+from flows.report.picture import Figure, Picture, axis, base_layout, distinct, drawable, plain
+from flows.report.theme import HATCHING, Theme, fill
 from flows.summary import AVERAGE
 from flows.table_formats import DataTable, shown
 from flows.wording import spell_out
@@ -127,7 +127,7 @@ def _speed_picture(
         name=f"speed-{name}",
         title=title,
         caption=caption,
-        draw=lambda theme: _draw(series, theme, unit),
+        draw=lambda theme: _draw(series, theme, unit, is_wide=False),
         table=_table(series, "case", unit),
         is_wide=False,
     )
@@ -180,48 +180,62 @@ def _pruned_name(run: ReportRun, runs: Sequence[ReportRun]) -> str:
     return "pruned" if len(runs) == 1 else run.label
 
 
-def _draw(series: Sequence[Series], theme: Theme, unit: str, tick_format: str = ",.3~s") -> Figure:
+def _draw(
+    series: Sequence[Series], theme: Theme, unit: str, tick_format: str = ",.3~s", *, is_wide: bool = True
+) -> Figure:
+    """A group of bars for each category; of a single one, a line for each series, whose name stands beside it."""
     categories = list(dict.fromkeys(bar.category for each in series for bar in each.bars))
-    data = [_trace(each, theme, theme.dense if each.is_dense else theme.series_color(each.index)) for each in series]
+    labels = distinct(each.label for each in series)
+    if is_single := len(categories) == 1 and len(series) > 1:
+        unit, rows = f"{unit}<br>{plain(categories[0])}", dict.fromkeys(categories, "")
+        names, height, gap = list(labels.values()), 16 + 27 * len(series), 0.28
+    else:
+        rows = distinct(categories)
+        names = list(rows.values())
+        per_category = 14 + 17 * len(series) if len(series) > 1 else 34
+        height, gap = per_category * len(categories), 14 / per_category if len(series) > 1 else 0.28
+    data = [_trace(each, labels[each.label], rows, theme) for each in series]
     largest = max((value for each in series for bar in each.bars if (value := drawable(bar.value))), default=1.0)
-    per_category = 14 + 17 * len(series) if len(series) > 1 else 34
     return {
         "data": data,
         "layout": base_layout(
             theme,
-            110 + per_category * len(categories),
-            barmode="group",
-            bargap=0.28,
+            90 + height,
+            legend=[] if is_single else [labels[each.label] for each in series],
+            is_wide=is_wide,
+            barmode="overlay" if is_single else "group",
+            bargap=gap,
             xaxis=axis(theme, unit, tickformat=tick_format, range=[0, _ROOM_FOR_TEXT * largest], nticks=7),
             yaxis=axis(
                 theme,
                 type="category",
                 categoryorder="array",
-                categoryarray=[plain(name) for name in categories],
+                categoryarray=names,
                 autorange="reversed",
                 showgrid=False,
             ),
-            showlegend=len(series) > 1,
-            legend={**base_layout(theme, 0)["legend"], "traceorder": "normal"},
         ),
     }
 
 
-def _trace(series: Series, theme: Theme, color: str) -> dict[str, Any]:
+def _trace(series: Series, name: str, rows: Mapping[str, str], theme: Theme) -> dict[str, Any]:
+    """`name`: of the series. `rows`: where the bars of each category stand; where it says none, at the series' name."""
     errors = [bar.error for bar in series.bars]
+    stands_beside_it = not all(rows.values())
+    pattern = "" if series.is_dense or stands_beside_it else fill(series.index)
     trace: dict[str, Any] = {
         "type": "bar",
         "orientation": "h",
-        "name": plain(series.label),
-        "y": [plain(bar.category) for bar in series.bars],
+        "name": name,
+        "y": [rows[bar.category] or name for bar in series.bars],
         "x": [drawable(bar.value) for bar in series.bars],
         "marker": {
-            "color": color,
+            "color": theme.dense if series.is_dense else theme.series_color(series.index),
             "pattern": {
-                "shape": [HATCHING if bar.is_hatched else "" for bar in series.bars],
+                "shape": [HATCHING if bar.is_hatched else pattern for bar in series.bars],
                 "fillmode": "overlay",
                 "fgcolor": theme.surface,
-                "fgopacity": 0.55,
+                "fgopacity": 0.3 if pattern and any(error is not None for error in errors) else 0.55,
                 "size": 6,
             },
         },
@@ -232,7 +246,7 @@ def _trace(series: Series, theme: Theme, color: str) -> dict[str, Any]:
         "outsidetextfont": {"color": theme.text},
         "constraintext": "none",
         "cliponaxis": False,
-        "hovertemplate": f"%{{y}}: %{{text}}<extra>{plain(series.label)}</extra>",
+        "hovertemplate": f"%{{y}}: %{{text}}<extra>{name}</extra>",
     }
     if any(error is not None for error in errors):
         trace["error_x"] = {"type": "data", "array": errors, "color": theme.text, "thickness": 1.5, "width": 4}

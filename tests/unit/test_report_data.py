@@ -12,7 +12,7 @@ from flows.grid import External, load_comparison
 from flows.paper_figures import paper_figures
 from flows.recipe import make_recipe
 from flows.render import sparkline
-from flows.report.bars import speed_bars
+from flows.report.bars import speed_bars, task_bars
 from flows.report.build import Report
 from flows.report.curves import held_out_curves, search_curves
 from flows.report.data import accuracies, distinct_searches, report_runs
@@ -333,7 +333,7 @@ def test_draws_are_not_joined(lab: Lab) -> None:
         runs.append(summary(lab, record.model_copy(update=about)))
     (picture,) = held_out_curves(report_runs(runs), [])
     curves = {curve["name"]: curve["y"] for curve in picture.draw(LIGHT)["data"]}
-    assert curves == {"m, random, draw 0": [5.47, 8.0, 9.0], "draw 1 0.1": [5.47, 30.0], "draw 2 0.2": [5.47, 7.0]}
+    assert curves == {"random, draw 0": [5.47, 8.0, 9.0], "draw 1 0.1": [5.47, 30.0], "draw 2 0.2": [5.47, 7.0]}
 
 
 def test_the_rows_of_one_comparison_are_called_as_it_calls_them(lab: Lab) -> None:
@@ -342,3 +342,73 @@ def test_the_rows_of_one_comparison_are_called_as_it_calls_them(lab: Lab) -> Non
     with_another = [*rows, lab.run("d: rm").model_copy(update={"comparison": "d"})]
     named = [run.label for run in report_runs([summary(lab, row) for row in with_another])]
     assert named == ["c: rm", "c: oneshot", "d: rm"]
+
+
+# --- names and legends ------------------------------------------------------------------------------------------------
+
+
+LONG_NAMES = [f"mmlu_flan_n_shot_generative_{place}_computer_science" for place in ("college", "high_school")]
+
+
+def with_tasks(lab: Lab, name: str, *tasks: str) -> RunRecord:
+    record = lab.run(name, roles="bsx")
+    metrics = [{"task": task, "metric": "acc", "value": 0.1 + place / 10} for place, task in enumerate(tasks)]
+    record.stages.append(lab.artifact("evaluate:pruned", {"texts": [], "metrics": metrics}, name + "".join(tasks)))
+    return record
+
+
+def test_two_long_names_are_two_bars(lab: Lab) -> None:
+    picture = task_bars(report_runs([summary(lab, with_tasks(lab, "a", *LONG_NAMES, "piqa"))]))
+    assert picture is not None
+    figure = picture.draw(LIGHT)
+    (trace,) = figure["data"]
+    assert [label.replace("<br>", "") for label in trace["y"]] == [*LONG_NAMES, "piqa", "average"]
+    assert max(len(line) for label in trace["y"] for line in label.split("<br>")) <= 34
+    assert figure["layout"]["yaxis"]["categoryarray"] == trace["y"]
+
+
+def test_of_a_single_task_every_model_has_a_line_with_its_name(lab: Lab) -> None:
+    runs = report_runs([summary(lab, with_tasks(lab, name, "piqa")) for name in ("one", "other")])
+    picture = task_bars(runs)
+    assert picture is not None
+    figure = picture.draw(LIGHT)
+    assert [(trace["y"], trace["x"]) for trace in figure["data"]] == [(["one"], [0.1]), (["other"], [0.1])]
+    assert figure["layout"]["yaxis"]["categoryarray"] == ["one", "other"]
+    assert not figure["layout"]["showlegend"]
+
+
+def test_a_legend_takes_no_room_from_its_picture(lab: Lab) -> None:
+    def heights(number: int) -> tuple[int, int]:
+        runs = [summary(lab, lab.run(f"a run of some length, number {i}", roles="s")) for i in range(number)]
+        found = search_curves(report_runs(runs))
+        assert found is not None
+        layout = found.draw(LIGHT)["layout"]
+        return layout["height"], layout["meta"]["narrowHeight"]
+
+    (one, one_narrow), (many, many_narrow) = heights(1), heights(12)
+    assert one == one_narrow
+    assert many - one >= 4 * 19  # three or fewer beside each other
+    assert many_narrow - one_narrow >= 12 * 19  # one below the other
+
+
+def test_no_two_runs_have_the_same_sign(lab: Lab) -> None:
+    runs = report_runs([summary(lab, lab.run(f"{number}", roles="s")) for number in range(24)])
+    found = search_curves(runs)
+    assert found is not None
+    signs = {
+        (trace["line"]["color"], trace["line"]["dash"], trace["marker"]["symbol"])
+        for trace in found.draw(LIGHT)["data"]
+    }
+    assert len(signs) == 24
+    assert len({(color, symbol) for color, _, symbol in signs}) == 24
+
+
+def test_the_overview_has_a_line_for_the_dense_model_and_no_column_that_says_nothing(lab: Lab) -> None:
+    runs = [lab.run("night", roles="bsxdp"), with_tasks(lab, "other tasks", "arc", "piqa")]
+    runs = [record.model_copy(update={"strategy": "rm", "num_parameters": 1000}) for record in runs]
+    table = Report.of([summary(lab, record) for record in runs]).page.sections[0].table
+    assert table is not None
+    assert table.columns == ("run", "strategy", "blocks", "parameters removed", "perplexity on calibration",
+                             "perplexity on wikitext2", "accuracy, piqa", "accuracy, arc, piqa")  # fmt: skip
+    assert table.rows[0] == ("dense", None, 0, 0.0, 5.0, 5.47, 0.78, None)
+    assert table.rows[2] == ("other tasks", "rm", None, pytest.approx(0.3), 7.0, None, None, pytest.approx(0.15))
