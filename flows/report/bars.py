@@ -14,8 +14,9 @@ from flows.table_formats import DataTable, shown
 from flows.wording import spell_out
 from stages.store_schema import SpeedRow
 
-_ROOM_FOR_TEXT = 1.2
-"""How far the axis reaches beyond the longest bar, whose value is written behind it."""
+_ROOM_FOR_TEXT, _NARROW_ROOM_FOR_TEXT = 1.2, 1.6
+"""How far the axis reaches beyond the longest bar, whose value is written behind it; on a phone letters are wider."""
+_EVERY_CASE = "every case"
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def stage_bars(runs: Sequence[ReportRun]) -> Picture | None:
     return Picture(
         name="stage-time",
         title="Time per stage",
-        caption="What computing the stage's result took. Hatched: computed by an earlier run, and taken as it was.",
+        caption="What computing the stage's result took. Hatched: computed by another run, and taken as it was.",
         draw=lambda theme: _draw(series, theme, "seconds"),
         table=DataTable(("run", "stage", "seconds", "status"), tuple(rows)),
     )
@@ -138,7 +139,7 @@ def _speed_bars(
 ) -> tuple[Bar, ...]:
     measured = _by_case(run, variant, value)
     if not by_case:
-        return tuple(_speed_bar("every case", number) for number in list(measured.values())[:1])
+        return tuple(_speed_bar(_EVERY_CASE, number) for number in list(measured.values())[:1])
     return tuple(_speed_bar(f"batch {batch}, prompt {prompt}", number) for (batch, prompt), number in measured.items())
 
 
@@ -187,8 +188,9 @@ def _draw(
     categories = list(dict.fromkeys(bar.category for each in series for bar in each.bars))
     labels = distinct(each.label for each in series)
     if is_single := len(categories) == 1 and len(series) > 1:
-        unit, rows = f"{unit}<br>{plain(categories[0])}", dict.fromkeys(categories, "")
-        names, height, gap = list(labels.values()), 16 + 27 * len(series), 0.28
+        unit = unit if categories == [_EVERY_CASE] else f"{unit}<br>{plain(categories[0])}"
+        rows, names = dict.fromkeys(categories, ""), list(labels.values())
+        height, gap = 16 + 27 * len(series), 0.28
     else:
         rows = distinct(categories)
         names = list(rows.values())
@@ -196,26 +198,21 @@ def _draw(
         height, gap = per_category * len(categories), 14 / per_category if len(series) > 1 else 0.28
     data = [_trace(each, labels[each.label], rows, theme) for each in series]
     largest = max((value for each in series for bar in each.bars if (value := drawable(bar.value))), default=1.0)
-    return {
-        "data": data,
-        "layout": base_layout(
-            theme,
-            90 + height,
-            legend=[] if is_single else [labels[each.label] for each in series],
-            is_wide=is_wide,
-            barmode="overlay" if is_single else "group",
-            bargap=gap,
-            xaxis=axis(theme, unit, tickformat=tick_format, range=[0, _ROOM_FOR_TEXT * largest], nticks=7),
-            yaxis=axis(
-                theme,
-                type="category",
-                categoryorder="array",
-                categoryarray=names,
-                autorange="reversed",
-                showgrid=False,
-            ),
+    layout = base_layout(
+        theme,
+        90 + height,
+        legend=[] if is_single else [labels[each.label] for each in series],
+        is_wide=is_wide,
+        barmode="overlay" if is_single else "group",
+        bargap=gap,
+        xaxis=axis(theme, unit, tickformat=tick_format, range=[0, _ROOM_FOR_TEXT * largest], nticks=7),
+        yaxis=axis(
+            theme, type="category", categoryorder="array", categoryarray=names, autorange="reversed", showgrid=False
         ),
-    }
+    )
+    if any(trace["textposition"] == "outside" for trace in data):
+        layout["meta"]["narrowRange"] = [0, _NARROW_ROOM_FOR_TEXT * largest]
+    return {"data": data, "layout": layout}
 
 
 def _trace(series: Series, name: str, rows: Mapping[str, str], theme: Theme) -> dict[str, Any]:

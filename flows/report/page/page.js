@@ -14,6 +14,7 @@
     const margin = Object.assign({}, layout.margin, { l: 44, r: 8 });
     const changes = { font: font, margin: margin, height: layout.meta.narrowHeight };
     if (layout.xaxis.nticks) changes.xaxis = Object.assign({}, layout.xaxis, { nticks: 4 });
+    if (layout.meta.narrowRange) changes.xaxis.range = layout.meta.narrowRange;
     return Object.assign({}, layout, changes);
   }
 
