@@ -19,8 +19,17 @@ _REMOVED = """
 """A row a step: what is gone once it is done. A step may take several blocks, and then has a row in search_steps for
 each."""
 
+_NAMED = """
+    SELECT * REPLACE (
+        first_value(model) OVER (
+            PARTITION BY coalesce(model_fingerprint, model) ORDER BY created_at, run_id
+        ) AS model
+    ) FROM runs
+"""
+"""The runs, with each model by the name that its first run gave it: typed otherwise it is still one model."""
+
 PERPLEXITY_BY_RATIO = f"""
-WITH removed AS ({_REMOVED}), texts AS (
+WITH named AS ({_NAMED}), removed AS ({_REMOVED}), texts AS (
     SELECT run_id, starts_with(role, 'external:') AS is_external,
            regexp_replace(role, '^(external:)?(text:)?', '') AS text,
            arg_max(coalesce(token_digest, fingerprint), started_at) AS text_fingerprint
@@ -48,7 +57,7 @@ SELECT run_id, r.name, r.model, r.strategy, r.metric, r.block_kinds, r.settings,
        r.model_fingerprint, m.text_fingerprint, c.text_fingerprint AS calibration_fingerprint, r.comparison,
        coalesce(r.search_family, r.pruned_fingerprint, r.external) AS search_family
 FROM measured m
-JOIN runs r USING (run_id)
+JOIN named r USING (run_id)
 LEFT JOIN texts c ON c.run_id = m.run_id AND c.text = 'calibration' AND NOT c.is_external
 LEFT JOIN removed s ON s.run_id = m.run_id AND s.num_blocks_removed = m.num_blocks_removed
 LEFT JOIN measured d ON d.run_id = m.run_id AND d.text = m.text AND d.num_blocks_removed = 0
@@ -122,11 +131,11 @@ lack at least as many parameters of the same model and have a lower perplexity o
 that rank 1 is the best for its size. `pruned_model`: its content, or where it was not evaluated its search and
 length."""
 
-BLOCK_REDUNDANCY = """
-WITH searches AS (
+BLOCK_REDUNDANCY = f"""
+WITH named AS ({_NAMED}), searches AS (
     SELECT run_id, r.model, r.model_fingerprint, r.strategy, max(s.step) AS num_steps
     FROM search_steps s
-    JOIN runs r USING (run_id)
+    JOIN named r USING (run_id)
     WHERE r.strategy IS DISTINCT FROM 'laco'
     GROUP BY run_id, r.model, r.model_fingerprint, r.strategy, r.search_family
     QUALIFY row_number() OVER (PARTITION BY r.search_family ORDER BY num_steps DESC, run_id DESC) = 1
@@ -210,8 +219,8 @@ of one method (draws, calibration sets) are averaged. `mean_accuracy` is over on
 of that step were measured on, so that it can be compared. `comparisons`: the names of those that the runs belong to.
 `times_blockpruner`: the mean perplexity over that of the paper's method there."""
 
-STAGE_COST = """
-WITH computed AS (
+STAGE_COST = f"""
+WITH named AS ({_NAMED}), computed AS (
     SELECT stage, fingerprint, max(seconds) AS seconds FROM stage_runs
     WHERE status = 'completed' AND NOT cached
     GROUP BY ALL
@@ -226,7 +235,7 @@ SELECT any_value(r.model) AS model, s.stage, r.device,
        coalesce(sum(greatest(c.seconds - s.seconds, 0)) FILTER (s.cached), 0) AS saved_seconds,
        r.model_fingerprint
 FROM stage_runs s
-JOIN runs r USING (run_id)
+JOIN named r USING (run_id)
 LEFT JOIN computed c ON c.stage = s.stage AND c.fingerprint = s.fingerprint AND s.cached
 GROUP BY coalesce(r.model_fingerprint, r.model), r.model_fingerprint, s.stage, r.device
 ORDER BY model, total_seconds DESC, s.stage, r.device

@@ -126,6 +126,14 @@ def test_a_search_that_was_not_evaluated_is_the_model_that_was(lab: ViewLab) -> 
     assert sorted(found) == [("searched alone", 1), ("worse", 2)]
 
 
+def test_a_model_has_one_name_however_it_was_typed(lab: ViewLab) -> None:
+    lab.searched("mha:1", [11.0], pruned=21.0, model="./m")
+    lab.searched("mlp:1", [15.0], pruned=30.0, model="/home/m", strategy="oneshot")
+    lab.searched("mlp:1", [16.0], pruned=30.0, model="/home/n", model_fingerprint="N")
+    for view in ("perplexity_by_ratio", "leaderboard", "block_redundancy", "method_comparison", "stage_cost"):
+        assert sorted(set(lab.view(view, "model", "model_fingerprint"))) == [("./m", "M"), ("/home/n", "N")], view
+
+
 # --- models that were pruned elsewhere --------------------------------------------------------------------------------
 
 
