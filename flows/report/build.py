@@ -19,7 +19,7 @@ from flows.report.page import Card, Page, RunDetails, Section, render
 from flows.report.paper import comparisons
 from flows.report.picture import Picture
 from flows.report.reproduce import recipe_text, script
-from flows.summary import AVERAGE, RunSummary
+from flows.summary import RunSummary
 from flows.table_formats import DataTable
 from flows.wording import count, one_line, size, spell_out
 
@@ -170,7 +170,7 @@ def _under_one_name(line: dict[str, object]) -> dict[str, object]:
 def _task_set(run: ReportRun) -> tuple[str, ...]:
     """The tasks that a run's mean accuracy is of."""
     found = run.accuracies("pruned") or run.accuracies("dense")
-    return tuple(sorted({each.task for each in found} - {AVERAGE}))
+    return tuple(sorted(each.task for each in found if each.metric))  # an average has none
 
 
 def _cards(run: ReportRun) -> tuple[Card, ...]:
