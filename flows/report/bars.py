@@ -86,7 +86,7 @@ def speed_bars(runs: Sequence[ReportRun]) -> list[Picture]:
          lambda row: row.kv_cache_bytes_per_token),
     )  # fmt: skip
     rows = [row for run in timed for row in run.summary.rows.speed]
-    return [_speed_picture(timed, *each) for each in measured if any(each[-1](row) is not None for row in rows)]
+    return [_speed_picture(runs, *each) for each in measured if any(each[-1](row) is not None for row in rows)]
 
 
 def stage_bars(runs: Sequence[ReportRun]) -> Picture | None:
@@ -113,16 +113,17 @@ def _speed_picture(
     caption: str,
     value: Callable[[SpeedRow], float | None],
 ) -> Picture:
+    timed = [run for run in runs if run.summary.rows.speed]
     # A KV cache is the same whatever the prompt, but where windows are.
     by_case = name != "kv-cache" or any(
-        len(set(_by_case(run, variant, value).values())) > 1 for run in runs for variant in ("dense", "pruned")
+        len(set(_by_case(run, variant, value).values())) > 1 for run in timed for variant in ("dense", "pruned")
     )
     series = [
         *(
             Series(_dense_name(run, runs), _speed_bars(run, "dense", by_case, value), is_dense=True)
-            for run in _one_a_model(runs)
+            for run in _one_a_model(timed)
         ),
-        *(Series(_pruned_name(run, runs), _speed_bars(run, "pruned", by_case, value), run.index) for run in runs),
+        *(Series(_pruned_name(run, runs), _speed_bars(run, "pruned", by_case, value), run.index) for run in timed),
     ]
     return Picture(
         name=f"speed-{name}",

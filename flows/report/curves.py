@@ -14,8 +14,8 @@ from flows.report.theme import DASHES, Theme, again, symbol
 from flows.table_formats import DataTable
 
 CALIBRATION = "calibration"
-_LINEAR_BELOW, _POWERS_ABOVE = 4.0, 1000.0
-"""The highest perplexity over the lowest: from where on the axis is logarithmic, and has powers of ten only."""
+_LINEAR_BELOW, _FINE_BELOW, _POWERS_ABOVE = 4.0, 20.0, 1000.0
+"""The highest perplexity over the lowest: from where on the axis is logarithmic, has few ticks, powers of ten only."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def _perplexity_axis(curves: Sequence[Curve], theme: Theme) -> dict[str, Any]:
     ticks = [
         digit * 10.0**power
         for power in range(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)
-        for digit in ((1,) if span > _POWERS_ABOVE else (1, 2, 5))
+        for digit in ((1,) if span > _POWERS_ABOVE else (1, 2, 5) if span > _FINE_BELOW else (1, 1.5, 2, 3, 5, 7))
     ]
     return axis(theme, "perplexity", type="log", tickvals=ticks, ticktext=[f"{tick:,.4g}" for tick in ticks])
 

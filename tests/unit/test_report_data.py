@@ -128,6 +128,15 @@ def test_speeds_without_a_peak_of_memory_and_with_windows_have_the_bars_that_are
     assert (list(dense["x"]), list(pruned["x"])) == ([4.0, 3.0], [4.0, 4.0])
 
 
+def test_among_several_runs_speeds_say_whose_they_are(lab: Lab) -> None:
+    timed, other = lab.run("timed", roles="sx"), lab.run("other", roles="sx")
+    timed.stages.append(lab.artifact("speed", SPEED, "speed"))
+    runs = report_runs([summary(lab, timed), summary(lab, other)])
+    assert [[bar["name"] for bar in picture.draw(LIGHT)["data"]] for picture in speed_bars(runs)] == [
+        ["dense", "timed"]
+    ] * 4
+
+
 def test_values_that_are_not_finite_leave_a_gap(lab: Lab) -> None:
     report = Report.of([summary(lab, lab.run())])
     pictures = {picture.name: picture.draw(LIGHT)["data"] for picture in report.pictures}
