@@ -6,6 +6,7 @@ What had to wait comes with the next run, or with `db rebuild`.
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -123,17 +124,19 @@ def test_rows_arrive_when_the_database_is_free_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Held from before the run's first stage until after its last: the wait at its end is the one that counts."""
+    """Held from before the run's first stage until a second after its last: the wait at its end outlasts that."""
     first = search(1).json["run_id"]
     end = hold(False)
     monkeypatch.setattr(runner, "_BRIEF_WAIT_S", _PASSING_S)
     finish = runner.Runner._end
 
-    def end_and_finish(*arguments: Any) -> None:
-        end()
+    def finish_while_it_ends(*arguments: Any) -> None:
+        soon = threading.Timer(1.0, end)
+        soon.start()
         finish(*arguments)
+        soon.join()
 
-    monkeypatch.setattr(runner.Runner, "_end", end_and_finish)
+    monkeypatch.setattr(runner.Runner, "_end", finish_while_it_ends)
     outcome = search(2)
     assert steps(tmp_path) == {first: 1, outcome.json["run_id"]: 2}
 
