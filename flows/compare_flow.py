@@ -29,11 +29,13 @@ from flows.cell_worker import Event, Request
 from flows.compare_progress import CompareProgress
 from flows.comparison import Outcome, Row, rows_of
 from flows.comparison_table import full_table, people_table
-from flows.flow_artifacts import publish_table, with_server
+from flows.flow_artifacts import table
+from flows.flow_hooks import close_cells
 from flows.grid import Cell, Comparison, in_families, load_comparison
 from flows.plan import Plan
 from flows.prune_flow import LoggingReporter, quieten_user_errors
 from flows.reporter import Reporter
+from flows.server_contact import shown
 from flows.table_formats import in_markdown, markdown_table
 from flows.wording import one_line
 from stages.runs import RunStore
@@ -52,7 +54,13 @@ def run_cell(label: str, execution: Callable[[], Event]) -> State[dict[str, Any]
     return Completed(name="Cached", message="done before", data=result) if event.cached else Completed(data=result)
 
 
-@flow(name="compare", persist_result=False)
+@flow(
+    name="compare",
+    persist_result=False,
+    on_failure=[close_cells],
+    on_crashed=[close_cells],
+    on_cancellation=[close_cells],
+)
 def compare(
     recipe: Comparison | str = "demo-compare", workspace: str = "data", parallel: int = 1, report: str | None = None
 ) -> dict[str, Any]:
@@ -191,5 +199,9 @@ def _publish(comparison: Comparison, rows: Sequence[Row], reporter: Reporter) ->
     """The table as artifacts of the flow run: to be read, and with every number."""
     text = f"# {in_markdown(comparison.name)}\n\n{markdown_table(people_table(rows))}\n"
     about = one_line(comparison.description or comparison.name)
-    with_server(reporter, lambda: create_markdown_artifact(text, key="comparison", description=about))
-    publish_table(full_table(rows), "comparison-numbers", about, reporter)
+    shown(
+        reporter,
+        "this comparison's tables",
+        lambda: create_markdown_artifact(text, key="comparison", description=about),
+        table(full_table(rows), "comparison-numbers", about),
+    )
