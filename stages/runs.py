@@ -312,7 +312,8 @@ class RunStore:
             record = self.load(record.run_id)
             if record.status != "running":  # closed by someone else since it was listed
                 return False
-            gone = f"the process of this run (pid {record.pid} on {record.host}) is gone"
+            how = f"`blockpruner resume {record.run_id}` goes on with it"
+            gone = f"the process of this run (pid {record.pid} on {record.host}) is gone; {how}"
             self.finish(record, status, error or gone, at=last_sign_of_life)
             return True
 

@@ -50,9 +50,10 @@ class Works:
     def recipe(self, **changes: object) -> dict[str, object]:
         return recipe_of(self.folder, **changes)
 
-    def long_search(self, seed: int) -> dict[str, object]:
-        """One that takes a minute; `seed` makes it another."""
-        return self.recipe(calibration=str(self.folder / "long.txt"), sequence_length=64, num_blocks=6, seed=seed)
+    def long_search(self, num_samples: int) -> dict[str, object]:
+        """One that takes minutes."""
+        text = {"calibration": str(self.folder / "long.txt"), "num_samples": num_samples, "sequence_length": 64}
+        return self.recipe(**text, num_blocks=7)
 
     def begin(self, deployment: str, recipe: dict[str, object]) -> str:
         return self.lab.begin(deployment, recipe=recipe, workspace=str(self.workspace))
@@ -96,7 +97,7 @@ def works(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Works]:
     folder = tmp_path_factory.mktemp("prefect-lab")
     save_tiny_model(folder / "model", "llama")
     save_tiny_model(folder / "other-model", "qwen2")
-    for name, rows in (("cal", 60), ("long", 6000)):
+    for name, rows in (("cal", 60), ("long", 12_000)):
         (folder / f"{name}.txt").write_text("\n".join(tiny_rows(rows)))
     lab = PrefectLab(folder / "lab")
     try:
@@ -167,8 +168,8 @@ def test_killed_cancelled_queued_and_from_the_cache(works: Works) -> None:
     """One run dies, one holds the only slot of its deployment until it is cancelled, and one waits for that."""
     lab = works.lab
     dying, holding = (
-        works.begin("prune/nightly", works.long_search(1)),
-        works.begin("prune/local", works.long_search(2)),
+        works.begin("prune/nightly", works.long_search(11_000)),
+        works.begin("prune/local", works.long_search(12_000)),
     )
     doomed, held = works.searching(dying), works.searching(holding)
 
