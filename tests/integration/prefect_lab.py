@@ -7,6 +7,7 @@ environment. It is spoken to over HTTP, for this process may have another Prefec
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -54,7 +55,8 @@ class PrefectLab:
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             _MARK: self._mark,
         }
-        (folder / "repository").mkdir(parents=True)
+        self._prefect_yaml = folder / "repository" / "prefect.yaml"
+        self._prefect_yaml.parent.mkdir(parents=True)
         self._client = httpx.Client(base_url=self.environment["PREFECT_API_URL"], timeout=30.0, trust_env=False)
 
     # --- starting and ending ------------------------------------------------------------------------------------------
@@ -66,14 +68,17 @@ class PrefectLab:
         assert server.poll() is None, self.log("server")
 
     def start_worker(self, name: str) -> int:
-        """Start a worker that takes one run at a time; its process id."""
-        return self._start(name, "worker", "start", "--pool", "blockpruner", "--name", name, "--limit", "1").pid
+        """Start a worker that takes one run at a time, and wait until it does; its process id."""
+        worker = self._start(name, "worker", "start", "--pool", "blockpruner", "--name", name, "--limit", "1")
+        wait_until(lambda: worker.poll() is not None or "started!" in self.log(name), _START_S)
+        assert worker.poll() is None, self.log(name)
+        return worker.pid
 
     def prefect(self, *arguments: object) -> str:
         """Call Prefect's command line from the folder of the deployments, with nobody to answer its questions."""
         done = subprocess.run(
             [sys.executable, "-m", "prefect", *map(str, arguments)],
-            cwd=self.folder / "repository",
+            cwd=self._prefect_yaml.parent,
             env=self.environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -84,16 +89,21 @@ class PrefectLab:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def deploy(self, nightly: dict[str, Any], within_s: float) -> datetime:
-        """Deploy everything; the nightly run with parameters of its own, and due at a full minute, which is given."""
-        due = (datetime.now(UTC) + timedelta(seconds=within_s)).replace(second=0, microsecond=0)
-        content = yaml.safe_load((ROOT / "prefect.yaml").read_text())
-        (changed,) = [deployment for deployment in content["deployments"] if deployment["name"] == "nightly"]
-        changed["parameters"] = nightly
-        changed["schedules"][0]["cron"] = f"{due.minute} {due.hour} * * *"
-        (self.folder / "repository" / "prefect.yaml").write_text(yaml.safe_dump(content))
+    def deploy(self) -> None:
+        """Deploy everything that is in prefect.yaml."""
+        shutil.copy(ROOT / "prefect.yaml", self._prefect_yaml)
         self.prefect("work-pool", "create", "--type", "process", "blockpruner")
         self.prefect("deploy", "--all", "--no-prompt")
+
+    def schedule(self, deployment: str, parameters: dict[str, Any], within_s: float) -> datetime:
+        """Deploy one again with other parameters and an hour that is near: a full minute, which is given."""
+        due = (datetime.now(UTC) + timedelta(seconds=within_s)).replace(second=0, microsecond=0)
+        content = yaml.safe_load(self._prefect_yaml.read_text())
+        (changed,) = [each for each in content["deployments"] if each["name"] == deployment]
+        changed["parameters"] = parameters
+        changed["schedules"][0]["cron"] = f"{due.minute} {due.hour} * * *"
+        self._prefect_yaml.write_text(yaml.safe_dump(content))
+        self.prefect("deploy", "--name", deployment, "--no-prompt")
         return due
 
     def kill_server(self) -> None:

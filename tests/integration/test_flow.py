@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from prefect._internal.concurrency.cancellation import CancelledError, WatcherThreadCancelScope
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
@@ -25,6 +28,7 @@ from blockpruner.progress import Progress
 from flows import prune_flow
 from flows.recipe import make_recipe
 from flows.reporter import Reporter
+from stages.runs import RunStore
 from tests.integration.command_line import ROOT, Outcome, blockpruner
 from tests.tiny_models import tiny_rows
 
@@ -146,6 +150,26 @@ def test_a_lost_server_stops_the_showing_and_not_the_search(
     for done in (0, 5, 10):
         show(Progress(done, 10, "candidates"))
     assert capsys.readouterr().err.count("does not take the progress") == 1
+
+
+def test_a_slot_that_is_lost_stops_no_stage(
+    options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Prefect does where the server was away for minutes: it stops the flow wherever that is."""
+    took_the_slot: list[threading.Thread] = []
+
+    def take_the_slot(*_: object) -> None:
+        if not took_the_slot:
+            took_the_slot.append(threading.Thread(target=slot.cancel))
+            took_the_slot[0].start()
+            time.sleep(1)
+
+    monkeypatch.setattr(prune_flow._ProgressArtifact, "__call__", take_the_slot)
+    with WatcherThreadCancelScope() as slot, pytest.raises(CancelledError):
+        blockpruner("run", *options)
+    (record,) = RunStore(tmp_path / "ws").list()
+    assert record.status == "completed"
+    assert [stage.status for stage in record.stages] == ["completed"] * 5
 
 
 def test_only_a_hub_out_of_reach_is_worth_another_try() -> None:
