@@ -22,6 +22,7 @@ from prefect.client.schemas.objects import FlowRun, TaskRun
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.testing.utilities import prefect_test_harness
+from prefect.utilities.schema_tools import validate
 
 from blockpruner.errors import TextSourceError
 from blockpruner.progress import Progress
@@ -230,6 +231,20 @@ def test_the_servers_form_describes_every_setting() -> None:
     schema = prune_flow.prune.parameters.model_dump()
     fields = schema["definitions"]["Recipe"]["properties"]
     assert all(field["description"] for field in fields.values())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"num_samples": "all", "batch_size": "auto", "tasks": "piqa,arc_easy", "eval_text": "wikitext2"},
+        {"num_samples": None, "batch_size": 4, "tasks": ["piqa"], "eval_text": ["a.txt", "b.txt"]},
+        {"export_format": "stock,gguf", "export_dtype": None, "speed_batch_sizes": "1,8", "speed_prompt_tokens": 128},
+    ],
+)
+def test_the_servers_form_takes_what_its_descriptions_offer(given: dict[str, Any]) -> None:
+    recipe = {"model": "m", "num_blocks": 1, **given}
+    make_recipe(recipe)
+    validate({"recipe": recipe}, prune_flow.prune.parameters.model_dump(), raise_on_error=True)
 
 
 def test_logs_of_defects_keep_their_traceback() -> None:

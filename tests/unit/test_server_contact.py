@@ -28,6 +28,7 @@ def refused(url: str) -> httpx.ConnectError:
     return httpx.ConnectError("Connection\nrefused", request=httpx.Request("POST", url))
 
 
+@pytest.mark.filterwarnings("ignore:Artifact creation outside of a flow:FutureWarning")
 @pytest.mark.usefixtures("nobody")
 def test_what_is_only_shown_is_tried_once_and_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     began_at, tried = time.monotonic(), list[int]()
