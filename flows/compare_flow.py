@@ -35,7 +35,7 @@ from flows.grid import Cell, Comparison, in_families, load_comparison
 from flows.plan import Plan
 from flows.prune_flow import LoggingReporter, quieten_user_errors
 from flows.reporter import Reporter
-from flows.server_contact import shown
+from flows.server_contact import shown, whatever_becomes_of_its_slot
 from flows.table_formats import in_markdown, markdown_table
 from flows.wording import one_line
 from stages.runs import RunStore
@@ -76,7 +76,8 @@ def compare(
     comparison = load_comparison(recipe, {}, {}) if isinstance(recipe, str) else recipe
     reporter = LoggingReporter()
     check_comparison(comparison, parallel)
-    outcomes = _Comparing(comparison, Path(workspace), reporter).run(parallel)
+    with whatever_becomes_of_its_slot():
+        outcomes = _Comparing(comparison, Path(workspace), reporter).run(parallel)
     store = Workspace(Path(workspace))
     rows = rows_of(comparison, outcomes, store, reporter.warn)
     _publish(comparison, rows, reporter)

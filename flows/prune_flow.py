@@ -16,7 +16,6 @@ from typing import Any
 from flows.prefect_settings import is_quiet  # isort: skip  # before Prefect is imported
 
 from prefect import flow, get_run_logger, task
-from prefect._internal.concurrency.cancellation import shield
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
@@ -31,7 +30,7 @@ from flows.flow_hooks import note_end
 from flows.recipe import Recipe
 from flows.reporter import Reporter
 from flows.runner import Runner, StageCall
-from flows.server_contact import lost_server, shown
+from flows.server_contact import lost_server, shown, whatever_becomes_of_its_slot
 from flows.summary import RunSummary
 from flows.wording import in_plain_words
 from stages.artifacts import Artifact
@@ -88,9 +87,7 @@ def prune(recipe: Recipe, workspace: str = "data") -> dict[str, Any]:
     reporter = LoggingReporter()
     runner = Runner(Path(workspace), reporter)
     results = runner.workspace.path / "prefect"
-    # A server that cannot be reached for minutes takes the deployment's slot back, and Prefect then stops the flow in
-    # the middle of whatever it does. The shield lets it end first: hours of searching are worth more than a slot.
-    with shield(), _saying_how_to_go_on(runner, reporter):
+    with whatever_becomes_of_its_slot(), _saying_how_to_go_on(runner, reporter):
         record = runner.run(
             recipe,
             "evaluate",

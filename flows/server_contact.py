@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import flows.prefect_settings  # noqa: F401  # isort: skip  # before Prefect is imported
 
 import httpx
+from prefect._internal.concurrency.cancellation import shield
 from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
@@ -37,6 +38,17 @@ def shown(reporter: Reporter, what: str, *actions: Callable[[], object]) -> bool
                 reporter.warn(f"Prefect's server does not take {what}: {one_line(str(error))}")
                 return False
     return True
+
+
+@contextmanager
+def whatever_becomes_of_its_slot() -> Iterator[None]:
+    """Let a flow's body end, also where the server could not be reached and took the deployment's slot back.
+
+    Prefect then stops a flow in the middle of whatever it does; hours of searching are worth more than a slot. Raises
+    Prefect's cancellation when the body has ended. An order to end (SIGTERM, and so a cancelled run) is not held up.
+    """
+    with shield():
+        yield
 
 
 @contextmanager
