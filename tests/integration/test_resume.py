@@ -81,11 +81,10 @@ def as_if_undisturbed(found: dict[str, Any], folder: Path) -> None:
     [(signal.SIGTERM, "cancelled", "start of its id"), (signal.SIGKILL, "crashed", "latest")],
 )
 def test_a_stopped_or_killed_search_goes_on_as_if_undisturbed(
-    sent: signal.Signals, status: str, typed: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    sent: signal.Signals, status: str, typed: str, folder: Path
 ) -> None:
     stopped_in_its_search(folder, sent)
     (before,) = records(folder)
-    monkeypatch.chdir("/")  # the settings mean the same from anywhere
     outcome = resume(folder, before.run_id[:-2] if typed == "start of its id" else "latest", "--json")
     after, closed = records(folder)
     assert (closed.run_id, closed.status, after.status) == (before.run_id, status, "completed")
@@ -146,3 +145,12 @@ def test_a_cell_of_a_comparison_stays_one(folder: Path) -> None:
     run_id = changed(folder, status="cancelled", comparison="c")
     assert resume(folder, run_id).status == 0
     assert [record.comparison for record in records(folder)] == ["c", "c"]
+
+
+def test_what_was_named_in_one_folder_is_found_from_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    relative = ["--model", "model", "--calibration", "cal.txt"]
+    assert blockpruner(*search(folder), *relative).status == 0
+    run_id = changed(folder, status="cancelled")
+    monkeypatch.chdir("/")
+    assert resume(folder, run_id).status == 0
