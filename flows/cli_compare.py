@@ -146,9 +146,11 @@ def _run_flow(comparison: Comparison, workspace: Path, parallel: int, report: Pa
         check_comparison(comparison, parallel)
         Reporter().say("starting Prefect")
         from flows.prefect_server import start_shielded_server
+        from flows.server_contact import losing_server_in_one_line
 
         start_shielded_server()
-        result = compare(comparison, str(workspace), parallel, str(report) if report else None)
+        with losing_server_in_one_line():
+            result = compare(comparison, str(workspace), parallel, str(report) if report else None)
         return [Outcome.model_validate(each) for each in result["outcomes"]]
 
 

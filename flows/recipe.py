@@ -128,6 +128,9 @@ def _dtype_or_none(value: object) -> object:
 
 _Count = Annotated[int, Field(ge=1, le=2**20)]
 NonBlank = Annotated[str, Field(min_length=1, pattern=r"\S")]
+# What a schema (the form of Prefect's server) says is valid before it is made the field's own type.
+_Texts = str | tuple[str, ...]
+_Numbers = int | str | tuple[int, ...]
 
 
 class Recipe(BaseModel):
@@ -138,26 +141,26 @@ class Recipe(BaseModel):
     model: NonBlank = Field(description=SETTINGS["model"])
     calibration: NonBlank = Field(default="alpaca", description=SETTINGS["calibration"])
     calibration_column: NonBlank | None = Field(default=None, description=SETTINGS["calibration_column"])
-    num_samples: Annotated[int | None, BeforeValidator(_number_or_all)] = Field(
-        default=256, ge=1, le=_MOST_ROWS, description=SETTINGS["num_samples"]
-    )
+    num_samples: Annotated[
+        int | None, BeforeValidator(_number_or_all, json_schema_input_type=int | Literal["all"] | None)
+    ] = Field(default=256, ge=1, le=_MOST_ROWS, description=SETTINGS["num_samples"])
     sequence_length: int = Field(default=2048, ge=2, le=_MOST_TOKENS, description=SETTINGS["sequence_length"])
     seed: int = Field(default=42, ge=0, lt=2**32, description=SETTINGS["seed"])
     num_blocks: int | None = Field(default=None, ge=1, le=_MOST_BLOCKS, description=SETTINGS["num_blocks"])
     ratio: float | None = Field(default=None, gt=0, lt=1, description=SETTINGS["ratio"])
     block_kinds: BlockKinds = Field(default="both", description=SETTINGS["block_kinds"])
     export_blocks: int | None = Field(default=None, ge=1, le=_MOST_BLOCKS, description=SETTINGS["export_blocks"])
-    export_format: Annotated[tuple[FormatChoice, ...], BeforeValidator(_split_at_commas)] = Field(
-        default=("auto",), min_length=1, description=SETTINGS["export_format"]
-    )
+    export_format: Annotated[
+        tuple[FormatChoice, ...], BeforeValidator(_split_at_commas, json_schema_input_type=_Texts)
+    ] = Field(default=("auto",), min_length=1, description=SETTINGS["export_format"])
     export_dtype: Annotated[ExportDtype | None, BeforeValidator(_dtype_or_none)] = Field(
         default=None, description=SETTINGS["export_dtype"]
     )
-    eval_text: Annotated[tuple[NonBlank, ...], BeforeValidator(_as_list)] = Field(
+    eval_text: Annotated[tuple[NonBlank, ...], BeforeValidator(_as_list, json_schema_input_type=_Texts)] = Field(
         default=(), description=SETTINGS["eval_text"]
     )
     eval_text_column: NonBlank | None = Field(default=None, description=SETTINGS["eval_text_column"])
-    tasks: Annotated[tuple[NonBlank, ...], BeforeValidator(_split_at_commas)] = Field(
+    tasks: Annotated[tuple[NonBlank, ...], BeforeValidator(_split_at_commas, json_schema_input_type=_Texts)] = Field(
         default=(), description=SETTINGS["tasks"]
     )
     task_dir: NonBlank | None = Field(default=None, description=SETTINGS["task_dir"])
@@ -167,9 +170,9 @@ class Recipe(BaseModel):
     limit: int | None = Field(default=None, ge=1, le=_MOST_EXAMPLES, description=SETTINGS["limit"])
     device: Annotated[str, BeforeValidator(_known_device)] = Field(default="auto", description=SETTINGS["device"])
     dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description=SETTINGS["dtype"])
-    batch_size: Annotated[int | None, BeforeValidator(_number_or_auto)] = Field(
-        default=None, ge=1, le=_MOST_SEQUENCES_AT_ONCE, description=SETTINGS["batch_size"]
-    )
+    batch_size: Annotated[
+        int | None, BeforeValidator(_number_or_auto, json_schema_input_type=int | Literal["auto"] | None)
+    ] = Field(default=None, ge=1, le=_MOST_SEQUENCES_AT_ONCE, description=SETTINGS["batch_size"])
     stock_compatible: bool = Field(default=False, description=SETTINGS["stock_compatible"])
     metric: MetricName = Field(default="perplexity", description=SETTINGS["metric"])
     strategy: StrategyName = Field(default="blockpruner", description=SETTINGS["strategy"])
@@ -191,11 +194,11 @@ class Recipe(BaseModel):
     ray_address: Annotated[NonBlank | None, BeforeValidator(_host_and_port)] = Field(
         default=None, description=SETTINGS["ray_address"]
     )
-    speed_batch_sizes: Annotated[tuple[_Count, ...], BeforeValidator(_numbers)] = Field(
-        default=(1, 8), min_length=1, description=SETTINGS["speed_batch_sizes"]
+    speed_batch_sizes: Annotated[tuple[_Count, ...], BeforeValidator(_numbers, json_schema_input_type=_Numbers)] = (
+        Field(default=(1, 8), min_length=1, description=SETTINGS["speed_batch_sizes"])
     )
-    speed_prompt_tokens: Annotated[tuple[_Count, ...], BeforeValidator(_numbers)] = Field(
-        default=(128, 512), min_length=1, description=SETTINGS["speed_prompt_tokens"]
+    speed_prompt_tokens: Annotated[tuple[_Count, ...], BeforeValidator(_numbers, json_schema_input_type=_Numbers)] = (
+        Field(default=(128, 512), min_length=1, description=SETTINGS["speed_prompt_tokens"])
     )
     speed_new_tokens: int = Field(default=32, ge=1, le=2**20, description=SETTINGS["speed_new_tokens"])
     speed_repeats: int = Field(default=5, ge=1, le=1000, description=SETTINGS["speed_repeats"])

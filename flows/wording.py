@@ -62,6 +62,11 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
+def cancelled(run_id: str) -> str:
+    """Why a run ended that was stopped, and how to go on."""
+    return f"cancelled; give the same command again, or `blockpruner resume {run_id}`, to go on"
+
+
 def in_units(number: float) -> str:
     """The number in the unit that fits, which the word for what it counts follows: '12.5 M', '314 G', '87 '."""
     power = next((power for power in (4, 3, 2, 1) if abs(number) >= 1000**power), 0)
