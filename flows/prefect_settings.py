@@ -34,8 +34,8 @@ def be_quiet() -> None:
         logging.raiseExceptions = False  # Python's own switch for errors of logging itself, which Prefect heeds
 
 
-def import_prefect() -> None:
-    """Import Prefect, which reads its settings at that.
+def require_valid_settings() -> None:
+    """Make sure that Prefect, which this imports, can read its settings.
 
     Raises:
         ConfigurationError: if one is not valid; the first is named.
@@ -43,7 +43,9 @@ def import_prefect() -> None:
     from pydantic import ValidationError
 
     try:
-        import prefect  # noqa: F401
+        from prefect.settings import get_current_settings
+
+        get_current_settings()
     except ValidationError as error:
         problem = error.errors()[0]
         came = str(problem["input"])
@@ -52,7 +54,7 @@ def import_prefect() -> None:
         ]
         where = " or ".join(names) or f"{error.title}, {'.'.join(map(str, problem['loc']))}"
         raise ConfigurationError(
-            f"a setting of Prefect is not valid: {where} is {came!r} ({problem['msg'].replace('Input', 'it')}); mend it, "
+            f"a setting of Prefect is not valid: {where} is {came!r} ({problem['msg']}); mend it, "
             "in the environment or Prefect's profile, or leave it out"
         ) from error
 
