@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.integration.command_line import Outcome, blockpruner
+
+_MOST_MORE_BYTES = 8 * 2**30
+"""Of address space: libraries map gigabytes of it when they are first imported, and no test is to hold them."""
 
 
 @dataclass(frozen=True)
@@ -136,3 +142,15 @@ def refused(outcome: Outcome) -> str:
     assert len(lines[-1]) < 5000
     assert all(character.isprintable() for character in lines[-1]), lines[-1]
     return lines[-1]
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """What would be allocated for a model of absurd size is an error at once, and no disaster for the machine."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + _MOST_MORE_BYTES, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

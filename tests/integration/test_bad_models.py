@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -12,14 +11,12 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.integration.bad_input_lab import Lab, refused
+from tests.integration.bad_input_lab import Lab, little_memory, refused
 from tests.integration.bad_input_models import CONFIGS, FILES, HEADERS, INDICES, change_header
 from tests.integration.command_line import Outcome
 from tests.tiny_models import tiny_rows
 
 TinyFolder = Callable[[str], Path]
-_MOST_MORE_BYTES = 8 * 2**30
-"""Of address space: libraries map gigabytes of it when they are first imported, and no test is to hold them."""
 
 
 @pytest.fixture
@@ -31,12 +28,8 @@ def lab(tmp_path: Path, tiny_folder: TinyFolder) -> Lab:
 
 @pytest.fixture(autouse=True)
 def _little_memory() -> Iterator[None]:
-    """What would be allocated for a model of absurd size is an error at once, and no disaster for the machine."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + _MOST_MORE_BYTES, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
+    with little_memory():
+        yield
 
 
 def both(lab: Lab) -> Iterator[str]:
