@@ -144,6 +144,7 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
     try:
         with _without_load_report():  # nor its remark that it does not know the type of an export with code
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+            tokenizer("a", verbose=False)  # some settings are looked at only now
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise CheckpointError(f"the tokenizer of {checkpoint.name} cannot be loaded: {_one_line(error)}") from error
     return cast(PreTrainedTokenizerBase, tokenizer)

@@ -60,6 +60,11 @@ FILES: dict[str, tuple[str, bytes, str]] = {
         b'{"a":' + b"9" * 5000 + b"}",
         "is not valid JSON (ValueError)",
     ),
+    "tokenizer_config.json with a length of text": (
+        "tokenizer_config.json",
+        b'{"tokenizer_class": "TokenizersBackend", "model_max_length": ""}',
+        "the tokenizer of",
+    ),
     "adapter": ("adapter_config.json", b'{"base_model_name_or_path": "../other"}', "holds an adapter"),
     "weights of nothing": ("model.safetensors", b"", "0 bytes hold no header"),
     "weights of zeros": ("model.safetensors", b"\0" * 100, "has a damaged safetensors header"),

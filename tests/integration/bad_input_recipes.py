@@ -98,6 +98,7 @@ FIELDS: dict[str, tuple[tuple[str, str], ...]] = {
         ("8", "with a unit, as 8GiB"),
         ("-1GB", "'-1GB' is no amount of memory"),
         ("nanGB", "no amount of memory"),
+        ("8iB", "no amount of memory"),
         ("[1GB]", "no amount of memory"),
     ),
     "compile": (("3", "unknown compile 3"), ("on", "compiling pays on a GPU only")),

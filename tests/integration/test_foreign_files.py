@@ -146,7 +146,7 @@ def test_pickled_weights_are_never_loaded(lab: Lab, tmp_path: Path) -> None:
     (lab.model / "model.safetensors").unlink()
     assert "only pickled weights" in refused(lab.search())
     (lab.model / "model.safetensors").write_bytes(content)
-    assert "holds no header" in refused(lab.search())
+    assert "hold no header" in refused(lab.search())
     assert not (tmp_path / "mark").exists()
 
 
@@ -177,7 +177,7 @@ def test_an_adapter_does_not_bring_another_model(lab: Lab) -> None:
 def test_names_lead_nowhere_and_steer_nothing(name: str, lab: Lab) -> None:
     text = lab.file("new\x1b[2J\n.txt", b"\n".join(row.encode() for row in tiny_rows(40, seed=1)))
     before = {path for path in lab.path.rglob("*") if lab.workspace not in (path, *path.parents)}
-    run = ("evaluate", *lab.good, "--num-blocks", 1, "--name", name, "--eval-text", text)
+    run = ("baseline", *lab.good, "--name", name, "--eval-text", text)
     said = [lab.call(*run), lab.call("runs"), lab.call("show", name), lab.call("show", "latest", "--markdown")]
     assert [outcome.status for outcome in said] == [0, 0, 0, 0], said
     shown = "".join(outcome.stdout + outcome.stderr for outcome in said)
