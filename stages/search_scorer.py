@@ -16,7 +16,7 @@ from blockpruner.architectures import Architecture, architecture_of
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ConfigurationError
 from blockpruner.loading import DtypeName, load_model, torch_dtype
-from blockpruner.scoring.build import build_scorer, is_streamed, made_for
+from blockpruner.scoring.build import build_scorer, is_streamed, made_for, prepare
 from blockpruner.scoring.interface import SurveyScorer
 from blockpruner.scoring.metrics import metric_of
 from blockpruner.scoring.plan import SweepCut, SweepPlan, Team
@@ -72,6 +72,13 @@ class ScoringJob:
         weight_bytes = self.num_parameters * torch_dtype(self.dtype).itemsize
         can_stream = self.can_stream and self.settings.scorer == "sweep"
         streamed = can_stream and is_streamed(weight_bytes, self.device, self.settings.memory_budget)
+        prepare(
+            self.device,
+            self.settings,
+            num_layers=self.num_layers,
+            num_parameters=self.num_parameters,
+            num_tokens=token_ids_BT.numel(),
+        )
         model = load_model(
             self.model,
             device="cpu" if streamed else self.device,

@@ -59,13 +59,16 @@ class Machine:
 
 CUDA_CHUNK_BYTES = 2**26
 """About the second-level cache of a Hopper GPU: larger batches were slower there (H200, 2026-11-24)."""
-CUDA_LOGIT_ELEMENTS = 2**28
+CUDA_LOGIT_ELEMENTS = 2**30
+"""A call of the head costs a millisecond of the host's time; with fewer logits a call a GPU waits for it."""
 CUDA_MICRO_BATCH_FLOPS = 1e15
 CPU_CHUNK_BYTES = 2**22
 CPU_LOGIT_ELEMENTS = 2**23
 CPU_MICRO_BATCH_FLOPS = 1e11
 _FEW_BYTES = 2**30
 """Snapshots of less than this are given up, not halved, when memory is short."""
+_LOGIT_SHARE = 0.1
+"""Of the memory that may be used, for logits, at most."""
 _LOGIT_BYTES = 12
 """Of one logit while its loss is computed: itself, in float32, and one temporary."""
 
@@ -171,10 +174,13 @@ def plan_sweep(
             fitting = max(1, min(int(0.35 * usable) // front_bytes, int(0.2 * usable) // branch_bytes))
             micro_batch = _micro_batch(shape, machine, fitting, num_workers)
         chunk_tokens = min(machine.chunk_bytes // shape.hidden_bytes, int(0.2 * usable) // shape.working_bytes)
+        branch_tokens = micro_batch * shape.sequence_length
+        branches_per_chunk = max(1, chunk_tokens // branch_tokens)
+        logits = min(machine.logit_elements, branches_per_chunk * branch_tokens * shape.vocab_size)
         cut = SweepCut(
             micro_batch=micro_batch,
-            branches_per_chunk=max(1, chunk_tokens // (micro_batch * shape.sequence_length)),
-            logit_elements=max(shape.vocab_size, min(machine.logit_elements, int(0.05 * usable) // _LOGIT_BYTES)),
+            branches_per_chunk=branches_per_chunk,
+            logit_elements=max(shape.vocab_size, min(logits, int(_LOGIT_SHARE * usable) // _LOGIT_BYTES)),
         )
     # The front and the chunk that takes its next step; what a unit works with; logits; and room for fragments.
     chunk_tokens = cut.branches_per_chunk * cut.micro_batch * shape.sequence_length

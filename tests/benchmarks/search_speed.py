@@ -8,7 +8,8 @@
 Two loops with a full forward pass and full logits for each candidate (batch 2, SDPA) are timed: the reference's, with
 its loss, and our plain scorer. They are timed on candidates spread over the network, and the whole search follows from
 the floating-point operations that each later forward pass still has. The sweep's time is the whole search's,
-compilation included.
+from the loaded model on, compilation included. As in the search stage, the compiler is imported while the model is read
+from safetensors; how long that took stands beside it.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from blockpruner.blocks import Block
 from blockpruner.calibration import cut_into_sequences
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.journal import SearchJournal
-from blockpruner.loading import load_model, load_tokenizer
+from blockpruner.loading import DtypeName, load_model, load_tokenizer, meta_model
 from blockpruner.masking import masked
 from blockpruner.memory_size import parse_memory_size
-from blockpruner.scoring.build import build_scorer, device_memory, is_streamed
+from blockpruner.scoring.build import build_scorer, device_memory, is_streamed, prepare
 from blockpruner.scoring.metrics import metric_of
 from blockpruner.scoring.plain import PlainScorer
 from blockpruner.scoring.settings import ScorerSettings
@@ -45,6 +46,8 @@ from blockpruner.scoring.work import Costs
 from blockpruner.search import GreedySearch, SearchTarget
 from blockpruner.trace import SearchStep
 
+DTYPES: tuple[tuple[DtypeName, torch.dtype], ...] = (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+"""On the CPU, on a GPU."""
 PLAIN_BATCH = 2
 PLAIN_CANDIDATES = 8
 
@@ -103,6 +106,45 @@ def random_model(config: dict[str, int | bool], device: str, dtype: torch.dtype)
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             parameter.mul_((2 * int(config["num_hidden_layers"])) ** -0.5)
     return model
+
+
+def write_random_model(config: dict[str, int | bool], folder: Path, device: str) -> None:
+    """A checkpoint of `random_model`, without a tokenizer."""
+    random_model(config, device, DTYPES[device != "cpu"][1]).save_pretrained(folder)
+    if device != "cpu":
+        torch.cuda.empty_cache()
+
+
+def loaded(
+    checkpoint: Checkpoint, token_ids_BT: Tensor, device: str, settings: ScorerSettings
+) -> tuple[PreTrainedModel, float]:
+    """The model, where the search stage would have it, and the seconds that it took."""
+    architecture, shapes = meta_model(checkpoint)
+    size, (dtype_name, dtype) = num_parameters(shapes), DTYPES[device != "cpu"]
+    num_layers = len(architecture.decoder_layers(shapes))
+    started = time.monotonic()
+    prepare(device, settings, num_layers=num_layers, num_parameters=size, num_tokens=token_ids_BT.numel())
+    streamed = is_streamed(size * dtype.itemsize, device, settings.memory_budget)
+    model = load_model(checkpoint, device="cpu" if streamed else device, dtype=dtype_name)
+    return model, time.monotonic() - started
+
+
+def _settings(arguments: argparse.Namespace) -> ScorerSettings:
+    budget = parse_memory_size(arguments.memory_budget) if arguments.memory_budget else None
+    return ScorerSettings(memory_budget=budget, compile=arguments.compile)
+
+
+def _tokens(checkpoint: Checkpoint, workload: Workload | None, arguments: argparse.Namespace) -> Tensor:
+    """The calibration set [B, T]: of a text, or drawn."""
+    if arguments.tokens:
+        num_sequences, length = map(int, arguments.tokens.split("x"))
+    elif workload:
+        num_sequences, length = workload.num_sequences, workload.sequence_length
+    if workload:
+        generator = torch.Generator().manual_seed(1)
+        return torch.randint(int(workload.config["vocab_size"]), (num_sequences, length), generator=generator)
+    rows = [line.strip() for line in Path(arguments.text).read_text().splitlines() if line.strip()]
+    return cut_into_sequences(rows, load_tokenizer(checkpoint), length)[:num_sequences]
 
 
 @torch.inference_mode()
@@ -178,33 +220,18 @@ def sweep_search(
 
 def measure(name: str, workload: Workload | None, arguments: argparse.Namespace) -> dict[str, object]:
     """One line of the table."""
-    device, dtype = arguments.device, torch.bfloat16 if arguments.device != "cpu" else torch.float32
-    budget = parse_memory_size(arguments.memory_budget) if arguments.memory_budget else None
-    if workload is None:
-        checkpoint = Checkpoint.open(name)
-        num_sequences, length = map(int, arguments.tokens.split("x"))
-        rows = [line.strip() for line in Path(arguments.text).read_text().splitlines() if line.strip()]
-        token_ids_BT = cut_into_sequences(rows, load_tokenizer(checkpoint), length)[:num_sequences]
-        model = load_model(checkpoint, device=device, dtype="bfloat16" if device != "cpu" else "float32")
-        num_blocks = arguments.num_blocks or 8
-    else:
-        if arguments.tokens:
-            num_sequences, length = map(int, arguments.tokens.split("x"))
-        else:
-            num_sequences, length = workload.num_sequences, workload.sequence_length
-        generator = torch.Generator().manual_seed(1)
-        token_ids_BT = torch.randint(workload.config["vocab_size"], (num_sequences, length), generator=generator)
-        model = random_model(workload.config, device, dtype)
-        num_blocks = arguments.num_blocks or workload.num_blocks
+    device, settings = arguments.device, _settings(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        if workload is not None:
+            write_random_model(workload.config, Path(folder), device)
+        checkpoint = Checkpoint.open(folder if workload else name)
+        token_ids_BT = _tokens(checkpoint, workload, arguments)
+        model, load_s = loaded(checkpoint, token_ids_BT, device, settings)
+    num_blocks = arguments.num_blocks or (workload.num_blocks if workload else 8)
     architecture = architecture_of(model.config.model_type).for_config(model.config)
-    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    if is_streamed(weight_bytes, device, budget):
-        model = model.cpu()
-        torch.cuda.empty_cache()
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-    settings = ScorerSettings(memory_budget=budget, compile=arguments.compile)
-    with device_memory(device, budget):
+    with device_memory(device, settings.memory_budget):
         steps, seconds, scorer = sweep_search(
             architecture, model, token_ids_BT, device, num_blocks, settings, arguments.metric
         )
@@ -213,6 +240,7 @@ def measure(name: str, workload: Workload | None, arguments: argparse.Namespace)
         "workload": name,
         "sequences": f"{token_ids_BT.shape[0]} x {token_ids_BT.shape[1]}",
         "blocks": num_blocks,
+        "load_s": round(load_s, 2),
         "sweep_s": round(seconds, 2),
         "mfu": round(meter.mfu, 3) if meter.mfu else None,
         "tflops": round(meter.flops_per_s / 1e12, 2),
