@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-ESCAPES = "\x1b[2J\n"
+ESCAPES = "\x1b]0;title\x07\u202e\n"
+"""What sets a terminal's title, rings and turns the writing; typer itself takes out no more than colours."""
 
 LINES: Sequence[tuple[tuple[str, ...], str]] = (
     (("demo", "x"), "unexpected extra argument"),
