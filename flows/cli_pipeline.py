@@ -90,7 +90,7 @@ def demo(workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE, as_json
 
 def run_flow(recipe: Recipe, workspace: Path) -> RunSummary:
     """Run the Prefect flow in this process. What can be refused is refused before Prefect's server is started."""
-    from flows.prefect_settings import be_quiet
+    from flows.prefect_settings import be_quiet, require_valid_settings
     from flows.reporter import Reporter
 
     reporter = Reporter()
@@ -108,6 +108,7 @@ def run_flow(recipe: Recipe, workspace: Path) -> RunSummary:
                 runner.refuse(recipe, "evaluate", reason)
             raise
         be_quiet()
+        require_valid_settings()
         reporter.say("starting Prefect")
         from flows.prefect_server import start_shielded_server
         from flows.prune_flow import prune
