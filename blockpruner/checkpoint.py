@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from blockpruner.errors import CheckpointError
 from blockpruner.paths import user_path
@@ -21,6 +23,12 @@ _VOLATILE_CONFIG_KEYS = frozenset({"_name_or_path", "_commit_hash", "transformer
 LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 """The terms under which a model is given on, as patterns of names."""
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "README.md", *LEGAL_FILES]
+NUM_LAYERS_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+"""How families call the number of layers in config.json."""
+_MOST_OF_ANYTHING = 10**6
+"""Experts, heads, labels."""
+_MOST_HEADER_BYTES = 100_000_000
+"""The limit of the format's own library."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -73,7 +81,9 @@ class Checkpoint:
         config = _read_json(path / "config.json", "a model folder holds config.json")
         if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
             raise CheckpointError(f"{path / 'config.json'} names no model_type; give a Hugging Face model folder")
+        _check_that_nothing_else_is_loaded(path, config)
         tensors = {name: entry for file in _weight_files(path) for name, entry in _read_header(file).items()}
+        _check_numbers(path, config, len(tensors))
         return cls(id_or_dir, path, config, tensors, None if user_path(id_or_dir).is_dir() else id_or_dir)
 
     @property
@@ -170,12 +180,54 @@ def _read_json(path: Path, hint: str) -> Any:
         raise CheckpointError(f"{path} is not valid JSON ({type(error).__name__}); download the model again") from error
 
 
+def _check_that_nothing_else_is_loaded(path: Path, config: dict[str, Any]) -> None:
+    """Refuse what makes transformers load other files than those that are checked here, or code of the hub."""
+    if (path / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{path} holds an adapter (adapter_config.json); merge it into its model (PEFT: merge_and_unload) first"
+        )
+    for key, value in _settings_within(config):
+        if key == "transformers_weights":
+            raise CheckpointError(
+                f"config.json of {path} names its weights itself ({key}); call them model.safetensors, and take it out"
+            )
+        if key.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
+            raise CheckpointError(
+                f"config.json of {path} asks for code of the hub ({key}: {str(value)[:80]!r}), which is not run; take "
+                "it out"
+            )
+
+
+def _check_numbers(path: Path, config: dict[str, Any], num_tensors: int) -> None:
+    """Refuse numbers that transformers would count to for hours before it found that something does not fit."""
+    for key, value in _settings_within(config):
+        if type(value) is not int:
+            continue
+        if key in NUM_LAYERS_KEYS and value > num_tensors:
+            raise CheckpointError(
+                f"config.json of {path} asks for {value} layers ({key}), and the weight files hold {num_tensors} "
+                "tensors; config and weights do not belong together: download the model again"
+            )
+        if key.startswith("num_") and value > _MOST_OF_ANYTHING:
+            raise CheckpointError(f"config.json of {path} says that {key} is {value}; no model has so many: mend it")
+
+
+def _settings_within(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every setting, also of the configurations within."""
+    waiting: list[Any] = [config]
+    while waiting:
+        for key, value in waiting.pop().items():
+            yield key, value
+            if isinstance(value, dict):
+                waiting.append(value)
+
+
 def _weight_files(path: Path) -> list[Path]:
-    index_path = path / "model.safetensors.index.json"
+    """The files that transformers loads: one alone goes before several, as there."""
+    index_path, single = path / "model.safetensors.index.json", path / "model.safetensors"
+    if single.is_file():
+        return [single]
     if not index_path.is_file():
-        single = path / "model.safetensors"
-        if single.is_file():
-            return [single]
         pickled = sorted(path.glob("*.bin")) + sorted(path.glob("*.pt"))
         reason = f"only pickled weights ({pickled[0].name})" if pickled else "no model.safetensors"
         raise CheckpointError(f"{path} has {reason}; only safetensors weights are read: convert or download them first")
@@ -185,7 +237,7 @@ def _weight_files(path: Path) -> list[Path]:
         raise CheckpointError(f"{index_path} holds no weight_map; download the model again")
     files = [path / name for name in sorted({str(name) for name in weight_map.values()})]
     for file in files:
-        if file.parent != path or not file.is_file():
+        if file.parent != path or file.suffix != ".safetensors" or not file.is_file():
             raise CheckpointError(f"{file.name}, named by {index_path.name}, is missing from {path}; download it again")
     return files
 
@@ -195,7 +247,7 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
     size = path.stat().st_size
     with path.open("rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
-        if size < 8 or header_size > size - 8:
+        if size < 8 or header_size > size - 8 or header_size > _MOST_HEADER_BYTES:
             raise CheckpointError(f"{path} is truncated: {size} bytes hold no header; download it again")
         raw = file.read(header_size)
     try:
@@ -217,4 +269,8 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
     if expected != size:
         state = "truncated" if size < expected else "too long"
         raise CheckpointError(f"{path} is {state}: {size} bytes, its header asks for {expected}; download it again")
-    return entries
+    try:
+        with safe_open(path, framework="numpy"):  # who reads the weights later; it compares offsets, dtypes and shapes
+            return entries
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} has a damaged safetensors header ({error}); download it again") from error

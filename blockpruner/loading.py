@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,17 +22,14 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from blockpruner.architectures import KNOWN_MODEL_TYPES, Architecture, architecture_of
+from blockpruner.architectures import KNOWN_MODEL_TYPES, Architecture, architecture_of, num_parameters
 from blockpruner.baichuan import check, is_foldable, llama_settings
-from blockpruner.checkpoint import Checkpoint
+from blockpruner.checkpoint import NUM_LAYERS_KEYS, Checkpoint
 from blockpruner.errors import CheckpointError, ConfigurationError
 
 logger = logging.getLogger(__name__)
 
 DtypeName = Literal["float32", "bfloat16"]
-
-_NUM_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
-"""How families call the number of layers in config.json."""
 
 _DTYPES: dict[DtypeName, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -105,7 +102,7 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
-                **settings,
+                **{"return_dict": True, **settings},  # config.json may say otherwise, and we ask for results by name
             )
         model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     except ImportError as error:
@@ -113,7 +110,7 @@ def load_model(
             f"{checkpoint.name} needs a library that is not installed: {_one_line(error)}; install it, "
             "or give the model in a form that needs none (not quantized)"
         ) from error
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+    except Exception as error:  # of many types, by transformers and by the model's own code
         raise CheckpointError(f"{checkpoint.name} cannot be loaded: {_one_line(error)}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         raise _other_weights(
@@ -147,6 +144,7 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
     try:
         with _without_load_report():  # nor its remark that it does not know the type of an export with code
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+            tokenizer("a", verbose=False)  # some settings are looked at only now
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise CheckpointError(f"the tokenizer of {checkpoint.name} cannot be loaded: {_one_line(error)}") from error
     return cast(PreTrainedTokenizerBase, tokenizer)
@@ -168,6 +166,7 @@ def meta_model(checkpoint: Checkpoint) -> tuple[Architecture, PreTrainedModel]:
             model: Any = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers checks a configuration with many types of errors
         raise CheckpointError(f"config.json of {checkpoint.name} describes no model: {_one_line(error)}") from error
+    _check_size(checkpoint, model)
     return architecture.for_config(config), cast(PreTrainedModel, model)
 
 
@@ -184,15 +183,17 @@ def any_meta_model(checkpoint: Checkpoint) -> PreTrainedModel | None:
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
         with torch.device("meta"):
-            return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001  # of many types; `load_model` has the last word
         logger.debug("%s is not known before it is loaded: %s", checkpoint.name, error)
         return None
+    _check_size(checkpoint, model)
+    return cast(PreTrainedModel, model)
 
 
 def _check_num_layers(checkpoint: Checkpoint, architecture: Architecture) -> None:
     """Compare the number of layers with the names of the tensors: building thousands of layers to see it takes long."""
-    stated = [checkpoint.config[name] for name in _NUM_LAYERS if type(checkpoint.config.get(name)) is int]
+    stated = [checkpoint.config[name] for name in NUM_LAYERS_KEYS if type(checkpoint.config.get(name)) is int]
     if not stated:  # left to the family's default, or no number, which is for transformers to refuse
         return
     asked = stated[0]
@@ -208,6 +209,19 @@ def _check_num_layers(checkpoint: Checkpoint, architecture: Architecture) -> Non
         lacks = f"layer {asked - 1}" if max(held) + 2 == asked else f"layers {max(held) + 1} to {asked - 1}"
         raise CheckpointError(
             f"{checkpoint.name} lacks the weights of {lacks} that its config.json asks for; "
+            "config and weights do not belong together: download the model again"
+        )
+
+
+def _check_size(checkpoint: Checkpoint, shapes: PreTrainedModel) -> None:
+    """Refuse a model far larger than its weights: transformers makes memory for what the files lack.
+
+    Quantized weights are packed, and have fewer elements than the model.
+    """
+    asked, held = num_parameters(shapes), sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
+    if asked > 2 * held and "quantization_config" not in checkpoint.config:
+        raise CheckpointError(
+            f"config.json of {checkpoint.name} asks for {asked:,} parameters, and the weight files hold {held:,}; "
             "config and weights do not belong together: download the model again"
         )
 

@@ -19,7 +19,7 @@ _UNITS = {
     "TIB": 2**40,
 }
 _MOST = 2**60
-_WRITTEN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?i?B)\s*", re.IGNORECASE)
+_WRITTEN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*((?:[KMGT]i?)?B)\s*", re.IGNORECASE)
 
 
 def parse_memory_size(text: str) -> int:

@@ -27,7 +27,7 @@ from flows.eta import RemainingTime
 from flows.grid import External
 from flows.recipe import Recipe
 from flows.reporter import Reporter, describe
-from flows.wording import in_plain_words, one_line
+from flows.wording import cancelled, in_plain_words, one_line
 
 _GRACE_S = 20.0
 """For a cell to close its records once it was told to end; native code may be at work."""
@@ -154,7 +154,7 @@ def _terminate(*_: object) -> None:
 
 def _carry_out(workspace: Path, request: Request, reporter: Reporter, is_over: threading.Event) -> Event:
     """Do the cell, or find that it was done; the event that says how it ended."""
-    from flows.runner import CANCELLED, Runner
+    from flows.runner import Runner
 
     runner: Runner | None = None
     try:
@@ -167,7 +167,7 @@ def _carry_out(workspace: Path, request: Request, reporter: Reporter, is_over: t
         begun = runner.begun if runner else None
         if is_over.is_set():  # what native code (DuckDB's, for one) made of the order to end
             if runner and begun and begun.status == "failed":
-                runner.runs.finish(begun, "cancelled", CANCELLED, at=begun.finished_at)
+                runner.runs.finish(begun, "cancelled", cancelled(begun.run_id), at=begun.finished_at)
             raise Terminated from error
         words = in_plain_words(error) or one_line(f"{type(error).__name__}: {error}")
         return Event(kind="end", text=words, run_id=begun.run_id if begun else None)

@@ -12,6 +12,7 @@ from flows.cli_compare import compare
 from flows.cli_pipeline import demo, run
 from flows.cli_report import report
 from flows.cli_results import runs, show, sql
+from flows.cli_resume import resume
 from flows.cli_stages import baseline, calibrate, evaluate, export, search, speed
 from flows.cli_storage import cache, db
 
@@ -36,7 +37,10 @@ def main(
         typer.echo(context.get_help())
 
 
-for _command in (demo, run, compare, calibrate, baseline, search, export, evaluate, speed, runs, show, sql, report):
+for _command in (
+    *(demo, run, resume, compare, calibrate, baseline, search, export, evaluate, speed),
+    *(runs, show, sql, report),
+):
     app.command()(_command)
 
 app.add_typer(cache, name="cache")

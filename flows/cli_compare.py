@@ -133,11 +133,12 @@ def _require_place(report: Path) -> None:
 
 def _run_flow(comparison: Comparison, workspace: Path, parallel: int, report: Path | None) -> list[Outcome]:
     """Run the Prefect flow in this process. What can be refused is refused before Prefect's server is started."""
-    from flows.prefect_settings import be_quiet
+    from flows.prefect_settings import be_quiet, require_valid_settings
     from flows.reporter import Reporter
 
     with redirect_stdout(sys.stderr):  # whoever else prints does not mean it as a result
         be_quiet()
+        require_valid_settings()
         from flows.compare_flow import check_comparison, compare
         from flows.comparison import Outcome
         from flows.runner import Runner
@@ -146,9 +147,11 @@ def _run_flow(comparison: Comparison, workspace: Path, parallel: int, report: Pa
         check_comparison(comparison, parallel)
         Reporter().say("starting Prefect")
         from flows.prefect_server import start_shielded_server
+        from flows.server_contact import losing_server_in_one_line
 
         start_shielded_server()
-        result = compare(comparison, str(workspace), parallel, str(report) if report else None)
+        with losing_server_in_one_line():
+            result = compare(comparison, str(workspace), parallel, str(report) if report else None)
         return [Outcome.model_validate(each) for each in result["outcomes"]]
 
 

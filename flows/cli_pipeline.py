@@ -70,7 +70,7 @@ def run(
 
     asked = load_recipe(recipe, options.given_settings(context))
     asked.require_target()
-    print_result(_run_flow(asked, workspace), as_json=as_json)
+    print_result(run_flow(asked, workspace), as_json=as_json)
 
 
 def demo(workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE, as_json: options.Json = False) -> None:
@@ -84,13 +84,13 @@ def demo(workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE, as_json
 
     if not (DATA / "model").is_dir():
         raise ConfigurationError(f"the demo's model and texts are not in {DATA}; run it from a clone of the repository")
-    summary = _run_flow(load_recipe("demo", {}), workspace)
+    summary = run_flow(load_recipe("demo", {}), workspace)
     print_result(summary, as_json=as_json, view=demo_view)
 
 
-def _run_flow(recipe: Recipe, workspace: Path) -> RunSummary:
+def run_flow(recipe: Recipe, workspace: Path) -> RunSummary:
     """Run the Prefect flow in this process. What can be refused is refused before Prefect's server is started."""
-    from flows.prefect_settings import be_quiet
+    from flows.prefect_settings import be_quiet, require_valid_settings
     from flows.reporter import Reporter
 
     reporter = Reporter()
@@ -105,13 +105,16 @@ def _run_flow(recipe: Recipe, workspace: Path) -> RunSummary:
             Plan.make(recipe, "evaluate")
         except Exception as error:
             if (reason := in_plain_words(error)) is not None:
-                runner.refuse(recipe, reason)
+                runner.refuse(recipe, "evaluate", reason)
             raise
         be_quiet()
+        require_valid_settings()
         reporter.say("starting Prefect")
         from flows.prefect_server import start_shielded_server
         from flows.prune_flow import prune
+        from flows.server_contact import losing_server_in_one_line
 
         start_shielded_server()
-        outcome = prune(recipe, str(workspace))
+        with losing_server_in_one_line():
+            outcome = prune(recipe, str(workspace))
         return RunSummary.of(runner.runs.load(outcome["run_id"]), runner.workspace, reporter.warn)

@@ -37,7 +37,7 @@ def runs(
     from flows.table_formats import csv_text
 
     _one_format(as_json, as_csv)
-    records = _open_runs(workspace).list()
+    records = open_runs(workspace).list()
     listed = [record.model_dump(mode="json", exclude={"stages", "config"}) for record in records]
     if as_json:
         put(dump_json(listed))
@@ -69,7 +69,7 @@ def show(
     from flows.table_formats import chosen_format, formatted
 
     form = chosen_format(as_json=as_json, as_csv=as_csv, as_markdown=as_markdown, as_latex=as_latex)
-    store = _open_runs(workspace)
+    store = open_runs(workspace)
     summary = RunSummary.of(store.resolve(run), store.workspace, _warn)
     if form is None or form == "json":
         print_result(summary, as_json=as_json)
@@ -90,7 +90,7 @@ def sql(
     from stages.store import ResultStore
 
     _one_format(as_json, as_csv)
-    store = _open_runs(workspace)
+    store = open_runs(workspace)
     results = ResultStore(store.workspace.database, _warn)
     if query is not None:
         _put_answer(results.query(query), as_json, as_csv)
@@ -129,7 +129,7 @@ def _ask_for_queries(results: ResultStore, answer: Callable[[str], None]) -> Non
     converse(session, names, f"{results.path}, for reading. A statement ends with a semicolon; .help lists commands.")
 
 
-def _open_runs(workspace: Path) -> RunStore:
+def open_runs(workspace: Path) -> RunStore:
     """The workspace's runs; those whose process died are closed first, here and in the database.
 
     A workspace that is not there is an error for every command that looks at one: a misspelt folder must not look like

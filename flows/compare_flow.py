@@ -29,11 +29,13 @@ from flows.cell_worker import Event, Request
 from flows.compare_progress import CompareProgress
 from flows.comparison import Outcome, Row, rows_of
 from flows.comparison_table import comparison_text, full_table
-from flows.flow_artifacts import publish_table, with_server
+from flows.flow_artifacts import table
+from flows.flow_hooks import close_cells
 from flows.grid import Cell, Comparison, in_families, load_comparison
 from flows.plan import Plan
 from flows.prune_flow import LoggingReporter, quieten_user_errors
 from flows.reporter import Reporter
+from flows.server_contact import shown, whatever_becomes_of_its_slot
 from flows.table_formats import in_markdown
 from flows.wording import one_line
 from stages.runs import RunStore
@@ -52,7 +54,13 @@ def run_cell(label: str, execution: Callable[[], Event]) -> State[dict[str, Any]
     return Completed(name="Cached", message="done before", data=result) if event.cached else Completed(data=result)
 
 
-@flow(name="compare", persist_result=False)
+@flow(
+    name="compare",
+    persist_result=False,
+    on_failure=[close_cells],
+    on_crashed=[close_cells],
+    on_cancellation=[close_cells],
+)
 def compare(
     recipe: Comparison | str = "demo-compare", workspace: str = "data", parallel: int = 1, report: str | None = None
 ) -> dict[str, Any]:
@@ -68,7 +76,8 @@ def compare(
     comparison = load_comparison(recipe, {}, {}) if isinstance(recipe, str) else recipe
     reporter = LoggingReporter()
     check_comparison(comparison, parallel)
-    outcomes = _Comparing(comparison, Path(workspace), reporter).run(parallel)
+    with whatever_becomes_of_its_slot():
+        outcomes = _Comparing(comparison, Path(workspace), reporter).run(parallel)
     store = Workspace(Path(workspace))
     rows = rows_of(comparison, outcomes, store, reporter.warn)
     _publish(comparison, rows, reporter)
@@ -191,5 +200,9 @@ def _publish(comparison: Comparison, rows: Sequence[Row], reporter: Reporter) ->
     """The table as artifacts of the flow run: to be read, and with every number."""
     text = f"# {in_markdown(comparison.name)}\n\n{comparison_text(comparison, rows, 'markdown')}\n"
     about = one_line(comparison.description or comparison.name)
-    with_server(reporter, lambda: create_markdown_artifact(text, key="comparison", description=about))
-    publish_table(full_table(rows), "comparison-numbers", about, reporter)
+    shown(
+        reporter,
+        "this comparison's tables",
+        lambda: create_markdown_artifact(text, key="comparison", description=about),
+        table(full_table(rows), "comparison-numbers", about),
+    )

@@ -7,18 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import httpx
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
-from prefect.exceptions import PrefectException
 
 from flows.reporter import Reporter
 from flows.results_table import results_table
+from flows.server_contact import shown
 from flows.summary import RunSummary
 from flows.table_formats import DataTable, in_markdown, markdown_table
 from flows.vector_pictures import blocks_svg, data_uri, perplexity_svg
-from flows.wording import one_line
-
-SERVER_ERRORS = (httpx.HTTPError, PrefectException, OSError)
 
 
 def publish_run(summary: RunSummary, reporter: Reporter) -> None:
@@ -32,32 +28,24 @@ def publish_run(summary: RunSummary, reporter: Reporter) -> None:
         "removed-blocks": (blocks_svg(summary), "the blocks that went, with the step at which they did"),
         "perplexity": (perplexity_svg(summary), "what the removals cost"),
     }
-    with_server(
-        reporter, lambda: create_markdown_artifact(_summary_text(summary), key="prune-summary", description=about)
+    shown(
+        reporter,
+        "this run's tables",
+        lambda: create_markdown_artifact(_summary_text(summary), key="prune-summary", description=about),
+        table(removed, "pruning-order", f"{about}: what was removed"),
+        table(results_table(summary), "measurements", f"{about}: dense and pruned"),
+        *(_picture(svg, key, f"{about}: {words}") for key, (svg, words) in pictures.items() if svg is not None),
     )
-    publish_table(removed, "pruning-order", f"{about}: what was removed", reporter)
-    publish_table(results_table(summary), "measurements", f"{about}: dense and pruned", reporter)
-    for key, (picture, words) in pictures.items():
-        if picture is not None:
-            publish_picture(picture, key, f"{about}: {words}", reporter)
 
 
-def publish_table(table: DataTable, key: str, description: str, reporter: Reporter) -> None:
-    """A table. `key`: a-z, 0-9 and '-'."""
-    with_server(reporter, lambda: create_table_artifact(table.records, key=key, description=description))
+def table(data: DataTable, key: str, description: str) -> Callable[[], object]:
+    """What makes a table there. `key`: a-z, 0-9 and '-'."""
+    return lambda: create_table_artifact(data.records, key=key, description=description)
 
 
-def publish_picture(svg: str, key: str, description: str, reporter: Reporter) -> None:
-    """A picture, which is in its own address."""
-    with_server(reporter, lambda: create_image_artifact(data_uri(svg), key=key, description=description))
-
-
-def with_server(reporter: Reporter, action: Callable[[], object]) -> None:
-    """Do it; an error of the server is said and goes no further."""
-    try:
-        action()
-    except SERVER_ERRORS as error:
-        reporter.warn(f"not all tables are on Prefect's server: {one_line(str(error))}")
+def _picture(svg: str, key: str, description: str) -> Callable[[], object]:
+    """What makes a picture there, which is in its own address."""
+    return lambda: create_image_artifact(data_uri(svg), key=key, description=description)
 
 
 def _summary_text(summary: RunSummary) -> str:

@@ -21,7 +21,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from blockpruner.errors import ConfigurationError, nearest
 from blockpruner.paths import user_path
 from blockpruner.strategies import STRATEGIES, LacoSettings
-from flows.recipe import COMPARISONS_FOLDER, TARGET_FIELDS, NonBlank, Recipe, make_recipe, paths_beside, read_yaml
+from flows.recipe import COMPARISONS_FOLDER, TARGET_FIELDS, NonBlank, Recipe, make_recipe, paths_beside
+from flows.yaml_file import read_yaml
 
 AXES = (
     *("model", "strategy", "strategy_seed", "metric", "block_kinds", "stock_compatible"),
@@ -79,7 +80,11 @@ class Comparison(BaseModel):
         Raises:
             ConfigurationError: naming the first thing that is not valid.
         """
-        recipes = tuple(dict.fromkeys(recipe for block in self.grid for recipe in self._recipes(block)))
+        every = (recipe for block in self.grid for recipe in self._recipes(block))
+        listed = list(itertools.islice(every, _MOST_CELLS + 1))
+        if len(listed) > _MOST_CELLS:
+            raise ConfigurationError(f"the grid has more than {_MOST_CELLS:,} cells; give shorter lists")
+        recipes = tuple(dict.fromkeys(listed))
         labels = _labels(recipes)
         searched = [Cell(label, self._named(recipe, label)) for label, recipe in zip(labels, recipes, strict=True)]
         cells = (*searched, *self._externals(recipes, {*labels, *(recipe.strategy for recipe in recipes)}))
@@ -91,10 +96,7 @@ class Comparison(BaseModel):
         """Every combination of one block's lists, the last axis fastest."""
         _check_block(block)
         axes = {name: value if isinstance(value, list | tuple) else [value] for name, value in block.items()}
-        combinations = itertools.product(*axes.values())
-        for number, values in enumerate(combinations):
-            if number >= _MOST_CELLS:
-                raise ConfigurationError(f"the grid has more than {_MOST_CELLS:,} cells; give shorter lists")
+        for values in itertools.product(*axes.values()):
             recipe = make_recipe({**self._without_old_target(block), **dict(zip(axes, values, strict=True))})
             recipe.require_target()
             yield _heeded(recipe)

@@ -14,7 +14,7 @@ from typing import Any
 from blockpruner.baichuan import is_foldable
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ConfigurationError
-from blockpruner.export.formats import FORMATS
+from blockpruner.export.formats import FORMATS, check_code
 from blockpruner.export.names import ExportFormat, FormatChoice
 from blockpruner.loading import DtypeName, resolve_device, resolve_dtype
 from blockpruner.paths import user_path
@@ -409,6 +409,12 @@ def _only_other_engines(name: FormatChoice) -> bool:
 
 
 def _exported(artifact: Artifact[Any]) -> tuple[Checkpoint, bool]:
-    """An exported model, and whether it comes with code of ours."""
+    """An exported model, and whether it comes with code, which is then ours.
+
+    Raises:
+        CheckpointError: if it has other code: an artifact may be somebody else's.
+    """
     name: ExportFormat = artifact.manifest.format
-    return Checkpoint.open(str(artifact.path / export.MODEL_FOLDER)), FORMATS[name].has_code
+    checkpoint = Checkpoint.open(str(artifact.path / export.MODEL_FOLDER))
+    check_code(checkpoint, name)
+    return checkpoint, FORMATS[name].has_code

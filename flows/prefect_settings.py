@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import os
 
+from blockpruner.errors import ConfigurationError
+
 _DEFAULTS = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -30,6 +32,31 @@ def be_quiet() -> None:
     if os.environ.setdefault(_CONSOLE_LEVEL, _SILENT) == _SILENT:
         os.environ.setdefault(_INTERNAL_LEVEL, _SILENT)
         logging.raiseExceptions = False  # Python's own switch for errors of logging itself, which Prefect heeds
+
+
+def require_valid_settings() -> None:
+    """Make sure that Prefect, which this imports, can read its settings.
+
+    Raises:
+        ConfigurationError: if one is not valid; the first is named.
+    """
+    from pydantic import ValidationError
+
+    try:
+        from prefect.settings import get_current_settings
+
+        get_current_settings()
+    except ValidationError as error:
+        problem = error.errors()[0]
+        came = str(problem["input"])
+        names = [
+            name for name, value in os.environ.items() if name.startswith("PREFECT_") and value.lower() == came.lower()
+        ]
+        where = " or ".join(names) or f"{error.title}, {'.'.join(map(str, problem['loc']))}"
+        raise ConfigurationError(
+            f"a setting of Prefect is not valid: {where} is {came!r} ({problem['msg']}); mend it, "
+            "in the environment or Prefect's profile, or leave it out"
+        ) from error
 
 
 def is_quiet() -> bool:

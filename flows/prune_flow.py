@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,20 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
+from prefect.runtime import flow_run
 from prefect.states import Completed
 from prefect.tasks import Task
 
 from blockpruner.errors import BlockPrunerError
 from blockpruner.progress import Progress, ProgressCallback, silent
-from flows.flow_artifacts import SERVER_ERRORS, publish_run
+from flows.flow_artifacts import publish_run
+from flows.flow_hooks import note_end
 from flows.recipe import Recipe
 from flows.reporter import Reporter
 from flows.runner import Runner, StageCall
+from flows.server_contact import lost_server, shown, whatever_becomes_of_its_slot
 from flows.summary import RunSummary
-from flows.wording import in_plain_words, one_line
+from flows.wording import in_plain_words
 from stages.artifacts import Artifact
 from stages.workspace import Workspace
 
@@ -63,7 +68,14 @@ def run_stage(fingerprint: str, execution: _Execution) -> State[dict[str, Any]] 
     return Completed(name="Cached", message="in the artifact store", data=result) if artifact.cached else result
 
 
-@flow(name="prune", flow_run_name="{recipe.model}", persist_result=False)
+@flow(
+    name="prune",
+    flow_run_name="{recipe.model}",
+    persist_result=False,
+    on_failure=[note_end],
+    on_crashed=[note_end],
+    on_cancellation=[note_end],
+)
 def prune(recipe: Recipe, workspace: str = "data") -> dict[str, Any]:
     """Find the blocks that a model can do without, remove them, export the model, and measure before and after.
 
@@ -75,10 +87,29 @@ def prune(recipe: Recipe, workspace: str = "data") -> dict[str, Any]:
     reporter = LoggingReporter()
     runner = Runner(Path(workspace), reporter)
     results = runner.workspace.path / "prefect"
-    record = runner.run(recipe, "evaluate", lambda call: _through_prefect(call, results, reporter))
-    summary = RunSummary.of(record, Workspace(Path(workspace)), reporter.warn)
-    publish_run(summary, reporter)
-    return {"run_id": record.run_id, "export_path": str(summary.export_path)}
+    with whatever_becomes_of_its_slot(), _saying_how_to_go_on(runner, reporter):
+        record = runner.run(
+            recipe,
+            "evaluate",
+            lambda call: _through_prefect(call, results, reporter),
+            flow_run_id=str(flow_run.get_id()),
+        )
+        summary = RunSummary.of(record, Workspace(Path(workspace)), reporter.warn)
+        publish_run(summary, reporter)
+        return {"run_id": record.run_id, "export_path": str(summary.export_path)}
+
+
+@contextmanager
+def _saying_how_to_go_on(runner: Runner, reporter: Reporter) -> Iterator[None]:
+    """Say it where somebody stops the run; on the command line the command itself does."""
+    try:
+        yield
+    except BaseException:
+        begun = runner.begun
+        if begun is not None and begun.status == "cancelled" and not is_quiet():
+            command = f"blockpruner resume {begun.run_id} --workspace {runner.workspace.path}"
+            reporter.say(f"stopped; what was finished is kept, and `{command}` goes on with it")
+        raise
 
 
 class _Execution:
@@ -139,14 +170,14 @@ class _ProgressArtifact:
             return
         self._shown_at = time.monotonic()
         percent = 100.0 * progress.done / progress.total
-        try:
+
+        def show() -> None:
             if self._artifact_id is None:
                 self._artifact_id = create_progress_artifact(percent, description=f"{self._label}: {progress.unit}")
             else:
                 update_progress_artifact(self._artifact_id, percent)
-        except SERVER_ERRORS as error:
-            self._lost = True
-            self._reporter.warn(f"Prefect's server does not take the progress any more: {one_line(str(error))}")
+
+        self._lost = not shown(self._reporter, "the progress any more", show)
 
 
 class _OneLine(logging.Filter):
@@ -157,14 +188,14 @@ class _OneLine(logging.Filter):
         error = record.exc_info[1] if record.exc_info else None
         if error is None:  # of a task that says that it failed, and raised nothing
             record.exc_info = None
-        if error is not None and (words := in_plain_words(error)) is not None:
+        if error is not None and (words := in_plain_words(error) or lost_server(error)) is not None:
             record.msg, record.args, record.exc_info = words, (), None
         return True
 
 
 def quieten_user_errors() -> None:
     """Let Prefect's log have one line for an error of the user's or the machine's, and no traceback."""
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
+    for name in ("prefect.flow_runs", "prefect.task_runs", "prefect.engine"):
         logger = logging.getLogger(name)
         if not any(isinstance(each, _OneLine) for each in logger.filters):
             logger.addFilter(_OneLine())

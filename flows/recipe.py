@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
@@ -23,6 +22,7 @@ from blockpruner.paths import user_path
 from blockpruner.scoring.settings import CompileChoice, MetricName, ScorerName, ScorerSettings
 from blockpruner.strategies import STRATEGIES, LacoSettings, StrategyName, check_settings
 from flows.settings_text import SETTINGS
+from flows.yaml_file import read_yaml
 from stages.executor import ExecutorName, ExecutorSettings, check_address
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
@@ -41,6 +41,7 @@ _NUMBER_FIELDS = (
     *("num_samples", "sequence_length", "seed", "num_blocks", "ratio", "export_blocks"),
     *("num_fewshot", "limit", "batch_size", "workers", "strategy_seed", "laco_layers_per_merge"),
     *("laco_first_layer", "laco_last_layer", "laco_interval", "laco_threshold"),
+    *("speed_new_tokens", "speed_repeats"),
 )
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?")
 
@@ -126,8 +127,18 @@ def _dtype_or_none(value: object) -> object:
     return None if lower == "none" else lower
 
 
-_Count = Annotated[int, Field(ge=1, le=2**20)]
+def _no_truth_value(value: object) -> object:
+    """Which Python takes for 0 or 1."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "Input should be a number")
+    return value
+
+
+_Count = Annotated[int, BeforeValidator(_no_truth_value), Field(ge=1, le=2**20)]
 NonBlank = Annotated[str, Field(min_length=1, pattern=r"\S")]
+# What a schema (the form of Prefect's server) says is valid before it is made the field's own type.
+_Texts = str | tuple[str, ...]
+_Numbers = int | str | tuple[int, ...]
 
 
 class Recipe(BaseModel):
@@ -138,26 +149,26 @@ class Recipe(BaseModel):
     model: NonBlank = Field(description=SETTINGS["model"])
     calibration: NonBlank = Field(default="alpaca", description=SETTINGS["calibration"])
     calibration_column: NonBlank | None = Field(default=None, description=SETTINGS["calibration_column"])
-    num_samples: Annotated[int | None, BeforeValidator(_number_or_all)] = Field(
-        default=256, ge=1, le=_MOST_ROWS, description=SETTINGS["num_samples"]
-    )
+    num_samples: Annotated[
+        int | None, BeforeValidator(_number_or_all, json_schema_input_type=int | Literal["all"] | None)
+    ] = Field(default=256, ge=1, le=_MOST_ROWS, description=SETTINGS["num_samples"])
     sequence_length: int = Field(default=2048, ge=2, le=_MOST_TOKENS, description=SETTINGS["sequence_length"])
     seed: int = Field(default=42, ge=0, lt=2**32, description=SETTINGS["seed"])
     num_blocks: int | None = Field(default=None, ge=1, le=_MOST_BLOCKS, description=SETTINGS["num_blocks"])
     ratio: float | None = Field(default=None, gt=0, lt=1, description=SETTINGS["ratio"])
     block_kinds: BlockKinds = Field(default="both", description=SETTINGS["block_kinds"])
     export_blocks: int | None = Field(default=None, ge=1, le=_MOST_BLOCKS, description=SETTINGS["export_blocks"])
-    export_format: Annotated[tuple[FormatChoice, ...], BeforeValidator(_split_at_commas)] = Field(
-        default=("auto",), min_length=1, description=SETTINGS["export_format"]
-    )
+    export_format: Annotated[
+        tuple[FormatChoice, ...], BeforeValidator(_split_at_commas, json_schema_input_type=_Texts)
+    ] = Field(default=("auto",), min_length=1, description=SETTINGS["export_format"])
     export_dtype: Annotated[ExportDtype | None, BeforeValidator(_dtype_or_none)] = Field(
         default=None, description=SETTINGS["export_dtype"]
     )
-    eval_text: Annotated[tuple[NonBlank, ...], BeforeValidator(_as_list)] = Field(
+    eval_text: Annotated[tuple[NonBlank, ...], BeforeValidator(_as_list, json_schema_input_type=_Texts)] = Field(
         default=(), description=SETTINGS["eval_text"]
     )
     eval_text_column: NonBlank | None = Field(default=None, description=SETTINGS["eval_text_column"])
-    tasks: Annotated[tuple[NonBlank, ...], BeforeValidator(_split_at_commas)] = Field(
+    tasks: Annotated[tuple[NonBlank, ...], BeforeValidator(_split_at_commas, json_schema_input_type=_Texts)] = Field(
         default=(), description=SETTINGS["tasks"]
     )
     task_dir: NonBlank | None = Field(default=None, description=SETTINGS["task_dir"])
@@ -167,9 +178,9 @@ class Recipe(BaseModel):
     limit: int | None = Field(default=None, ge=1, le=_MOST_EXAMPLES, description=SETTINGS["limit"])
     device: Annotated[str, BeforeValidator(_known_device)] = Field(default="auto", description=SETTINGS["device"])
     dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description=SETTINGS["dtype"])
-    batch_size: Annotated[int | None, BeforeValidator(_number_or_auto)] = Field(
-        default=None, ge=1, le=_MOST_SEQUENCES_AT_ONCE, description=SETTINGS["batch_size"]
-    )
+    batch_size: Annotated[
+        int | None, BeforeValidator(_number_or_auto, json_schema_input_type=int | Literal["auto"] | None)
+    ] = Field(default=None, ge=1, le=_MOST_SEQUENCES_AT_ONCE, description=SETTINGS["batch_size"])
     stock_compatible: bool = Field(default=False, description=SETTINGS["stock_compatible"])
     metric: MetricName = Field(default="perplexity", description=SETTINGS["metric"])
     strategy: StrategyName = Field(default="blockpruner", description=SETTINGS["strategy"])
@@ -191,24 +202,18 @@ class Recipe(BaseModel):
     ray_address: Annotated[NonBlank | None, BeforeValidator(_host_and_port)] = Field(
         default=None, description=SETTINGS["ray_address"]
     )
-    speed_batch_sizes: Annotated[tuple[_Count, ...], BeforeValidator(_numbers)] = Field(
-        default=(1, 8), min_length=1, description=SETTINGS["speed_batch_sizes"]
+    speed_batch_sizes: Annotated[tuple[_Count, ...], BeforeValidator(_numbers, json_schema_input_type=_Numbers)] = (
+        Field(default=(1, 8), min_length=1, description=SETTINGS["speed_batch_sizes"])
     )
-    speed_prompt_tokens: Annotated[tuple[_Count, ...], BeforeValidator(_numbers)] = Field(
-        default=(128, 512), min_length=1, description=SETTINGS["speed_prompt_tokens"]
+    speed_prompt_tokens: Annotated[tuple[_Count, ...], BeforeValidator(_numbers, json_schema_input_type=_Numbers)] = (
+        Field(default=(128, 512), min_length=1, description=SETTINGS["speed_prompt_tokens"])
     )
     speed_new_tokens: int = Field(default=32, ge=1, le=2**20, description=SETTINGS["speed_new_tokens"])
     speed_repeats: int = Field(default=5, ge=1, le=1000, description=SETTINGS["speed_repeats"])
     trust_remote_code: bool = Field(default=False, description=SETTINGS["trust_remote_code"])
     name: NonBlank | None = Field(default=None, description=SETTINGS["name"])
 
-    @field_validator(*_NUMBER_FIELDS, mode="before")
-    @classmethod
-    def _is_no_truth_value(cls, value: object) -> object:
-        """Which Python takes for 0 or 1."""
-        if isinstance(value, bool):
-            raise PydanticCustomError("number", "Input should be a number")
-        return value
+    _are_no_truth_values = field_validator(*_NUMBER_FIELDS, mode="before")(_no_truth_value)
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
@@ -381,36 +386,8 @@ def _locate(source: str) -> Path:
     )
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without the silent choice of the last of two equal keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """See SafeLoader."""
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
-                raise yaml.YAMLError(f"{key.value!r} is given in line {lines[key.value]} and in line {line}; keep one")
-        return super().construct_mapping(node, deep)
-
-
 def _read(path: Path) -> dict[str, Any]:
     return paths_beside(path.parent, read_yaml(path))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings that a YAML file holds, unchecked.
-
-    Raises:
-        ConfigurationError: if it cannot be read, or holds no mapping.
-    """
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigurationError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigurationError(f"recipe {path} holds no settings; write lines such as `model: DIR`")
-    return {str(key): value for key, value in values.items()}
 
 
 def paths_beside(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -430,7 +407,7 @@ def _mapped(value: Any, change: Any) -> Any:
 
 def _beside(folder: Path, text: str) -> str:
     path = folder / text
-    if not _exists(path):
+    if not text.strip() or not _exists(path):
         return text
     resolved = path.resolve()
     return str(resolved.relative_to(Path.cwd()) if resolved.is_relative_to(Path.cwd()) else resolved)

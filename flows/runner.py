@@ -22,7 +22,7 @@ from flows.grid import External
 from flows.plan import Job, Plan, PlannedStage
 from flows.recipe import Recipe
 from flows.reporter import Reporter
-from flows.wording import in_plain_words, one_line
+from flows.wording import cancelled, in_plain_words, one_line
 from stages.artifacts import Artifact, ArtifactStore
 from stages.contract import Runtime
 from stages.runs import RunDescription, RunRecord, RunStatus, RunStore, StageRun
@@ -30,9 +30,6 @@ from stages.store import ResultStore
 
 _BRIEF_WAIT_S = 1.0
 """How long a run in progress waits for a database that somebody has open; at its end it waits longer."""
-
-CANCELLED = "cancelled; give the same command again to go on"
-"""The error of a run that was stopped."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,10 @@ class Runner:
         self._results = ResultStore(self.workspace.database, self._warn)
         self._results_in_passing = ResultStore(self.workspace.database, self._warn, wait=_BRIEF_WAIT_S)
         for record in self.runs.close_dead():
-            self._warn(f"run {record.run_id} had died; it is now closed as crashed, and what it finished is kept")
+            self._warn(
+                f"run {record.run_id} had died; it is now closed as crashed, and what it finished is kept: "
+                f"`blockpruner resume {record.run_id}` goes on with it"
+            )
 
     def run(
         self,
@@ -85,6 +85,7 @@ class Runner:
         *,
         comparison: str | None = None,
         external: External | None = None,
+        flow_run_id: str | None = None,
     ) -> RunRecord:
         """Plan and carry out a recipe; whatever happens, the run's record and rows say so.
 
@@ -94,12 +95,20 @@ class Runner:
             execute: who executes a stage.
             comparison: the comparison that the run is a row of.
             external: see `Plan.make`.
+            flow_run_id: Prefect's id of the run.
 
         Raises:
             BlockPrunerError: if the recipe cannot be carried out.
         """
-        run = RunDescription(name=recipe.name, comparison=comparison, model=recipe.model, config=_settings(recipe))
-        record = self.begun = self.runs.create(run)
+        run = RunDescription(
+            name=recipe.name,
+            comparison=comparison,
+            model=recipe.model,
+            strategy=external.label if external else None,
+            external=external.path if external else None,
+            config=_settings(recipe),
+        )
+        record = self.begun = self.runs.create(run, goal=goal, flow_run_id=flow_run_id)
         with self._recorded(record):
             plan = Plan.make(recipe, goal, external)
             _describe(record, plan.description().model_copy(update={"comparison": comparison}))
@@ -130,10 +139,10 @@ class Runner:
         label = external.label if external else None
         return next((each for each in done if _did(each) == wanted and (not label or each.strategy == label)), None)
 
-    def refuse(self, recipe: Recipe, reason: str) -> None:
+    def refuse(self, recipe: Recipe, goal: Goal, reason: str) -> None:
         """Record a run that could not begin."""
-        record = self.runs.create(RunDescription(name=recipe.name, model=recipe.model, config=_settings(recipe)))
-        self._end_early(record, "failed", reason)
+        run = RunDescription(name=recipe.name, model=recipe.model, config=_settings(recipe))
+        self._end_early(self.runs.create(run, goal=goal), "failed", reason)
 
     @contextmanager
     def _recorded(self, record: RunRecord) -> Iterator[None]:
@@ -141,12 +150,14 @@ class Runner:
         try:
             yield
         except Exception as error:
-            words = in_plain_words(error) or one_line(f"{type(error).__name__}: {error}")
-            stopped = was_interrupted()  # native code and broken imports make other errors of it
-            self._end_early(record, "cancelled" if stopped else "failed", CANCELLED if stopped else words)
+            if was_interrupted():  # native code and broken imports make other errors of it
+                self._end_early(record, "cancelled", cancelled(record.run_id))
+            else:
+                words = in_plain_words(error) or one_line(f"{type(error).__name__}: {error}")
+                self._end_early(record, "failed", words)
             raise
         except BaseException:  # Ctrl-C, or an order to end
-            self._end_early(record, "cancelled", CANCELLED)
+            self._end_early(record, "cancelled", cancelled(record.run_id))
             raise
         self._end(record, "completed", None)
 

@@ -17,6 +17,8 @@ _REMEDIES = {
 _JOINERS = "\u200c\u200d"
 """Characters of category Cf that are parts of words and of emoji."""
 _NO_SPACE = "free some space and give the same command again: all that was finished is kept"
+_LONGEST_LINE = 4000
+"""Characters: every name of a setting, or a path as long as they can be."""
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
@@ -43,8 +45,9 @@ def _file_of(error: BaseException) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text without its line breaks, fit to be shown."""
-    return printable(" ".join(text.split()))
+    """The text without its line breaks, fit to be shown; of one that fills screens, the beginning."""
+    line = " ".join(text.split())
+    return printable(line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}...")
 
 
 def printable(text: str) -> str:
@@ -60,6 +63,11 @@ def _steers(character: str) -> bool:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def cancelled(run_id: str) -> str:
+    """Why a run ended that was stopped, and how to go on."""
+    return f"cancelled; give the same command again, or `blockpruner resume {run_id}`, to go on"
 
 
 def in_units(number: float) -> str:

@@ -114,6 +114,10 @@ class RunRecord(RunDescription):
     """Tells the process from a later one with the same pid; None where the system does not say."""
     host: str
     package_version: str = blockpruner.__version__
+    goal: str | None = None
+    """How far it was to go; None in records of a version that did not say."""
+    flow_run_id: str | None = None
+    """Prefect's id of the flow run that it is, if it is one."""
     error: str | None = None
     stages: list[StageRun] = Field(default_factory=list)
 
@@ -155,8 +159,15 @@ class RunStore:
         self.workspace = Workspace(workspace)
         self._warn = warn
 
-    def create(self, description: RunDescription) -> RunRecord:
+    def create(
+        self, description: RunDescription, *, goal: str | None = None, flow_run_id: str | None = None
+    ) -> RunRecord:
         """Begin a run of this process: a new record with status 'running'.
+
+        Args:
+            description: what it is about, as far as it is known.
+            goal: how far it is to go.
+            flow_run_id: Prefect's id of it.
 
         Raises:
             ArtifactError: if the workspace cannot be written.
@@ -174,6 +185,8 @@ class RunStore:
             pid=os.getpid(),
             process_started=process_start(os.getpid()),
             host=socket.gethostname(),
+            goal=goal,
+            flow_run_id=flow_run_id,
         )
         self.save(record)
         return record
@@ -282,6 +295,10 @@ class RunStore:
             return []
         return [self.load(record.run_id) for record in closed]
 
+    def close(self, record: RunRecord, status: RunStatus, error: str) -> bool:
+        """End a run that another process began and did not end; False if that is still there, or the run is over."""
+        return record.status == "running" and self._close_if_dead(record, status, error)
+
     def forget(self, run_id: str) -> bool:
         """Remove the record of a run that is over; False if it is under way."""
         with _held_guard:
@@ -301,7 +318,7 @@ class RunStore:
                     if ours:
                         temporary.unlink(missing_ok=True)
 
-    def _close_if_dead(self, record: RunRecord) -> bool:
+    def _close_if_dead(self, record: RunRecord, status: RunStatus = "crashed", error: str | None = None) -> bool:
         with _held_guard:
             if self._lock_path(record.run_id) in _held:
                 return False
@@ -312,8 +329,10 @@ class RunStore:
             record = self.load(record.run_id)
             if record.status != "running":  # closed by someone else since it was listed
                 return False
-            error = f"the process of this run (pid {record.pid} on {record.host}) is gone"
-            self.finish(record, "crashed", error, at=max(last_sign_of_life, record.created_at))  # clocks may be apart
+            how = f"`blockpruner resume {record.run_id}` goes on with it"
+            gone = f"the process of this run (pid {record.pid} on {record.host}) is gone; {how}"
+            ended_at = max(last_sign_of_life, record.created_at)  # clocks may be apart
+            self.finish(record, status, error or gone, at=ended_at)
             return True
 
     def _path(self, run_id: str) -> Path:

@@ -7,18 +7,22 @@ of generation works as in the family.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from blockpruner.architectures import architecture_of
 from blockpruner.blocks import Block
-from blockpruner.errors import ExportError
+from blockpruner.errors import CheckpointError, ExportError
+from blockpruner.export.code import TEMPLATES, ModelCode
 from blockpruner.export.settings import fewer_layers
 from blockpruner.export.source import ExportSource
 from blockpruner.export.weights import write_tensors
 from blockpruner.surgery import Places, custom_places
 
-_TEMPLATES = Path(__file__).parent / "templates"
+_PREFIX = "blockpruned_"
+"""What the exports' model types begin with."""
 _PRE_NORM, _SANDWICH = "modeling_pre_norm", "modeling_sandwich"
 _MODELING = {
     "gemma": _PRE_NORM,
@@ -63,7 +67,13 @@ def write(source: ExportSource, out_dir: Path, shard_bytes: int) -> None:
         return source.architecture.placed(name, where[block]) if block in where else None
 
     write_tensors(source.tensors(new_name), out_dir, shard_bytes)
-    settings = source.settings(**_layer_settings(source), **_write_code(source, out_dir))
+    model_type, family = source.checkpoint.model_type, source.architecture.class_prefix
+    settings = source.settings(
+        **_layer_settings(source),
+        model_type=f"{_PREFIX}{model_type}",
+        architectures=[f"BlockPruned{family}ForCausalLM"],
+        **_code(model_type, family).write(out_dir),
+    )
     (out_dir / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
@@ -75,9 +85,19 @@ def _layer_settings(source: ExportSource) -> dict[str, Any]:
     }
 
 
-def _write_code(source: ExportSource, out_dir: Path) -> dict[str, Any]:
-    """Write the two code files and return the settings that point to them."""
-    model_type, family = source.checkpoint.model_type, source.architecture.class_prefix
+def code_of(config: Mapping[str, Any]) -> ModelCode:
+    """The code that belongs to an export's config.json.
+
+    Raises:
+        CheckpointError: if it is no export in this format.
+    """
+    model_type = str(config["model_type"]).removeprefix(_PREFIX)
+    if model_type not in _MODELING:
+        raise CheckpointError(f"model type {config['model_type']!r} is none that format transformers writes")
+    return _code(model_type, architecture_of(model_type).class_prefix)
+
+
+def _code(model_type: str, family: str) -> ModelCode:
     words = {
         "family": family,
         "module": _MODULES.get(model_type, model_type),
@@ -85,17 +105,15 @@ def _write_code(source: ExportSource, out_dir: Path) -> dict[str, Any]:
         "base": _BASES.get(model_type, family),
         "model_type": model_type,
     }
-    files = {"configuration_blockpruned": "configuration", "modeling_blockpruned": _MODELING[model_type]}
-    for file, template in files.items():
-        text = Template((_TEMPLATES / f"{template}.py.txt").read_text(encoding="utf-8")).substitute(words)
-        (out_dir / f"{file}.py").write_text(text, encoding="utf-8")
-    prefix = f"BlockPruned{family}"
-    return {
-        "model_type": f"blockpruned_{model_type}",
-        "architectures": [f"{prefix}ForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"configuration_blockpruned.{prefix}Config",
-            "AutoModel": f"modeling_blockpruned.{prefix}Model",
-            "AutoModelForCausalLM": f"modeling_blockpruned.{prefix}ForCausalLM",
-        },
+    templates = {"configuration_blockpruned": "configuration", "modeling_blockpruned": _MODELING[model_type]}
+    files = {
+        f"{file}.py": Template((TEMPLATES / f"{template}.py.txt").read_text(encoding="utf-8")).substitute(words)
+        for file, template in templates.items()
     }
+    prefix = f"BlockPruned{family}"
+    auto_map = {
+        "AutoConfig": f"configuration_blockpruned.{prefix}Config",
+        "AutoModel": f"modeling_blockpruned.{prefix}Model",
+        "AutoModelForCausalLM": f"modeling_blockpruned.{prefix}ForCausalLM",
+    }
+    return ModelCode(files, auto_map)

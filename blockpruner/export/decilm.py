@@ -17,7 +17,7 @@ says it. A Qwen2 has no bias in its output projection, where these engines expec
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,17 @@ import torch
 from blockpruner.blocks import Block, BlockKind, mha, mlp
 from blockpruner.errors import ExportError
 from blockpruner.export.attention import head_dim, window
+from blockpruner.export.code import TEMPLATES, ModelCode
 from blockpruner.export.settings import refuse_unknown_lists
 from blockpruner.export.source import ExportSource
 from blockpruner.export.weights import TensorSource, dtype_of, write_tensors
 from blockpruner.surgery import Places
 
-_TEMPLATES = Path(__file__).parent / "templates"
+_AUTO_MAP = {
+    "AutoConfig": "configuration_decilm.DeciLMConfig",
+    "AutoModel": "modeling_decilm.DeciLMModel",
+    "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
+}
 _FAMILIES = ("llama", "mistral", "qwen2")
 _ROPE_PARAMETERS: dict[str, frozenset[str]] = {
     "default": frozenset(),
@@ -110,8 +115,13 @@ def write(source: ExportSource, out_dir: Path, shard_bytes: int) -> None:
     ]
     write_tensors([*tensors, *_output_biases(source, numbers)], out_dir, shard_bytes)
     (out_dir / "config.json").write_text(json.dumps(_settings(source), indent=2) + "\n", encoding="utf-8")
-    for name in ("configuration_decilm.py", "modeling_decilm.py"):
-        shutil.copyfile(_TEMPLATES / f"{name}.txt", out_dir / name)
+    code_of({}).write(out_dir)
+
+
+def code_of(_: Mapping[str, Any]) -> ModelCode:
+    """The code of every export in this format, whatever its config.json."""
+    names = ("configuration_decilm.py", "modeling_decilm.py")
+    return ModelCode({name: (TEMPLATES / f"{name}.txt").read_text(encoding="utf-8") for name in names}, _AUTO_MAP)
 
 
 def engine_width(ffn_mult: float, hidden_size: int) -> int:
@@ -175,11 +185,7 @@ def _settings(source: ExportSource) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "model_type": "nemotron-nas",
         "architectures": ["DeciLMForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "configuration_decilm.DeciLMConfig",
-            "AutoModel": "modeling_decilm.DeciLMModel",
-            "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
-        },
+        "auto_map": dict(_AUTO_MAP),
         "num_hidden_layers": len(_layers(source)),
         **{key: getattr(config, key) for key in _COPIED},
         "head_dim": head_dim(source),

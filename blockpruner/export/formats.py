@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from blockpruner.blocks import Block
-from blockpruner.checkpoint import COMPANION_FILES, LEGAL_FILES
+from blockpruner.checkpoint import COMPANION_FILES, LEGAL_FILES, Checkpoint
 from blockpruner.errors import ExportError
 from blockpruner.export import custom, decilm, stock, zeroed
 from blockpruner.export.attention import window
+from blockpruner.export.code import ModelCode
 from blockpruner.export.gguf_file import format as gguf_file
 from blockpruner.export.names import AUTO_TAKES, ExportDtype, ExportFormat, FormatChoice, dtypes_of
 from blockpruner.export.source import ExportSource
@@ -41,8 +43,8 @@ class Format:
     """Writes weights and configuration into a folder, in shards of so many bytes."""
     places: Callable[[ExportSource], Places]
     """Where each surviving block is in the files: the number of its layer, and its place there if there are several."""
-    has_code: bool = False
-    """Whether the exporter writes model code into the folder, so that it must be trusted where the model is loaded."""
+    code_of: Callable[[Mapping[str, Any]], ModelCode] | None = None
+    """The model code that the exporter writes into the folder, from its config.json; None: none."""
     in_transformers: bool = True
     """Whether transformers loads it, so that it can be evaluated and timed here."""
     companions: tuple[str, ...] = (*COMPANION_FILES, *LEGAL_FILES)
@@ -57,16 +59,21 @@ class Format:
     """Rounds the original's weights, in place, as those in the folder are, which were to have this dtype (None: their
     own)."""
 
+    @property
+    def has_code(self) -> bool:
+        """Whether there is code in the folder, so that it must be trusted where the model is loaded."""
+        return self.code_of is not None
+
 
 FORMATS: dict[ExportFormat, Format] = {
     "stock": Format("stock", stock.check, stock.write, stock.places),
-    "transformers": Format("transformers", custom.check, custom.write, custom.places, has_code=True),
+    "transformers": Format("transformers", custom.check, custom.write, custom.places, code_of=custom.code_of),
     "decilm": Format(
         "decilm",
         decilm.check,
         decilm.write,
         decilm.places,
-        has_code=True,
+        code_of=decilm.code_of,
         zeros=decilm.carried,
         verify=verify_with_mlx_lm,
     ),
@@ -83,6 +90,16 @@ FORMATS: dict[ExportFormat, Format] = {
     ),
     "zeroed": Format("zeroed", zeroed.check, zeroed.write, zeroed.places, zeros=lambda source: source.removed),
 }
+
+
+def check_code(checkpoint: Checkpoint, name: ExportFormat) -> None:
+    """Make sure that the code in an exported model is the exporter's.
+
+    Raises:
+        CheckpointError: if it is not: it could be anybody's.
+    """
+    if (code_of := FORMATS[name].code_of) is not None:
+        code_of(checkpoint.config).check(checkpoint)
 
 
 def format_for(source: ExportSource, wanted: FormatChoice) -> Format:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from prefect._internal.concurrency.cancellation import CancelledError, WatcherThreadCancelScope
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
@@ -19,12 +22,14 @@ from prefect.client.schemas.objects import FlowRun, TaskRun
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.testing.utilities import prefect_test_harness
+from prefect.utilities.schema_tools import validate
 
 from blockpruner.errors import TextSourceError
 from blockpruner.progress import Progress
 from flows import prune_flow
 from flows.recipe import make_recipe
 from flows.reporter import Reporter
+from stages.runs import RunStore
 from tests.integration.command_line import ROOT, Outcome, blockpruner
 from tests.tiny_models import tiny_rows
 
@@ -148,6 +153,26 @@ def test_a_lost_server_stops_the_showing_and_not_the_search(
     assert capsys.readouterr().err.count("does not take the progress") == 1
 
 
+def test_a_slot_that_is_lost_stops_no_stage(
+    options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Prefect does where the server was away for minutes: it stops the flow wherever that is."""
+    took_the_slot: list[threading.Thread] = []
+
+    def take_the_slot(*_: object) -> None:
+        if not took_the_slot:
+            took_the_slot.append(threading.Thread(target=slot.cancel))
+            took_the_slot[0].start()
+            time.sleep(1)
+
+    monkeypatch.setattr(prune_flow._ProgressArtifact, "__call__", take_the_slot)
+    with WatcherThreadCancelScope() as slot, pytest.raises(CancelledError):
+        blockpruner("run", *options)
+    (record,) = RunStore(tmp_path / "ws").list()
+    assert record.status == "completed"
+    assert [stage.status for stage in record.stages] == ["completed"] * 5
+
+
 def test_only_a_hub_out_of_reach_is_worth_another_try() -> None:
     def failed(cause: Exception | None) -> Any:
         error = TextSourceError("x")
@@ -206,6 +231,20 @@ def test_the_servers_form_describes_every_setting() -> None:
     schema = prune_flow.prune.parameters.model_dump()
     fields = schema["definitions"]["Recipe"]["properties"]
     assert all(field["description"] for field in fields.values())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"num_samples": "all", "batch_size": "auto", "tasks": "piqa,arc_easy", "eval_text": "wikitext2"},
+        {"num_samples": None, "batch_size": 4, "tasks": ["piqa"], "eval_text": ["a.txt", "b.txt"]},
+        {"export_format": "stock,gguf", "export_dtype": None, "speed_batch_sizes": "1,8", "speed_prompt_tokens": 128},
+    ],
+)
+def test_the_servers_form_takes_what_its_descriptions_offer(given: dict[str, Any]) -> None:
+    recipe = {"model": "m", "num_blocks": 1, **given}
+    make_recipe(recipe)
+    validate({"recipe": recipe}, prune_flow.prune.parameters.model_dump(), raise_on_error=True)
 
 
 def test_logs_of_defects_keep_their_traceback() -> None:

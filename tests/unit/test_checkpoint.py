@@ -165,10 +165,12 @@ def _index_not_json(folder: Path) -> None:
 
 
 def _index_without_map(folder: Path) -> None:
+    shard(folder)
     write_index(folder, {"metadata": {}})
 
 
 def _index_with_odd_map(folder: Path) -> None:
+    shard(folder)
     write_index(folder, {"weight_map": {"lm_head.weight": ["model.safetensors"]}})
 
 
@@ -335,7 +337,10 @@ def test_every_familys_own_weights_fit(family: str, tiny_folder: TinyFolder) -> 
         ({"num_hidden_layers": 6}, "lacks the weights of layers 4 to 5 that its config.json asks for"),
         ({"intermediate_size": 64}, "has 12 of another shape than it asks for, model.layers.0.mlp."),
         ({"num_hidden_layers": 5, "vocab_size": 64}, "lacks the weights of layer 4 that"),
-        ({"num_hidden_layers": 2_000_000_000}, "lacks the weights of layers 4 to 1999999999"),
+        (
+            {"num_hidden_layers": 2_000_000_000},
+            "asks for 2000000000 layers (num_hidden_layers), and the weight files hold 39",
+        ),
         ({"num_hidden_layers": 0}, "says that it has 0 layers"),
         ({"attention_bias": True}, "lacks 16 tensors that its config.json asks for, model.layers.0."),
         ({"tie_word_embeddings": True}, None),

@@ -1,0 +1,74 @@
+"""The command `resume`: goes on with a run that did not come to its end, from the settings that its record holds."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from blockpruner.errors import ConfigurationError
+from flows import cli_options as options
+from flows.cli_results import open_runs
+
+if TYPE_CHECKING:
+    from flows.summary import RunSummary
+    from stages.runs import RunRecord
+
+
+def resume(
+    run: options.Run,
+    workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE,
+    as_json: options.Json = False,
+) -> None:
+    """Go on with a run that was stopped, failed or crashed.
+
+    With the settings that it was begun with, wherever it was begun. What it finished is taken as it is.
+    """
+    from flows.cli_output import print_result
+
+    record = open_runs(workspace).resolve(run)
+    if record.status == "running":
+        raise ConfigurationError(
+            f"run {record.run_id} is under way (pid {record.pid} on {record.host}); wait for its end, or stop it first"
+        )
+    if record.status == "completed":
+        typer.echo(f"run {record.run_id} is completed: there is nothing left to go on with", err=True)
+    print_result(
+        _as_it_is(record, workspace) if record.status == "completed" else _on(record, workspace), as_json=as_json
+    )
+
+
+def _as_it_is(record: RunRecord, workspace: Path) -> RunSummary:
+    from flows.reporter import Reporter
+    from flows.summary import RunSummary
+    from stages.workspace import Workspace
+
+    return RunSummary.of(record, Workspace(workspace), Reporter().warn)
+
+
+def _on(record: RunRecord, workspace: Path) -> RunSummary:
+    """Carry out what the record asks for: as a flow if it was one, else in this process."""
+    from flows.cli_pipeline import run_flow
+    from flows.goals import known_goal
+    from flows.grid import External
+    from flows.recipe import make_recipe
+    from flows.reporter import Reporter
+
+    goal = known_goal(record.goal)
+    if goal is None:
+        raise ConfigurationError(
+            f"the record of run {record.run_id} does not say how far it was to go, for another version of BlockPruner "
+            "wrote it; give its command again, which takes what it finished"
+        )
+    recipe = make_recipe(record.config)
+    if record.flow_run_id is not None:
+        return run_flow(recipe, workspace)
+    with redirect_stdout(sys.stderr):  # whoever else prints does not mean it as a result
+        from flows.runner import Runner
+
+        external = External(path=record.external, label=record.strategy or "external") if record.external else None
+        runner = Runner(workspace, Reporter())
+        return _as_it_is(runner.run(recipe, goal, comparison=record.comparison, external=external), workspace)

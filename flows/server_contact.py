@@ -1,0 +1,85 @@
+"""What becomes of a run when Prefect's server is gone: only what is shown there is lost, and one line says so.
+
+Prefect tries every request again for a minute. That is right for a run's state and wrong for a table, so what is only
+shown is tried once. Knows no flow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import flows.prefect_settings  # noqa: F401  # isort: skip  # before Prefect is imported
+
+import httpx
+from prefect._internal.concurrency.cancellation import shield
+from prefect.exceptions import PrefectException
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+from blockpruner.errors import BlockPrunerError
+from flows.reporter import Reporter
+from flows.wording import one_line
+
+_SERVER_ERRORS = (httpx.HTTPError, PrefectException, OSError)
+_HERE = ("127.0.0.1", "localhost", "::1")
+
+
+class ServerLostError(BlockPrunerError):
+    """Prefect's server does not answer any more."""
+
+
+def shown(reporter: Reporter, what: str, *actions: Callable[[], object]) -> bool:
+    """Show things on the server, each tried once; at the first that it does not take this is said, and False."""
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+        for action in actions:
+            try:
+                action()
+            except _SERVER_ERRORS as error:
+                reporter.warn(f"Prefect's server does not take {what}: {one_line(str(error))}")
+                return False
+    return True
+
+
+@contextmanager
+def whatever_becomes_of_its_slot() -> Iterator[None]:
+    """Let a flow's body end, also where the server could not be reached and took the deployment's slot back.
+
+    Prefect then stops a flow in the middle of whatever it does; hours of searching are worth more than a slot. Raises
+    Prefect's cancellation when the body has ended. An order to end (SIGTERM, and so a cancelled run) is not held up.
+    """
+    with shield():
+        yield
+
+
+@contextmanager
+def losing_server_in_one_line() -> Iterator[None]:
+    """Make one line of a server that is gone while a flow runs.
+
+    Raises:
+        ServerLostError: in place of what a client of the server raised.
+    """
+    try:
+        yield
+    except httpx.TransportError as error:
+        if (words := lost_server(error)) is None:
+            raise
+        raise ServerLostError(words) from error
+
+
+def lost_server(error: BaseException) -> str | None:
+    """What to say where an error is a request to Prefect's server that was not answered; None for any other."""
+    if not isinstance(error, httpx.TransportError) or not _was_for_server(error):
+        return None
+    return (
+        f"Prefect's server does not answer any more ({one_line(str(error)) or type(error).__name__}); what was "
+        "finished is kept: see that it runs, and give the same command again to go on"
+    )
+
+
+def _was_for_server(error: httpx.TransportError) -> bool:
+    try:
+        url = error.request.url
+    except RuntimeError:  # which httpx raises where it does not know
+        return False
+    api = PREFECT_API_URL.value()
+    return str(url).startswith(api) if api else url.host in _HERE

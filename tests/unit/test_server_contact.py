@@ -1,0 +1,77 @@
+"""A Prefect server that is gone: what is only shown is tried once, and errors are told from those of others."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from threading import Thread
+
+import httpx
+import pytest
+from prefect.artifacts import create_markdown_artifact
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows.reporter import Reporter
+from flows.server_contact import ServerLostError, losing_server_in_one_line, lost_server, shown
+
+
+@pytest.fixture
+def dying() -> Iterator[str]:
+    """The address of a server that takes a connection and says no more, which Prefect's clients try again."""
+
+    def hang_up() -> None:
+        with suppress(OSError):  # the end of the test
+            while True:
+                server.accept()[0].close()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        Thread(target=hang_up, daemon=True).start()
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/api"
+        with temporary_settings({PREFECT_API_URL: address}):
+            yield address
+
+
+def refused(url: str) -> httpx.ConnectError:
+    return httpx.ConnectError("Connection\nrefused", request=httpx.Request("POST", url))
+
+
+@pytest.mark.filterwarnings("ignore:Artifact creation outside of a flow:FutureWarning")
+@pytest.mark.usefixtures("dying")
+def test_what_is_only_shown_is_tried_once_and_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    began_at, tried = time.monotonic(), list[int]()
+
+    def show() -> None:
+        tried.append(1)
+        create_markdown_artifact("x", key="x")
+
+    assert not shown(Reporter(), "the tables", show, show, show)
+    assert time.monotonic() - began_at < 15  # with Prefect's own patience it is a minute
+    assert len(tried) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Warning: Prefect's server does not take the tables: ")
+
+
+def test_a_lost_server_is_one_line_that_says_how_to_go_on(dying: str) -> None:
+    with pytest.raises(ServerLostError) as caught, losing_server_in_one_line():
+        raise refused(f"{dying}/flow_runs/1/set_state")
+    said = str(caught.value)
+    assert "\n" not in said
+    assert "Connection refused" in said
+    assert "give the same command again to go on" in said
+
+
+@pytest.mark.parametrize(
+    "error", [refused("https://hub.example/api/models"), httpx.ConnectError("no request"), OSError("no"), ValueError()]
+)
+def test_what_others_did_not_answer_is_not_laid_to_the_server(error: Exception, dying: str) -> None:
+    assert lost_server(error) is None
+    with pytest.raises(type(error)) as caught, losing_server_in_one_line():
+        raise error
+    assert caught.value is error
+
+
+def test_a_temporary_server_is_known_without_an_address() -> None:
+    assert lost_server(refused("http://127.0.0.1:8123/api/flow_runs/")) is not None
+    assert lost_server(refused("https://hub.example/api/models")) is None
