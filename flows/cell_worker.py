@@ -156,16 +156,17 @@ def _carry_out(workspace: Path, request: Request, reporter: Reporter, is_over: t
     """Do the cell, or find that it was done; the event that says how it ended."""
     from flows.runner import Runner
 
-    runner = Runner(workspace, reporter)
+    runner: Runner | None = None
     try:
+        runner = Runner(workspace, reporter)
         found = runner.finished(request.recipe, request.goal, request.comparison, request.external)
         if found is not None:
             return Event(kind="end", run_id=found.run_id, cached=True)
         record = runner.run(request.recipe, request.goal, comparison=request.comparison, external=request.external)
     except Exception as error:  # whatever it is, it is this cell's, and the others go on
-        begun = runner.begun
+        begun = runner.begun if runner else None
         if is_over.is_set():  # what native code (DuckDB's, for one) made of the order to end
-            if begun is not None and begun.status == "failed":
+            if runner and begun and begun.status == "failed":
                 runner.runs.finish(begun, "cancelled", cancelled(begun.run_id), at=begun.finished_at)
             raise Terminated from error
         words = in_plain_words(error) or one_line(f"{type(error).__name__}: {error}")

@@ -28,7 +28,7 @@ from flows.cell_pool import CellPool
 from flows.cell_worker import Event, Request
 from flows.compare_progress import CompareProgress
 from flows.comparison import Outcome, Row, rows_of
-from flows.comparison_table import full_table, people_table
+from flows.comparison_table import comparison_text, full_table
 from flows.flow_artifacts import table
 from flows.flow_hooks import close_cells
 from flows.grid import Cell, Comparison, in_families, load_comparison
@@ -36,7 +36,7 @@ from flows.plan import Plan
 from flows.prune_flow import LoggingReporter, quieten_user_errors
 from flows.reporter import Reporter
 from flows.server_contact import shown, whatever_becomes_of_its_slot
-from flows.table_formats import in_markdown, markdown_table
+from flows.table_formats import in_markdown
 from flows.wording import one_line
 from stages.runs import RunStore
 from stages.workspace import Workspace
@@ -198,7 +198,7 @@ def _outcome(cell: Cell, event: Event, timed: Event | None) -> Outcome:
 
 def _publish(comparison: Comparison, rows: Sequence[Row], reporter: Reporter) -> None:
     """The table as artifacts of the flow run: to be read, and with every number."""
-    text = f"# {in_markdown(comparison.name)}\n\n{markdown_table(people_table(rows))}\n"
+    text = f"# {in_markdown(comparison.name)}\n\n{comparison_text(comparison, rows, 'markdown')}\n"
     about = one_line(comparison.description or comparison.name)
     shown(
         reporter,

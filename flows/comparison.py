@@ -7,25 +7,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import geometric_mean
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from blockpruner.errors import ArtifactError
-from flows.grid import Cell, Comparison
-from flows.paper_figures import PaperModel, paper_figures
-from flows.summary import AVERAGE, RunSummary, finite
+from blockpruner.strategies import STRATEGIES
+from flows.grid import EXTERNAL_ROLE, Cell, Comparison
+from flows.paper_figures import CLOSE, paper_figures
+from flows.recipe import TARGET_FIELDS, Recipe
+from flows.summary import RunSummary, finite
+from stages.accuracy import primary
 from stages.artifacts import read_envelope
 from stages.runs import RunRecord, RunStore
 from stages.store_schema import EvaluationRow, SpeedRow
 from stages.workspace import Warn, Workspace
 
-_NEAR = 0.03
-"""How far two shares of removed parameters may lie apart and still be compared."""
-_EXTERNAL = "external:"
-"""How the role of a text begins that an external checkpoint's own tokenizer has cut."""
+_SHOWN = (
+    *("model", "strategy", "strategy_seed", "metric", "block_kinds", "calibration", "num_samples", "seed", "name"),
+    *TARGET_FIELDS,
+)
+"""Recipe fields that a row has for themselves."""
 
 
 class Outcome(BaseModel):
@@ -78,6 +82,9 @@ class Row:
     num_samples: int | None
     """None: all rows."""
     seed: int
+    """Of the calibration set's draw."""
+    settings: Mapping[str, Any]
+    """What else the cells differ in, by recipe field, where this one's is not the default."""
     ratio_asked: float | None
     num_blocks_asked: int | None
     ratio: float | None
@@ -86,7 +93,7 @@ class Row:
     perplexities: Mapping[str, Pair]
     """By evaluation text."""
     accuracies: Mapping[str, Pair]
-    """By task: acc_norm where it has that, else acc."""
+    """By task: see `stages.accuracy`."""
     average: Pair
     """Mean of the tasks' accuracies."""
     prefill_speedup: float | None
@@ -102,6 +109,8 @@ class Row:
     run_id: str | None
     speed_run_id: str | None
     published: Published | None = None
+    not_as_in_paper: tuple[str, ...] = ()
+    """Why the paper's figures for this model and method, or some of them, do not stand beside the row."""
 
     @property
     def retained(self) -> float | None:
@@ -114,10 +123,16 @@ class Row:
 def rows_of(comparison: Comparison, outcomes: Sequence[Outcome], workspace: Workspace, warn: Warn) -> list[Row]:
     """A row for every cell, in their order."""
     by_key, runs = {outcome.key: outcome for outcome in outcomes}, RunStore(workspace.path, warn)
-    return [_row(cell, by_key[cell.key], runs, warn) for cell in comparison.cells]
+    recipes = [cell.recipe for cell in comparison.cells]
+    differing = [
+        name
+        for name in Recipe.model_fields
+        if name not in _SHOWN and len({getattr(each, name) for each in recipes}) > 1
+    ]
+    return [_row(cell, by_key[cell.key], differing, runs, warn) for cell in comparison.cells]
 
 
-def _row(cell: Cell, outcome: Outcome, runs: RunStore, warn: Warn) -> Row:
+def _row(cell: Cell, outcome: Outcome, differing: Sequence[str], runs: RunStore, warn: Warn) -> Row:
     recipe, external = cell.recipe, cell.external
     summary = _summary(outcome.run_id, runs, warn)
     timed = _summary(outcome.speed_run_id, runs, warn)
@@ -128,12 +143,15 @@ def _row(cell: Cell, outcome: Outcome, runs: RunStore, warn: Warn) -> Row:
         label=cell.label,
         model=recipe.model,
         strategy=external.label if external else recipe.strategy,
-        strategy_seed=recipe.strategy_seed if recipe.strategy == "random" and not external else None,
-        metric=None if external else _known(record, "metric", recipe.metric),
+        strategy_seed=recipe.strategy_seed
+        if STRATEGIES[recipe.strategy].importance == "chance" and not external
+        else None,
+        metric=None if external else recipe.judged_by,
         block_kinds=None if external else recipe.block_kinds,
         calibration=recipe.calibration,
         num_samples=recipe.num_samples,
         seed=recipe.seed,
+        settings={} if external else _set(recipe, differing),
         ratio_asked=None if external else recipe.ratio,
         num_blocks_asked=None if external else recipe.num_blocks,
         ratio=ratio,
@@ -154,31 +172,42 @@ def _row(cell: Cell, outcome: Outcome, runs: RunStore, warn: Warn) -> Row:
     return row if row.ratio is None else _beside_the_papers(row, cell, record)
 
 
+def _set(recipe: Recipe, names: Iterable[str]) -> dict[str, Any]:
+    """The settings that are not the defaults."""
+    values = {name: getattr(recipe, name) for name in names}
+    return {name: value for name, value in values.items() if value != Recipe.model_fields[name].default}
+
+
 def _beside_the_papers(row: Row, cell: Cell, record: RunRecord | None) -> Row:
-    model = paper_figures().model(row.model, record.num_layers if record else None)
-    found = _published(row, cell, model) if model else None
-    return Row(**{**vars(row), "published": found})
+    """The row with the paper's figures, as far as they were found as ours were, and else with what differs."""
+    figures, method = paper_figures(), (row.strategy or "").lower()
+    model = figures.model(row.model, record.num_layers if record else None)
+    if model is None or row.ratio is None or not model.results_of(method):
+        return row
+    settings = cell.recipe.model_dump()
+    other_search = [] if cell.external else figures.other_search(settings)
+    other_text, other_tasks = _other_text(row, cell), figures.other_tasks(settings)
+    result = model.nearest(method, row.ratio)
+    if result is None:
+        other_search.append(f"the paper has no ratio within {CLOSE:g} of this one")
+    published = None
+    if result is not None and not other_search and not (other_text and other_tasks):
+        published = Published(
+            strategy=result.strategy,
+            ratio=result.ratio,
+            perplexity=Pair() if other_text else Pair(model.dense.perplexity, result.perplexity),
+            average=Pair() if other_tasks else Pair(_share(model.dense.average), _share(result.average)),
+        )
+    differences = dict.fromkeys([*other_search, *other_text, *other_tasks])
+    return replace(row, published=published, not_as_in_paper=tuple(differences))
 
 
-def _published(row: Row, cell: Cell, model: PaperModel) -> Published | None:
-    """The paper's figures, as far as they were measured as ours were; None where the method or the ratio is another."""
-    figures, is_ours = paper_figures(), row.strategy == "blockpruner"
-    if is_ours and (row.metric != "perplexity" or row.block_kinds != "both"):
-        return None
-    result, ours = model.result((row.strategy or "").lower()), model.result("blockpruner")
-    if result is None or row.ratio is None:
-        return None
-    nominal = result.ratio or (ours.ratio if ours else None)
-    if nominal is None or abs(row.ratio - nominal) > _NEAR:
-        return None
-    same_text = figures.text in row.perplexities and cell.recipe.sequence_length == figures.sequence_length
-    same_tasks = set(cell.recipe.tasks) == set(figures.tasks)
-    return Published(
-        strategy=result.strategy,
-        ratio=result.ratio,
-        perplexity=Pair(model.dense.perplexity, result.perplexity) if same_text else Pair(),
-        average=Pair(_share(model.dense.average), _share(result.average)) if same_tasks else Pair(),
-    )
+def _other_text(row: Row, cell: Cell) -> list[str]:
+    """In what the perplexity is not the paper's."""
+    figures = paper_figures()
+    if figures.text not in row.perplexities:
+        return [f"perplexity on {figures.text} was not measured"]
+    return figures.other_search({"sequence_length": cell.recipe.sequence_length})
 
 
 def _summary(run_id: str | None, runs: RunStore, warn: Warn) -> RunSummary | None:
@@ -189,11 +218,6 @@ def _summary(run_id: str | None, runs: RunStore, warn: Warn) -> RunSummary | Non
     except ArtifactError as error:
         warn(str(error))
         return None
-
-
-def _known(record: RunRecord | None, name: str, asked: str) -> str:
-    """What the run says it did, where it says it."""
-    return (getattr(record, name) if record else None) or asked
 
 
 def _ratio(summary: RunSummary) -> float | None:
@@ -211,18 +235,14 @@ def _perplexities(summary: RunSummary) -> dict[str, Pair]:
     return {text: Pair(*(summary.perplexity(variant, text) for variant in ("dense", "pruned"))) for text in shown}
 
 
-def _accuracies(evaluations: Iterable[EvaluationRow]) -> dict[str, Pair]:
+def _accuracies(evaluations: Sequence[EvaluationRow]) -> dict[str, Pair]:
     """By task, what it counts with in the average."""
-    rows = list(evaluations)
-    tasks = list(dict.fromkeys(row.task for row in rows if row.task != AVERAGE))
-    by_task = {task: Pair(*(_accuracy(rows, variant, task) for variant in ("dense", "pruned"))) for task in tasks}
+    dense, pruned = (
+        {task: row.value for task, row in primary(row for row in evaluations if row.variant == variant).items()}
+        for variant in ("dense", "pruned")
+    )
+    by_task = {task: Pair(dense.get(task), pruned.get(task)) for task in (*dense, *pruned)}
     return {task: pair for task, pair in by_task.items() if pair != Pair()}
-
-
-def _accuracy(rows: Iterable[EvaluationRow], variant: str, task: str) -> float | None:
-    """Normalised by length where the task has that, as in the paper."""
-    values = {row.metric.partition(",")[0]: row.value for row in rows if (row.variant, row.task) == (variant, task)}
-    return values.get("acc_norm", values.get("acc"))
 
 
 def _speedups(rows: Iterable[SpeedRow]) -> tuple[float | None, float | None]:
@@ -258,7 +278,11 @@ def _status(record: RunRecord | None, outcome: Outcome) -> str:
 def _note(summary: RunSummary) -> str | None:
     """Whether an external checkpoint was measured on the same tokens as its dense model."""
     cut = {role: digest for role in _text_roles(summary.record) if (digest := _token_digest(summary, role))}
-    other = [role for role in cut if role.startswith(_EXTERNAL) and cut[role] != cut.get(role.removeprefix(_EXTERNAL))]
+    other = [
+        role
+        for role in cut
+        if role.startswith(EXTERNAL_ROLE) and cut[role] != cut.get(role.removeprefix(EXTERNAL_ROLE))
+    ]
     if not other:
         return None
     return "its tokenizer cuts the texts otherwise: its perplexity is of other tokens than the dense model's"

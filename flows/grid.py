@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,43 +20,23 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from blockpruner.errors import ConfigurationError, nearest
 from blockpruner.paths import user_path
-from flows.recipe import COMPARISONS_FOLDER, NonBlank, Recipe, make_recipe, paths_beside, read_yaml
+from blockpruner.strategies import STRATEGIES, LacoSettings
+from flows.recipe import COMPARISONS_FOLDER, TARGET_FIELDS, NonBlank, Recipe, make_recipe, paths_beside, read_yaml
 
-AXES = tuple(
-    name
-    for name in (
-        *(
-            "model",
-            "strategy",
-            "strategy_seed",
-            "metric",
-            "block_kinds",
-            "stock_compatible",
-            "calibration",
-            "calibration_column",
-        ),
-        *("num_samples", "seed", "num_blocks", "ratio"),
-    )
-    if name in Recipe.model_fields
+AXES = (
+    *("model", "strategy", "strategy_seed", "metric", "block_kinds", "stock_compatible"),
+    *("calibration", "calibration_column", "num_samples", "seed", "num_blocks", "ratio"),
 )
 """Recipe fields of which a grid may list several values."""
-_MEASURED_ALIKE = frozenset(
-    {
-        "sequence_length",
-        "eval_text",
-        "eval_text_column",
-        "tasks",
-        "task_dir",
-        "task_data",
-        "log_samples",
-        "num_fewshot",
-        "limit",
-        "dtype",
-        "device",
-    }
+_MEASURED_ALIKE = (
+    *("sequence_length", "eval_text", "eval_text_column", "tasks", "task_dir", "task_data", "log_samples"),
+    *("num_fewshot", "limit", "dtype", "device"),
 )
 """What no cell may have for itself: its row could not be compared with the others."""
-_TARGETS = ("num_blocks", "ratio")
+EXTERNAL_ROLE = "external:"
+"""How the role of a text begins that an external checkpoint's own tokenizer has cut."""
+DENSE = "dense"
+"""What a table calls the line of a dense model."""
 _MOST_CELLS = 10_000
 
 
@@ -101,7 +82,7 @@ class Comparison(BaseModel):
         recipes = tuple(dict.fromkeys(recipe for block in self.grid for recipe in self._recipes(block)))
         labels = _labels(recipes)
         searched = [Cell(label, self._named(recipe, label)) for label, recipe in zip(labels, recipes, strict=True)]
-        cells = (*searched, *self._externals(recipes))
+        cells = (*searched, *self._externals(recipes, {*labels, *(recipe.strategy for recipe in recipes)}))
         if not cells:
             raise ConfigurationError("there is nothing to compare; give a grid, such as `grid: {ratio: [0.1, 0.2]}`")
         return cells
@@ -116,18 +97,23 @@ class Comparison(BaseModel):
                 raise ConfigurationError(f"the grid has more than {_MOST_CELLS:,} cells; give shorter lists")
             recipe = make_recipe({**self._without_old_target(block), **dict(zip(axes, values, strict=True))})
             recipe.require_target()
-            yield recipe
+            yield _heeded(recipe)
 
     def _without_old_target(self, block: Mapping[str, Any]) -> dict[str, Any]:
         """The base, less its target where the block gives one."""
-        replaced = _TARGETS if block.keys() & set(_TARGETS) else ()
+        replaced = TARGET_FIELDS if block.keys() & set(TARGET_FIELDS) else ()
         return {name: value for name, value in self.base.items() if name not in replaced}
 
-    def _externals(self, recipes: tuple[Recipe, ...]) -> Iterator[Cell]:
+    def _externals(self, recipes: tuple[Recipe, ...], taken: Set[str]) -> Iterator[Cell]:
         """The external checkpoints, each with the recipe of the model that it was made from."""
         names = [external.label for external in self.external]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ConfigurationError(f"two external checkpoints are labelled {twice!r}; give each a label of its own")
+        if same := next((name for name in names if name in {*taken, DENSE}), None):
+            raise ConfigurationError(
+                f"an external checkpoint is labelled {same!r}, as another row of the table is; give it another label, "
+                f"such as '{same} elsewhere'"
+            )
         for external in self.external:
             recipe = self._recipe_of_external(external, recipes)
             yield Cell(external.label, self._named(recipe, external.label), external)
@@ -163,7 +149,7 @@ class Cell:
     @property
     def family(self) -> str:
         """The same for cells that differ only in how far they prune: they share one search."""
-        apart = {*_TARGETS, "name", "export_blocks", "export_format", "export_dtype"}
+        apart = {*TARGET_FIELDS, "name", "export_blocks", "export_format", "export_dtype"}
         return json.dumps([self.recipe.model_dump(mode="json", exclude=apart), self._external])
 
     @property
@@ -266,7 +252,11 @@ def _override(base: Mapping[str, Any], blocks: Any, overrides: Mapping[str, Any]
             raise ConfigurationError(
                 f"{both[0]} differs from cell to cell in this grid, and cannot be given for all; change the recipe"
             )
-    kept = {name: value for name, value in base.items() if name not in _TARGETS or not overrides.keys() & set(_TARGETS)}
+    kept = {
+        name: value
+        for name, value in base.items()
+        if name not in TARGET_FIELDS or not overrides.keys() & set(TARGET_FIELDS)
+    }
     return {**paths_beside(folder, kept), **overrides}
 
 
@@ -290,31 +280,69 @@ def _valid_axes() -> str:
     return f"axes are {', '.join(AXES)}"
 
 
+_ORDER = (*AXES, *(name for name in Recipe.model_fields if name not in AXES))
+"""In which a label names them."""
+
+
+def _heeded(recipe: Recipe) -> Recipe:
+    """The recipe without what its strategy does not heed, so that nothing is searched or shown twice for that."""
+    strategy, unheeded = STRATEGIES[recipe.strategy], set[str]()
+    if strategy.importance != "chance":
+        unheeded |= {"strategy_seed"}
+    if strategy.procedure != "collapse":
+        unheeded |= {f"laco_{name}" for name in LacoSettings.model_fields}
+    if strategy.whole_layers:
+        unheeded |= {"stock_compatible"}
+    return recipe.model_copy(update={name: Recipe.model_fields[name].default for name in unheeded})
+
+
 def _labels(recipes: tuple[Recipe, ...]) -> list[str]:
-    """What tells each recipe from the others, in words: model and strategy, and what differs among their own."""
+    """What tells each recipe from the others, in words: model and strategy, and what differs among their own.
+
+    With what all share, and with how far each prunes, a label is all that a reader needs: of other axes on which
+    strategies differ, what it does not name is the default.
+    """
     dumped = [recipe.model_dump() for recipe in recipes]
     first = [name for name in ("model", "strategy") if _varies(name, dumped)]
-    order = [*AXES, *(name for name in Recipe.model_fields if name not in AXES)]
+    apart = [name for name in AXES if name not in TARGET_FIELDS and _varies(name, dumped)]
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for values in dumped:
+        alike.setdefault(tuple(values[name] for name in first), []).append(values)
+    varying = {own: [name for name in Recipe.model_fields if _varies(name, group)] for own, group in alike.items()}
+    short = {name: _short_names({values[name] for values in dumped}) for name in ("model", "calibration")}
 
-    def varying(values: Mapping[str, Any]) -> list[str]:
-        alike = [other for other in dumped if all(other[name] == values[name] for name in first)]
-        return [name for name in order if name in first or _varies(name, alike)]
+    def label(values: Mapping[str, Any], names: Iterable[str]) -> str:
+        shown = {**values, **{name: known[values[name]] for name, known in short.items()}}
+        order = sorted(names, key=_ORDER.index)
+        return " ".join(_labelled(name, shown[name]) for name in order if _is_given(name, values))
 
-    return [_label(values, varying(values)) or _label(values, ["model", *_TARGETS]) for values in dumped]
+    def told(values: Mapping[str, Any]) -> set[str]:
+        unusual = (name for name in apart if values[name] != Recipe.model_fields[name].default)
+        return {*first, *varying[tuple(values[name] for name in first)], *unusual}
+
+    return [label(values, told(values)) or label(values, ["model", *TARGET_FIELDS]) for values in dumped]
+
+
+def _is_given(name: str, values: Mapping[str, Any]) -> bool:
+    return values[name] is not None or name == "num_samples"
 
 
 def _varies(name: str, dumped: list[dict[str, Any]]) -> bool:
     return len({repr(values[name]) for values in dumped}) > 1
 
 
-def _label(values: Mapping[str, Any], names: list[str]) -> str:
-    shown = (_labelled(name, values[name]) for name in names if values[name] is not None or name == "num_samples")
-    return " ".join(shown)
+def _short_names(paths: Set[str]) -> dict[str, str]:
+    """Each path's last parts, as many as tell it from the others."""
+    parts = {path: Path(path).parts or (path,) for path in paths}
+    found = dict[str, str]()
+    for length in range(1, max(map(len, parts.values()), default=0) + 1):
+        ends = {path: own[-length:] for path, own in parts.items()}
+        times = Counter(ends.values())
+        found |= {path: str(Path(*end)) for path, end in ends.items() if times[end] == 1 and path not in found}
+    return {path: found.get(path, path) for path in paths}  # one that is written in two ways stays as it is
 
 
 def _labelled(name: str, value: Any) -> str:
-    if name in ("model", "calibration"):
-        return Path(str(value)).name
-    if name in ("strategy", "metric"):
+    if name in ("model", "calibration", "strategy", "metric"):
         return str(value)
     return f"{name}={'all' if value is None else value}"

@@ -5,12 +5,17 @@ The numbers are data, in `paper_figures.yaml`, with their source. Knows no run: 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+CLOSE = 0.03
+"""How far two shares of removed parameters may lie apart and still stand side by side."""
 _FILE = Path(__file__).with_name("paper_figures.yaml")
 
 
@@ -50,9 +55,23 @@ class PaperModel(BaseModel):
     dense: PaperDense
     results: tuple[PaperResult, ...]
 
-    def result(self, strategy: str) -> PaperResult | None:
-        """The method's row in the main table, or else in the ablations."""
-        return next((row for row in self.results if row.strategy == strategy), None)
+    def results_of(self, strategy: str) -> tuple[PaperResult, ...]:
+        """A method's rows: that of the main table first."""
+        return tuple(row for row in self.results if row.strategy == strategy)
+
+    def nearest(self, strategy: str, ratio: float) -> PaperResult | None:
+        """The method's row whose ratio is nearest to this one; None if none is within `CLOSE` of it.
+
+        Where the paper does not state a row's ratio, it is about that of BlockPruner's in the main table.
+        """
+        usual = self.results_of("blockpruner")[0].ratio
+
+        def apart(row: PaperResult) -> float:
+            stated = row.ratio if row.ratio is not None else usual
+            return math.inf if stated is None else abs(stated - ratio)
+
+        found = min(self.results_of(strategy), key=apart, default=None)
+        return found if found is not None and apart(found) <= CLOSE else None
 
 
 class PaperFigures(BaseModel):
@@ -66,7 +85,9 @@ class PaperFigures(BaseModel):
     sequence_length: int
     """Tokens."""
     tasks: tuple[str, ...]
-    """The lm-eval tasks that the averages are over."""
+    """The lm-eval tasks that the averages are over; zero-shot, every question."""
+    search: dict[str, Any]
+    """How blocks were searched for, by the names of a recipe's fields."""
     models: tuple[PaperModel, ...]
 
     def model(self, typed: str | None, num_layers: int | None = None) -> PaperModel | None:
@@ -84,6 +105,29 @@ class PaperFigures(BaseModel):
             None,
         )
 
+    def other_search(self, settings: Mapping[str, Any]) -> list[str]:
+        """In which of a search's settings, by the names of a recipe's fields, it is not the paper's.
+
+        What `settings` does not have counts as the paper's, here and in `other_tasks`.
+        """
+        wanted = {**self.search, "sequence_length": self.sequence_length}
+        return [
+            f"{name} is {_shown(name, settings[name])}, in the paper {_shown(name, value)}"
+            for name, value in wanted.items()
+            if settings.get(name, value) != value
+        ]
+
+    def other_tasks(self, settings: Mapping[str, Any]) -> list[str]:
+        """In what the average is not the paper's."""
+        lines = []
+        if set(settings.get("tasks", self.tasks)) != set(self.tasks):
+            lines.append(f"the tasks are not the paper's ({', '.join(self.tasks)})")
+        if shots := settings.get("num_fewshot"):
+            lines.append(f"tasks with {shots} examples, in the paper zero-shot")
+        if (limit := settings.get("limit")) is not None:
+            lines.append(f"only {limit} questions of each task, in the paper all")
+        return lines
+
 
 @cache
 def paper_figures() -> PaperFigures:
@@ -93,3 +137,7 @@ def paper_figures() -> PaperFigures:
 
 def _last_part(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2].lower()
+
+
+def _shown(name: str, value: object) -> str:
+    return str(value) if value is not None else "all" if name == "num_samples" else "not given"

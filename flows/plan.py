@@ -18,11 +18,10 @@ from blockpruner.export.formats import FORMATS
 from blockpruner.export.names import ExportFormat, FormatChoice
 from blockpruner.loading import DtypeName, resolve_device, resolve_dtype
 from blockpruner.paths import user_path
-from blockpruner.strategies import STRATEGIES
 from blockpruner.trace import read_trace
 from flows.formats import PrunedModel, check_family, check_formats, dtype_for, is_repeated
 from flows.goals import EXPORTING, SEARCHING, Goal
-from flows.grid import External
+from flows.grid import EXTERNAL_ROLE, External
 from flows.model_shape import ModelShape, measured_shape, searched_shape
 from flows.opened_models import PrunedElsewhere, check_any_model, folded_model, opened
 from flows.recipe import Recipe
@@ -36,8 +35,6 @@ from stages.text_sources import Purpose, resolve_text
 
 _FOLDED = "fold"
 """Role of the artifact that holds a model folded into a Llama."""
-_EXTERNAL = "external:"
-"""Begins the role of a text that was cut by the tokenizer of a model pruned elsewhere."""
 
 _DENSE = ("evaluate:dense", "evaluate dense")
 """Role and label of the dense model's evaluation."""
@@ -161,7 +158,7 @@ class Plan:
             sequence_length=recipe.sequence_length,
             seed=recipe.seed if calibrating else None,
             block_kinds=recipe.block_kinds if searching else None,
-            metric=_judged_by(recipe) if searching else None,
+            metric=recipe.judged_by if searching else None,
             strategy=self.external.label if self.external else recipe.strategy if searching else None,
             external=str(self.external.checkpoint.path) if self.external else None,
             num_parameters_left=self.external.num_parameters if self.external else None,
@@ -227,10 +224,12 @@ class Plan:
         """The texts that it is measured on, cut by its own tokenizer where that is another one."""
         if self.goal != "evaluate" or not external.has_other_tokenizer(self.checkpoint):
             return
-        yield PlannedStage(f"{_EXTERNAL}calibration", f"calibrate for {external.label}", self._calibration_of_external)
+        yield PlannedStage(
+            f"{EXTERNAL_ROLE}calibration", f"calibrate for {external.label}", self._calibration_of_external
+        )
         for name, typed in self.texts.items():
             label = f"calibrate {name} for {external.label}"
-            yield PlannedStage(f"{_EXTERNAL}text:{name}", label, partial(self._text_of_external, typed))
+            yield PlannedStage(f"{EXTERNAL_ROLE}text:{name}", label, partial(self._text_of_external, typed))
 
     @property
     def _dense_evaluations(self) -> Iterator[PlannedStage]:
@@ -361,7 +360,7 @@ class Plan:
         """The pruned model on everything."""
 
         def ref(role: str) -> ArtifactRef:
-            return artifacts.get(f"{_EXTERNAL}{role}", artifacts[role]).ref
+            return artifacts.get(f"{EXTERNAL_ROLE}{role}", artifacts[role]).ref
 
         named = ((baseline.CALIBRATION, ref("calibration")), *((name, ref(f"text:{name}")) for name in self.texts))
         pruned, has_code = self._measured(artifacts)
@@ -413,9 +412,3 @@ def _exported(artifact: Artifact[Any]) -> tuple[Checkpoint, bool]:
     """An exported model, and whether it comes with code of ours."""
     name: ExportFormat = artifact.manifest.format
     return Checkpoint.open(str(artifact.path / export.MODEL_FOLDER)), FORMATS[name].has_code
-
-
-def _judged_by(recipe: Recipe) -> str:
-    """The metric, or where the strategy has an importance of its own, that."""
-    strategy = STRATEGIES[recipe.strategy]
-    return recipe.metric if strategy.uses_metric else strategy.importance

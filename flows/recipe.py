@@ -21,7 +21,7 @@ from blockpruner.export.names import ExportDtype, FormatChoice, dtypes_of
 from blockpruner.memory_size import parse_memory_size
 from blockpruner.paths import user_path
 from blockpruner.scoring.settings import CompileChoice, MetricName, ScorerName, ScorerSettings
-from blockpruner.strategies import LacoSettings, StrategyName, check_settings
+from blockpruner.strategies import STRATEGIES, LacoSettings, StrategyName, check_settings
 from flows.settings_text import SETTINGS
 from stages.executor import ExecutorName, ExecutorSettings, check_address
 
@@ -29,7 +29,8 @@ RECIPES_FOLDER = Path(__file__).parent / "recipes"
 COMPARISONS_FOLDER = RECIPES_FOLDER / "compare"
 """Recipes of another kind: see `flows.grid`."""
 _PATH_FIELDS = ("model", "calibration", "eval_text", "task_dir", "task_data")
-_TARGET_FIELDS = ("num_blocks", "ratio")
+TARGET_FIELDS = ("num_blocks", "ratio")
+"""How far to prune: one of them is given."""
 _SEARCH_FIELDS = (
     *("model", "calibration", "calibration_column", "num_samples", "sequence_length", "seed"),
     *("block_kinds", "stock_compatible", "metric", "strategy", "strategy_seed", "laco"),
@@ -270,6 +271,12 @@ class Recipe(BaseModel):
         return target if self.stock_compatible else None
 
     @property
+    def judged_by(self) -> str:
+        """The metric, or where the strategy has an importance of its own, that."""
+        strategy = STRATEGIES[self.strategy]
+        return self.metric if strategy.uses_metric else strategy.importance
+
+    @property
     def laco(self) -> LacoSettings:
         """The settings of strategy laco."""
         return LacoSettings(
@@ -319,7 +326,7 @@ class Recipe(BaseModel):
         same_search = all(getattr(asked, field) == getattr(self, field) for field in _SEARCH_FIELDS)
         if not same_search or not 1 <= changes.get("num_blocks", 0) <= num_searched:
             return asked
-        others = {field: value for field, value in changes.items() if field not in _TARGET_FIELDS}
+        others = {field: value for field, value in changes.items() if field not in TARGET_FIELDS}
         return self.changed({**others, "export_blocks": asked.num_blocks})
 
     def anchored(self) -> Recipe:
@@ -360,7 +367,7 @@ def _overridden(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict
     A target replaces the one before, whichever of the two fields that is, and with it the number of blocks to export:
     that was a part of the old one.
     """
-    replaced = {*_TARGET_FIELDS, "export_blocks"} if overrides.keys() & set(_TARGET_FIELDS) else set()
+    replaced = {*TARGET_FIELDS, "export_blocks"} if overrides.keys() & set(TARGET_FIELDS) else set()
     return {**{name: value for name, value in values.items() if name not in replaced}, **overrides}
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.accuracy import AVERAGE_TASK
 from stages.runs import RunRecord
 from stages.store_rows import RunRows, rows_of
 from stages.store_schema import ExportRow, PerplexityRow, StepRow
@@ -19,8 +20,7 @@ from stages.workspace import Warn, Workspace
 _CALIBRATION = "calibration"
 _NOT_SHOWN = {"fingerprint", "checkpoints", "started_at"}
 """What `--json` does not tell of a stage."""
-AVERAGE = "average"
-"""The name under which the tasks' average is listed among them."""
+AVERAGE = AVERAGE_TASK
 _SAMPLES_FILE = "samples.parquet"
 
 

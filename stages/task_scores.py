@@ -9,12 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from stages.accuracy import AVERAGE_METRIC, AVERAGE_TASK, primary
 from stages.contract import StageManifest
-
-AVERAGE_TASK = "average"
-"""Under this name the average is listed among the tasks."""
-AVERAGE_METRIC = "acc_norm or acc"
-"""Its metric: no task's own, so that whoever selects a metric does not get the average among the tasks."""
 
 
 class TaskMetric(StageManifest):
@@ -58,7 +54,7 @@ def _average(metrics: tuple[TaskMetric, ...], groups: Mapping[str, list[str]]) -
     (perplexity, generated text) does not count. The standard error is that of a mean of independent estimates,
     sqrt(sum of squares) / number.
     """
-    accuracies = _accuracies(metrics)
+    accuracies = primary(metrics)
     counted = [accuracies[name] for name in dict.fromkeys(_counted(accuracies, groups))]
     if not counted:
         return ()
@@ -73,16 +69,6 @@ def _average(metrics: tuple[TaskMetric, ...], groups: Mapping[str, list[str]]) -
         num_examples=sum(metric.num_examples for metric in counted),
     )
     return (average,)
-
-
-def _accuracies(metrics: tuple[TaskMetric, ...]) -> dict[str, TaskMetric]:
-    """By task: acc_norm where it has that, else acc; a task with neither is not there."""
-    found: dict[str, TaskMetric] = {}
-    for wanted in ("acc_norm", "acc"):
-        for metric in metrics:
-            if metric.metric.partition(",")[0] == wanted:
-                found.setdefault(metric.task, metric)
-    return found
 
 
 def _counted(accuracies: Mapping[str, TaskMetric], groups: Mapping[str, list[str]]) -> Iterator[str]:

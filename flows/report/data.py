@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from blockpruner.errors import ArtifactError
-from flows.summary import AVERAGE, RunSummary
+from flows.summary import RunSummary
 from flows.wording import one_line
+from stages.accuracy import ACCURACIES, AVERAGE_TASK, primary
 from stages.artifacts import read_envelope
 from stages.runs import RunRecord, StageRun
 from stages.store_schema import EvaluationRow, ScoreRow, SpeedRow
 from stages.workspace import Workspace
 
-PRIMARY_METRICS = ("acc_norm", "acc", "exact_match")
-"""What counts of a task, the first that it has: as in the paper, acc_norm where there is one, else acc."""
+_SHOWN_METRICS = (*ACCURACIES, "exact_match")
+"""What is shown of a task, the first that it has."""
 _GENERIC_NAMES = frozenset({"model", "models", "hf", "checkpoint", "weights"})
 
 
@@ -72,9 +73,18 @@ class ReportRun:
         return self.record.model_fingerprint or self.record.model or self.record.run_id
 
     @property
+    def settings(self) -> str | None:
+        """What else the search was told, beside strategy, metric and kinds of blocks: its draw, LaCo's settings."""
+        if self.record.metric == "chance":
+            return f"draw {self.record.config.get('strategy_seed', 0)}"
+        return self.summary.rows.runs[0].settings
+
+    @property
     def ratio(self) -> float | None:
         """The share of all parameters that the pruned model lacks."""
         export, total = self.summary.export, self.record.num_parameters
+        if self.record.num_parameters_left is not None and total:  # pruned elsewhere
+            return 1 - self.record.num_parameters_left / total
         if export is not None and total:
             return 1 - export.num_parameters / total
         return self.summary.removed[-1].ratio if self.summary.removed else None
@@ -111,14 +121,19 @@ def accuracies(rows: Iterable[EvaluationRow]) -> list[Accuracy]:
     The average is the one that was stored with them, which knows of groups of tasks; where there is none, their mean,
     with the standard error of a mean of independent measurements.
     """
-    by_task: dict[str, dict[str, EvaluationRow]] = {}
-    for row in rows:
-        by_task.setdefault(row.task, {}).setdefault(row.metric.partition(",")[0], row)
-    measured = by_task.pop(AVERAGE, {})
-    found = [each for task, metrics in by_task.items() if (each := _primary(task, metrics)) is not None]
+    rows = list(rows)
+    found = [
+        _accuracy(row, row.value)
+        for row in primary(rows, _SHOWN_METRICS).values()
+        if row.value is not None and math.isfinite(row.value)
+    ]
     if len(found) < 2:
         return found
-    stored = [Accuracy(AVERAGE, "", row.value, row.stderr) for row in measured.values() if row.value is not None]
+    stored = [
+        Accuracy(row.task, "", row.value, row.stderr)
+        for row in rows
+        if row.task == AVERAGE_TASK and row.value is not None
+    ]
     return [*found, *(stored or [_average(found)])]
 
 
@@ -144,8 +159,13 @@ def _is_start(rows: Sequence[ScoreRow], of: Sequence[ScoreRow], *, or_same: bool
 
 
 def _labels(records: Sequence[RunRecord]) -> list[str]:
-    """The runs' names, or their models' where they have none; with the end of the id where that is not enough."""
-    names = [one_line(record.name or "") or short_model(record) for record in records]
+    """The runs' names, or their models' where they have none; with the end of the id where that is not enough.
+
+    The rows of one comparison alone are called as it calls them, without its name before each.
+    """
+    comparisons = {record.comparison for record in records}
+    before = f"{records[0].comparison}: " if len(comparisons) == 1 and len(records) > 1 else ""
+    names = [one_line((record.name or "").removeprefix(before)) or short_model(record) for record in records]
     times = Counter(names)
     ends = [record.run_id.rpartition("-")[2] for record in records]
     return [name if times[name] == 1 else f"{name} {end}" for name, end in zip(names, ends, strict=True)]
@@ -161,15 +181,12 @@ def _stage_time(stage: StageRun, workspace: Workspace) -> StageTime:
     return StageTime(stage.label, seconds, stage.cached, stage.status)
 
 
-def _primary(task: str, metrics: dict[str, EvaluationRow]) -> Accuracy | None:
-    row = next((metrics[name] for name in PRIMARY_METRICS if name in metrics), None)
-    if row is None or row.value is None or not math.isfinite(row.value):
-        return None
+def _accuracy(row: EvaluationRow, value: float) -> Accuracy:
     stderr = row.stderr if row.stderr is not None and math.isfinite(row.stderr) else None
-    return Accuracy(task, row.metric, row.value, stderr)
+    return Accuracy(row.task, row.metric, value, stderr)
 
 
 def _average(parts: Sequence[Accuracy]) -> Accuracy:
     errors = [part.stderr for part in parts if part.stderr is not None]
     stderr = math.sqrt(sum(error**2 for error in errors)) / len(parts) if len(errors) == len(parts) else None
-    return Accuracy(AVERAGE, "", sum(part.value for part in parts) / len(parts), stderr)
+    return Accuracy(AVERAGE_TASK, "", sum(part.value for part in parts) / len(parts), stderr)

@@ -72,16 +72,12 @@ def _comparison(paper: PaperModel, runs: Sequence[ReportRun]) -> Comparison:
 
 def _differences(run: ReportRun) -> list[str]:
     record, figures = run.record, paper_figures()
-    lines = []
-    if record.sequence_length != figures.sequence_length:
-        lines.append(f"{run.label}: sequences of {record.sequence_length} tokens, not {figures.sequence_length}")
+    length = {"sequence_length": record.sequence_length}
+    lines = figures.other_search(length if record.external else {**record.config, **length})
     if run.summary.perplexity("pruned", figures.text) is None:
-        lines.append(f"{run.label}: perplexity on {figures.text} was not measured")
+        lines.append(f"perplexity on {figures.text} was not measured")
     if paper_average(run, "pruned") is None:
-        lines.append(f"{run.label}: not all of {', '.join(figures.tasks)} were measured, so there is no average")
-    shots = {row.num_fewshot for row in run.summary.rows.evaluations if row.num_fewshot}
-    if shots:
-        lines.append(f"{run.label}: tasks with {', '.join(map(str, sorted(shots)))} examples, not zero-shot")
-    if (limit := record.config.get("limit")) is not None:
-        lines.append(f"{run.label}: only {limit} questions of each task")
-    return lines
+        lines.append(f"not all of {', '.join(figures.tasks)} were measured, so there is no average")
+    return [
+        f"{run.label}: {line}" for line in (*lines, *figures.other_tasks({**record.config, "tasks": figures.tasks}))
+    ]

@@ -76,8 +76,8 @@ GRID = [
 LABELS = [
     "blockpruner cal.txt num_blocks=1",
     "blockpruner cal.txt num_blocks=3",
-    "oneshot num_blocks=1",
-    "oneshot num_blocks=3",
+    "oneshot cal.txt num_blocks=1",
+    "oneshot cal.txt num_blocks=3",
     "blockpruner short.txt num_blocks=1",
     "SliceGPT",
 ]
@@ -214,7 +214,7 @@ def test_the_store_knows_which_comparison_a_run_belongs_to(compared: Compared) -
 
 def test_the_report_is_of_all_runs(compared: Compared) -> None:
     page = compared.report.read_text()
-    for label in ("oneshot num_blocks=3", "SliceGPT"):
+    for label in ("oneshot cal.txt num_blocks=3", "SliceGPT"):
         assert label in page
 
 

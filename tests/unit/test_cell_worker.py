@@ -22,3 +22,12 @@ def test_a_cell_that_fails_before_its_run_begins_has_not_the_run_of_the_cell_bef
     assert event.text is not None
     assert "nowhere" in event.text
     assert runs.load(before.run_id).status == "completed"
+
+
+def test_a_workspace_that_cannot_be_opened_fails_the_cell_and_not_the_worker(tmp_path: Path) -> None:
+    (tmp_path / "ws").write_text("a file where the folder should be")
+    recipe = make_recipe({"model": "m", "ratio": 0.2, "name": "c: b"})
+    request = Request(recipe=recipe, goal="evaluate", comparison="c")
+    event = _carry_out(tmp_path / "ws", request, Reporter(), threading.Event())
+    assert (event.kind, event.run_id) == ("end", None)
+    assert "cannot be written" in event.text

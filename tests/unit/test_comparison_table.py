@@ -6,17 +6,19 @@ import csv
 import dataclasses
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from flows.comparison import Pair, Published, Row, _accuracies, _published, _speedups
+from flows.comparison import Outcome, Pair, Published, Row, _accuracies, _speedups, rows_of
 from flows.comparison_table import comparison_text, comparison_view, full_table, people_table, standing
 from flows.grid import Comparison, make_comparison
 from flows.paper_figures import paper_figures
 from flows.table_formats import TableFormat
 from stages.store_schema import EvaluationRow, SpeedRow
+from stages.workspace import Workspace
 
 PAPER = Published("blockpruner", 0.2199, Pair(5.47, 11.51), Pair(0.6896, 0.6017))
 GREEDY = Row(
@@ -29,6 +31,7 @@ GREEDY = Row(
     calibration="alpaca",
     num_samples=256,
     seed=42,
+    settings={},
     ratio_asked=None,
     num_blocks_asked=17,
     ratio=0.2203,
@@ -143,20 +146,22 @@ def test_tables_for_papers_begin_with_the_dense_model(
         ("5.5", "11.4"),
         ("5.47", "11.51"),
     ]
-    assert (greedy["asked"], greedy["blocks"], greedy["prefill"]) == ("17 blocks", "17", "1.50x")
-    for name, value in (("removed", "22.03"), ("piqa", "60"), ("average", "55"), ("paper average", "60.17")):
+    assert (greedy["target"], greedy["blocks"], greedy["prefill"]) == ("17 blocks", "17", "1.50x")
+    for name, value in (("removed", "22.03"), ("piqa", "60.00"), ("average", "55.00"), ("paper average", "60.17")):
         assert greedy[name].rstrip("%\\") == value
     assert error.replace("\\", "") in " ".join(failed.values()).replace("\\", "")
 
 
-def test_the_terminal_has_what_differs_in_columns_and_the_rest_above(comparison: Comparison) -> None:
+def test_the_terminal_has_the_cells_labels_and_what_they_share_above(comparison: Comparison) -> None:
     console = Console(width=200)
     with console.capture() as capture:
         console.print(comparison_view(comparison, ROWS))
     text = capture.get()
-    head = next(line for line in text.splitlines() if line.startswith("strategy"))
+    head = next(line for line in text.splitlines() if line.startswith("cell"))
     assert "calibration" not in head
-    assert "metric" in head
+    assert "target" not in head
+    assert "target 17 blocks" in text
+    assert [line.split()[0] for line in text.splitlines() if "%" in line] == ["dense", "blockpruner", "SliceGPT"]
     assert "model org/Llama-2-7b_hf" in text
     assert "calibration alpaca" in text
     assert "rm | x: no space_left & gone" in text
@@ -188,50 +193,49 @@ def test_draws_are_told_apart() -> None:
     assert "draw" not in people_table([GREEDY]).columns
 
 
+def test_rows_that_differ_in_any_setting_look_different(tmp_path: Path) -> None:
+    blocks = [
+        {"stock_compatible": [False, True], "ratio": [0.1, 0.2]},
+        {"strategy": "laco", "laco_threshold": 0.5},
+        {"strategy": "laco", "laco_threshold": 0.9, "laco_interval": 1},
+        {"strategy": "random", "strategy_seed": [0, 1]},
+        {"calibration": "mine.jsonl", "calibration_column": ["a", "b"]},
+        {"export_dtype": "float16", "export_format": "gguf"},
+    ]
+    comparison = make_comparison({"name": "c", "base": {"model": "m", "ratio": 0.2}, "grid": blocks})
+    outcomes = [Outcome(key=cell.key, run_id=None) for cell in comparison.cells]
+    rows = rows_of(comparison, outcomes, Workspace(tmp_path), pytest.fail)
+    for table in (people_table(rows), full_table([dataclasses.replace(row, label="") for row in rows])):
+        assert len(set(table.rows)) == len(table.rows) == len(comparison.cells)
+    settings = {row.label: row.settings for row in rows}
+    assert settings["laco laco_interval=1 laco_threshold=0.9"] == {"laco_interval": 1, "laco_threshold": 0.9}
+    assert settings["random strategy_seed=0"] == {}
+    assert {row.metric for row in rows if row.strategy == "laco"} == {"dissimilarity"}  # also of what never ran
+
+
+def test_what_all_cells_were_given_alike_stands_above_the_terminals_table(tmp_path: Path) -> None:
+    comparison = make_comparison({"name": "c", "base": {"model": "m", "ratio": 0.2}, "grid": {"metric": ["kl", "js"]}})
+    outcomes = [Outcome(key=cell.key, run_id=None) for cell in comparison.cells]
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(comparison_view(comparison, rows_of(comparison, outcomes, Workspace(tmp_path), pytest.fail)))
+    lines = capture.get().splitlines()
+    assert (
+        lines[1] == "model m, strategy blockpruner, block kinds both, calibration alpaca, rows 256, seed 42, target 20%"
+    )
+    assert [line.split()[0] for line in lines[4:]] == ["kl", "js"]
+    assert lines[3].split() == ["cell", "removed", "blocks", "search", "time", "status"]
+
+
+def test_one_task_needs_no_average() -> None:
+    one = dataclasses.replace(GREEDY, accuracies={"piqa": Pair(0.8, 0.6)}, average=Pair(0.8, 0.6))
+    assert "average" not in people_table([one]).columns
+    assert "average" in people_table([GREEDY]).columns
+
+
 def test_what_failed_is_counted() -> None:
     assert standing([GREEDY]) is None
     assert standing(ROWS) == "1 of 3 cells failed; give the same command again to try them again"
-
-
-# --- the paper's figures ----------------------------------------------------------------------------------------------
-
-FIVE = {"tasks": list(paper_figures().tasks), "eval_text": "wikitext2"}
-
-
-@pytest.mark.parametrize(
-    ("row", "recipe", "perplexity", "average"),
-    [
-        ({}, FIVE, 11.51, 0.6017),
-        ({"strategy": "shortgpt", "metric": "block_influence"}, FIVE, 18.45, 0.5818),
-        ({"strategy": "SliceGPT", "metric": None}, FIVE, 30.74, 0.5783),
-        ({}, {**FIVE, "tasks": "piqa"}, 11.51, None),
-        ({}, {**FIVE, "sequence_length": 1024}, None, 0.6017),
-        ({"perplexities": {"c4": Pair(1.0, 2.0)}}, FIVE, None, 0.6017),
-    ],
-)
-def test_the_papers_figures_stand_beside_what_was_measured_alike(
-    row: dict[str, Any], recipe: dict[str, Any], perplexity: float | None, average: float | None
-) -> None:
-    found = published(row, recipe)
-    assert found is not None
-    assert found.perplexity.pruned == perplexity
-    assert found.average.pruned == (None if average is None else pytest.approx(average))
-
-
-@pytest.mark.parametrize(
-    "row",
-    [{"ratio": 0.26}, {"metric": "js"}, {"block_kinds": "mha"}, {"strategy": "random", "metric": "chance"}],
-)
-def test_and_nothing_beside_another_method_or_ratio(row: dict[str, Any]) -> None:
-    assert published(row, FIVE) is None
-
-
-def published(changed: dict[str, Any], recipe: dict[str, Any]) -> Published | None:
-    base = {"model": "meta-llama/Llama-2-7b-hf", "num_blocks": 17, **recipe}
-    (cell,) = make_comparison({"name": "c", "base": base, "grid": {}}).cells
-    model = paper_figures().model(cell.recipe.model, 32)
-    assert model is not None
-    return _published(dataclasses.replace(GREEDY, **changed), cell, model)
 
 
 # --- what rows are made from ------------------------------------------------------------------------------------------

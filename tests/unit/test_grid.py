@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,52 @@ def test_labels_name_what_differs_among_a_strategys_own_cells() -> None:
     assert cells[0].recipe.name == "c: oneshot"
 
 
+def test_labels_name_what_is_unusual_where_strategies_differ() -> None:
+    blocks = [
+        {"strategy": "oneshot", "metric": "js", "calibration": ["c4", "ptb"]},
+        {"calibration": "c4"},
+        {"strategy": "random", "strategy_seed": 3},
+    ]
+    cells = comparison(grid=blocks).cells
+    assert [cell.label for cell in cells] == [
+        *("oneshot js c4", "oneshot js ptb", "blockpruner c4"),
+        "random strategy_seed=3",
+    ]
+
+
+def test_a_large_grid_is_labelled_at_once() -> None:
+    started = time.monotonic()
+    cells = comparison(grid={"seed": list(range(50)), "num_samples": list(range(1, 41)), "metric": ["kl", "js"]}).cells
+    assert len({cell.label for cell in cells}) == 4000
+    assert time.monotonic() - started < 20  # half a second; more than a minute, were each compared with all others
+
+
+def test_what_a_strategy_does_not_heed_makes_no_cells() -> None:
+    blocks = [
+        {"strategy": ["blockpruner", "random", "rm"], "strategy_seed": [0, 1, 2]},
+        {"strategy": ["shortgpt", "laco"], "laco_interval": 1, "stock_compatible": [False, True]},
+        {"strategy": "shortgpt"},
+    ]
+    cells = comparison(grid=blocks).cells
+    assert [cell.label for cell in cells] == [
+        *("blockpruner", "random strategy_seed=0", "random strategy_seed=1", "random strategy_seed=2"),
+        *("rm", "shortgpt", "laco"),
+    ]
+    assert cells[-1].recipe.laco_interval == 1
+    drawn_anew = comparison(grid={"strategy": ["blockpruner", "random", "rm"], "seed": [0, 1]})
+    assert len(drawn_anew.cells) == 6  # other rows of the calibration set, for whatever strategy
+
+
+def test_paths_are_labelled_by_what_tells_them_apart() -> None:
+    models = ["/data/a/model", "/data/b/model", "org/Llama", "model", "./org/Llama"]
+    cells = comparison(grid={"model": models}).cells
+    assert [cell.label for cell in cells] == ["a/model", "b/model", "org/Llama", "model", "./org/Llama"]
+    texts = ["/one/notes.txt", "/two/notes.txt", "alpaca"]
+    assert [cell.label for cell in comparison(grid={"calibration": texts}).cells] == [
+        *("one/notes.txt", "two/notes.txt", "alpaca")
+    ]
+
+
 def test_cells_that_differ_in_how_far_they_prune_share_a_family_the_furthest_first() -> None:
     cells = comparison(grid={"metric": ["perplexity", "js"], "ratio": [0.1, 0.3, 0.2]}).cells
     families = in_families(cells)
@@ -88,6 +135,15 @@ def test_cells_that_differ_in_how_far_they_prune_share_a_family_the_furthest_fir
         ({"gird": {}, "grid": {}}, "unknown field 'gird' of a comparison; did you mean 'grid'?"),
         ({"grid": {}, "external": [{"path": "x", "lable": "y"}]}, "unknown field 'external.0.lable'"),
         ({"grid": {}, "external": [{"path": "x", "label": "y"}] * 2}, "two external checkpoints are labelled 'y'"),
+        (
+            {"grid": {"ratio": [0.1, 0.2]}, "external": [{"path": "x", "label": "ratio=0.1"}]},
+            "labelled 'ratio=0.1', as an",
+        ),
+        (
+            {"grid": {"strategy": ["rm", "laco"]}, "external": [{"path": "x", "label": "rm"}]},
+            "labelled 'rm', as another",
+        ),
+        ({"grid": {}, "external": [{"path": "x", "label": "dense"}]}, "labelled 'dense', as another row"),
         ({"grid": {"model": ["a", "b"]}, "external": [{"path": "x", "label": "y"}]}, "which model y was made from"),
         ({"base": {"model": "m"}, "grid": {"metric": ["js"]}}, "how far to prune is not said"),
         ({"base": {"modle": "m"}, "grid": {"ratio": 0.1}}, "unknown recipe field 'modle'"),

@@ -19,7 +19,7 @@ def test_all_six_models_are_there_with_every_published_kind_of_row() -> None:
         assert model.dense.average is not None
         assert all(row.average is not None and row.average < model.dense.average for row in model.results)
     # SliceGPT was measured on the Llamas only.
-    assert [model.name for model in FIGURES.models if model.result("slicegpt")] == ["Llama2-7B", "Llama2-13B"]
+    assert [model.name for model in FIGURES.models if model.results_of("slicegpt")] == ["Llama2-7B", "Llama2-13B"]
 
 
 @pytest.mark.parametrize("model", FIGURES.models, ids=lambda model: model.name)
@@ -44,3 +44,24 @@ def test_greedy_search_wins_on_every_model_of_the_table(model: object) -> None:
 def test_a_model_is_known_by_hub_id_or_folder(typed: str | None, num_layers: int | None, name: str | None) -> None:
     found = FIGURES.model(typed, num_layers)
     assert (found.name if found else None) == name
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ratio", "average"),
+    [
+        ("blockpruner", 0.2203, 60.17),
+        ("blockpruner", 0.24, 60.17),  # between two of the paper's, and nearer to the first
+        ("blockpruner", 0.28, 55.02),
+        ("blockpruner", 0.3013, 55.02),
+        ("blockpruner", 0.37, 49.36),
+        ("blockpruner", 0.44, 46.95),
+        ("blockpruner", 0.1, None),
+        ("blockpruner", 0.48, None),
+        ("shortgpt", 0.21, 58.18),  # of an unstated ratio: about BlockPruner's
+        ("shortgpt", 0.3, None),
+        ("random", 0.22, None),
+    ],
+)
+def test_a_ratio_finds_the_row_nearest_to_it(strategy: str, ratio: float, average: float | None) -> None:
+    found = FIGURES.models[0].nearest(strategy, ratio)
+    assert (found.average if found else None) == average
