@@ -37,7 +37,7 @@ class OneLineErrors(TyperGroup):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self._interruptions = _Interruptions()
+        self._interruptions = _INTERRUPTIONS
 
     def main(
         self,
@@ -74,7 +74,8 @@ class OneLineErrors(TyperGroup):
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, Exception) as error:
-            interruption = error if isinstance(error, KeyboardInterrupt) else self._interruptions.received
+            # What was received knows which signal it was; what has become of it on its way here need not.
+            interruption = self._interruptions.received or (error if isinstance(error, KeyboardInterrupt) else None)
             if interruption is None:
                 raise
             raise typer.Exit(_say_interrupted(interruption)) from None
@@ -97,6 +98,7 @@ class _Interruptions:
         if threading.current_thread() is not threading.main_thread():  # only there may a handler be set
             yield
             return
+        self.received = None
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         for number, handler in before.items():
             if handler is not signal.SIG_IGN:  # `nohup` and background jobs of a script ignore some
@@ -110,6 +112,15 @@ class _Interruptions:
     def _interrupt(self, number: int, _: object) -> None:
         self.received = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
         raise self.received
+
+
+_INTERRUPTIONS = _Interruptions()
+"""Of this process: signals belong to it as a whole."""
+
+
+def was_interrupted() -> bool:
+    """Whether the command under way was told to end, whatever error that has become meanwhile."""
+    return _INTERRUPTIONS.received is not None
 
 
 def _close_broken_output() -> OSError | None:

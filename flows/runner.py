@@ -16,6 +16,7 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from blockpruner.progress import Progress, ProgressCallback, silent
+from flows.boundary import was_interrupted
 from flows.goals import Goal
 from flows.grid import External
 from flows.plan import Job, Plan, PlannedStage
@@ -150,7 +151,10 @@ class Runner:
             yield
         except Exception as error:
             words = in_plain_words(error) or one_line(f"{type(error).__name__}: {error}")
-            self._end_early(record, "failed", words)
+            stopped = was_interrupted()  # native code and broken imports make other errors of it
+            self._end_early(
+                record, "cancelled" if stopped else "failed", cancelled(record.run_id) if stopped else words
+            )
             raise
         except BaseException:  # Ctrl-C, or an order to end
             self._end_early(record, "cancelled", cancelled(record.run_id))

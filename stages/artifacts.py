@@ -7,6 +7,7 @@ digests again. This module knows no particular stage, no run, and how to load no
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -215,13 +216,10 @@ class ArtifactStore:
             unfinished.rename(folder)
             sync_folder(folder.parent)
         except BaseException as error:
+            full = _full_disk(stage.name, unfinished, self.workspace.path, error) if is_disk_full(error) else None
             shutil.rmtree(unfinished, ignore_errors=True)
-            if is_disk_full(error):
-                raise ArtifactError(
-                    f"stage {stage.name}: {getattr(error, 'filename', None) or self.workspace.path} cannot be written "
-                    f"({getattr(error, 'strerror', None) or error}); free some space and give the same command again: "
-                    "all that was finished is kept"
-                ) from error
+            if full is not None:
+                raise full from error
             raise
         return Artifact(stage.name, fingerprint, folder, manifest, cached=False, seconds=seconds)
 
@@ -388,6 +386,19 @@ def state_lock_name(stage_name: str, resume_fingerprint: str) -> str:
 def unfinished_name(fingerprint: str) -> str:
     """What a folder is called while this process fills or removes it, beside its place."""
     return f".tmp-{fingerprint}-{os.getpid()}"
+
+
+def _full_disk(stage_name: str, unfinished: Path, workspace: Path, error: BaseException) -> ArtifactError:
+    """The user's error, while what the stage has written is still there to be counted."""
+    need = ""
+    if getattr(error, "errno", None) not in (errno.EFBIG, errno.EDQUOT):  # where the disk itself is not what is full
+        written = sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
+        need = f" (the stage needs more than the {written + shutil.disk_usage(workspace).free:,} bytes that it had)"
+    return ArtifactError(
+        f"stage {stage_name}: {getattr(error, 'filename', None) or workspace} cannot be written "
+        f"({getattr(error, 'strerror', None) or error}); free some space{need} and give the same command again: "
+        "all that was finished is kept"
+    )
 
 
 def _remove(path: Path) -> None:

@@ -107,7 +107,8 @@ def run(config: EvaluateConfig, inputs: EvaluateInputs, out_dir: Path, runtime: 
         model = _load(config, inputs, runtime)
         return EvaluateManifest(texts=text_perplexities(model, inputs.texts, runtime), metrics=())
     runtime.progress(Progress(0, None, "tasks", "loading " + ", ".join(spec.name for spec in config.tasks)))
-    with loaded_tasks(config.tasks, inputs.task_dir, config.num_fewshot, task_data=inputs.task_data) as tasks:
+    where = {"task_data": inputs.task_data, "scratch_in": out_dir}
+    with loaded_tasks(config.tasks, inputs.task_dir, config.num_fewshot, **where) as tasks:
         model = _load(config, inputs, runtime)
         texts = text_perplexities(model, inputs.texts, runtime)
         results = _score(config, inputs, tasks, model, runtime)

@@ -100,8 +100,11 @@ def loaded_tasks(
     num_fewshot: int | None = None,
     *,
     task_data: Path | None = None,
+    scratch_in: Path | None = None,
 ) -> Iterator[LoadedTasks]:
     """Read the tasks' data: local files into a scratch folder that lasts as long as the block, others from the hub.
+
+    `scratch_in`: the folder for that one, so that it goes with it where this process is killed; None: the system's.
 
     Raises:
         ConfigurationError: if a task cannot be loaded, has changed since it was resolved, needs what we do not run, or
@@ -111,7 +114,7 @@ def loaded_tasks(
     for spec in given:
         if (spec,) != resolve_tasks([spec.name], task_dir, task_data=task_data, num_fewshot=num_fewshot):
             raise ConfigurationError(f"the task {spec.name!r} has changed since this run began; run it again")
-    with TemporaryDirectory(prefix="blockpruner-tasks-") as scratch:
+    with TemporaryDirectory(prefix=".tasks-", dir=scratch_in) as scratch:
         manager = _manager(specs, task_dir, scratch, _data_configs(specs, task_data, num_fewshot, Path(scratch)))
         loaded = _load(manager, [spec.name for spec in specs])
         items = _top_level(loaded)

@@ -11,6 +11,8 @@ import secrets
 import socket
 import subprocess
 import threading
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -101,6 +103,9 @@ class RunRecord(RunDescription):
 
     run_id: str = Field(pattern=_RUN_ID)
     status: RunStatus = "running"
+    number: int = 0
+    """One more than the newest run of the workspace had when this one began: clocks of two machines may be apart, and
+    the newer run is the one with the larger number. 0: of a version that did not count."""
     created_at: AwareDatetime
     finished_at: AwareDatetime | None = None
     """For a crashed run: when its record was written last."""
@@ -115,6 +120,11 @@ class RunRecord(RunDescription):
     """Prefect's id of the flow run that it is, if it is one."""
     error: str | None = None
     stages: list[StageRun] = Field(default_factory=list)
+
+    @property
+    def age_key(self) -> tuple[int, datetime, str]:
+        """By this the older run comes first."""
+        return self.number, self.created_at, self.run_id
 
     @property
     def ended_at(self) -> datetime:
@@ -170,6 +180,7 @@ class RunStore:
         record = RunRecord(
             **description.model_dump(),
             run_id=run_id,
+            number=1 + max((each.number for each in self._readable()), default=0),
             created_at=now,
             pid=os.getpid(),
             process_started=process_start(os.getpid()),
@@ -233,7 +244,13 @@ class RunStore:
                 if strict and path.exists():
                     raise
                 self._warn(str(error))
-        return sorted(records, key=lambda record: (record.created_at, record.run_id), reverse=True)
+        return sorted(records, key=lambda record: record.age_key, reverse=True)
+
+    def _readable(self) -> Iterator[RunRecord]:
+        """The records that can be read, in no order; of others nothing is said."""
+        for path in self.workspace.runs.glob("[!.]*.json"):
+            with suppress(ArtifactError):
+                yield self.load(path.stem)
 
     def resolve(self, text: str, *, to_go_on: bool = False) -> RunRecord:
         """The run that a user means: 'latest', an id, a name (the newest run of that name), or a unique start of an id.
@@ -314,7 +331,9 @@ class RunStore:
                 return False
             how = f"`blockpruner resume {record.run_id}` goes on with it"
             gone = f"the process of this run (pid {record.pid} on {record.host}) is gone; {how}"
-            self.finish(record, status, error or gone, at=last_sign_of_life)
+            self.finish(
+                record, status, error or gone, at=max(last_sign_of_life, record.created_at)
+            )  # clocks may be apart
             return True
 
     def _path(self, run_id: str) -> Path:

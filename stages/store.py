@@ -54,6 +54,8 @@ _TORN_WORDS = (
 )
 _UNSTORABLE = (duckdb.DataError, duckdb.IntegrityError, duckdb.InvalidInputException, ValueError, OverflowError)
 """What a value that fits no column comes as: a number too large, a date out of range, a text that is not Unicode."""
+_INTERRUPTED = "Query interrupted"
+"""What DuckDB puts in the place of the error that a signal's handler raised while it computed."""
 _TORN_TYPES = (duckdb.IOException, duckdb.SerializationException, duckdb.InternalException, duckdb.FatalException)
 
 ResultT = TypeVar("ResultT")
@@ -102,7 +104,7 @@ class ResultStore:
         except (StoreError, ArtifactError, duckdb.Error, OSError) as error:
             self._warn(
                 f"the rows of run {record.run_id} are not in {self.path.name} yet ({_one_line(error)}); "
-                "they wait in the artifacts, and the next run brings them"
+                "they wait in the artifacts, and the next run or `blockpruner db rebuild` brings them"
             )
             return False
         return True
@@ -368,7 +370,7 @@ def _is_late(record: RunRecord, stored: dict[str, str]) -> bool:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """Turn DuckDB's errors into ours."""
+    """Turn DuckDB's errors into ours, and Ctrl-C or an order to end, which it makes an error, back into what it is."""
     try:
         yield
     except duckdb.Error as error:
@@ -383,6 +385,10 @@ def _translated() -> Iterator[None]:
         if from_the_file and any(words in text for words in _TORN_WORDS):
             raise _UnusableError("is damaged") from error
         raise StoreError(_one_line(error)) from error
+    except RuntimeError as error:
+        if str(error) != _INTERRUPTED:
+            raise
+        raise KeyboardInterrupt(_INTERRUPTED) from error
 
 
 def _one_line(error: Exception) -> str:

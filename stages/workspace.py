@@ -7,12 +7,21 @@
     locks/                              empty files that processes hold locks on
     results.duckdb                      the numbers of all runs; can be made anew from artifacts/ and runs/
 
-Knows no stage, no run and no SQL. Locks are the operating system's (flock): one that died frees its locks at once,
-whatever any clock or process id says.
+Knows no stage, no run and no SQL. Locks are the operating system's (flock): a process that dies frees its locks at
+once, whatever any clock, host name or process id says.
+
+Several machines on one shared folder: that holds wherever flock reaches all of them. By their own documentation it does
+on NFS 3 and 4 as Linux mounts them (a lost machine's locks are freed when the server gives its lease up), on CephFS and
+on Lustre with `-o flock`. It does not on an NFS mounted with `nolock` or `local_lock=flock` or `all`, on Lustre with
+`localflock`, or on most FUSE mounts (sshfs, buckets): there each machine locks for itself, which cannot be seen from
+here, and one may compute what another does. Tested on local file systems only. One that says that it has no locks is
+refused. No lock is a file that stays when its maker dies. Clocks decide on no lock, no identity and not on what
+`latest` is; ages that a person asks for (`cache prune --older-than`) and times shown are as good as the clocks are.
 """
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import re
@@ -51,7 +60,7 @@ class Workspace:
         self.database = self.path / "results.duckdb"
 
     def prepare(self) -> None:
-        """Make the folder and prove that it can be written.
+        """Make the folder and prove that it can be written, and that its file system has locks.
 
         Raises:
             ArtifactError: if it cannot.
@@ -60,6 +69,7 @@ class Workspace:
             self.locks.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.locks) as file:
                 file.write(b"?")
+                _prove_locks(file.fileno(), self.path)
         except OSError as error:
             raise ArtifactError(
                 f"the workspace {self.path} cannot be written ({error.strerror}); "
@@ -87,7 +97,8 @@ class Workspace:
     def lock(self, name: str) -> BaseFileLock:
         """The lock of this name, not yet taken; any thread may release it."""
         self.locks.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.locks / f"{checked_name(name)}.lock", thread_local=False)
+        # A soft lock, filelock's own remedy where there is no flock, outlives its holder.
+        return FileLock(self.locks / f"{checked_name(name)}.lock", thread_local=False, fallback_to_soft=False)
 
     @contextmanager
     def trying(self, name: str) -> Iterator[bool]:
@@ -113,6 +124,17 @@ class Workspace:
         if not resolved.is_relative_to(self.path):
             raise ArtifactError(f"{path} leads out of the workspace {self.path}; only what lies inside is used")
         return resolved
+
+
+def _prove_locks(descriptor: int, workspace: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ArtifactError(
+            f"the workspace {workspace} lies on a file system without locks ({error.strerror}), and without them two "
+            "runs would spoil each other's results; mount it with locks (NFS: without nolock), or give another folder "
+            "with --workspace DIR"
+        ) from error
 
 
 def is_name(text: str) -> bool:

@@ -169,7 +169,8 @@ def ask(program: Path, export_dir: Path, request: dict[str, Tensor], *options: s
     Raises:
         ExportError: if it fails, with the last line that it wrote.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    # Beside the export: who is killed here leaves nothing that does not go with the unfinished export.
+    with tempfile.TemporaryDirectory(prefix=".asked-", dir=export_dir.parent) as folder:
         asked, answered = Path(folder, "request.safetensors"), Path(folder, "answer.safetensors")
         save_file(request, asked)
         # -P: the script's own folder must not be searched for modules.

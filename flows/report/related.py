@@ -16,7 +16,7 @@ def with_related(record: RunRecord, records: Sequence[RunRecord]) -> RunRecord:
     if export is None or export.fingerprint is None:
         return record
     stages = {stage.role: stage for stage in record.stages}
-    for other in sorted(records, key=lambda each: each.created_at, reverse=True):
+    for other in sorted(records, key=lambda each: each.age_key, reverse=True):
         theirs = other.stage("export")
         if other.status == "completed" and theirs is not None and theirs.fingerprint == export.fingerprint:
             for stage in other.stages:

@@ -1,0 +1,123 @@
+"""An order to end that comes while native code computes, which makes another error of it: the run was cancelled."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+
+from stages import store
+from tests.integration.command_line import blockpruner
+from tests.integration.loaded_processes import Command, commands
+from tests.tiny_models import tiny_rows
+from tests.unit.child_processes import child, succeed, wait_for
+from tests.unit.store_lab import Lab
+
+_LONG_QUERY = "SELECT sum(a.range * b.range) FROM range(1000000) a, range(1000000) b"
+"""Hours. With one thread DuckDB heeds signals meanwhile, with several only at times."""
+
+
+@pytest.fixture
+def search(tmp_path: Path, tiny_folder: Callable[[str], Path]) -> Sequence[object]:
+    (tmp_path / "cal.txt").write_text("\n".join(tiny_rows(40)))
+    text = ["--calibration", tmp_path / "cal.txt", "--sequence-length", 16, "--num-samples", "all"]
+    return ["search", "--model", tiny_folder("llama"), *text, "--num-blocks", 1, "--workspace", tmp_path / "ws"]
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[Command], Command]]:
+    with commands() as noted:
+        yield noted
+
+
+def compute_long(marker: str) -> None:
+    """In a process about to become a command: its first writing of rows takes DuckDB hours."""
+    replace = store._replace_rows
+
+    def slowly(connection: duckdb.DuckDBPyConnection, rows: Any) -> None:
+        if not Path(marker).exists():
+            Path(marker).touch()
+            connection.execute("SET threads = 1").execute(_LONG_QUERY)
+        replace(connection, rows)
+
+    store._replace_rows = slowly
+
+
+def fail_when_interrupted(marker: str) -> None:
+    """In a process about to become a command: native code that loses the interruption, and fails for it."""
+    replace = store._replace_rows
+
+    def lose(connection: duckdb.DuckDBPyConnection, rows: Any) -> None:
+        if Path(marker).exists():
+            return replace(connection, rows)
+        Path(marker).touch()
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(60)
+        raise RuntimeError("the schema could not be built")
+
+    store._replace_rows = lose
+
+
+def check_cancelled(command: Command, status: int, search: Sequence[object], workspace: Path) -> None:
+    outcome = command.outcome(30)
+    assert outcome.status == status, outcome
+    assert "give the same command again to go on" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    (run,) = blockpruner("runs", "--workspace", workspace, "--json").json
+    assert (run["status"], run["error"]) == ("cancelled", "cancelled; give the same command again to go on")
+    assert blockpruner(*search).status == 0
+    rows = blockpruner("sql", "SELECT status FROM runs ORDER BY created_at", "--workspace", workspace, "--json")
+    assert [row["status"] for row in rows.json] == ["cancelled", "completed"]
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_order_to_end_while_duckdb_computes_cancels_the_run(
+    sent: signal.Signals,
+    status: int,
+    search: Sequence[object],
+    start: Callable[[Command], Command],
+    tmp_path: Path,
+) -> None:
+    marker = tmp_path / "computing"
+    command = start(Command(search, tmp_path / "said", [(compute_long, [marker])]))
+    wait_for(marker.exists)
+    time.sleep(0.3)  # from the marker to the query; too early a signal is an easier one
+    command.send(sent)
+    check_cancelled(command, status, search, tmp_path / "ws")
+
+
+def test_an_order_to_end_that_becomes_another_error_cancels_the_run(
+    search: Sequence[object], start: Callable[[Command], Command], tmp_path: Path
+) -> None:
+    marker = tmp_path / "computing"
+    command = start(Command(search, tmp_path / "said", [(fail_when_interrupted, [marker])]))
+    wait_for(marker.exists)
+    time.sleep(0.1)
+    command.send(signal.SIGTERM)
+    check_cancelled(command, 143, search, tmp_path / "ws")
+
+
+def ingest_long(workspace: str) -> None:
+    """In a child process: store a run's rows, which takes DuckDB hours."""
+    lab = Lab(Path(workspace))
+    compute_long(str(Path(workspace, "computing")))
+    try:
+        lab.results.ingest(lab.run())
+    except KeyboardInterrupt:
+        sys.stdout.write("interrupted")
+
+
+def test_the_store_gives_an_interruption_back_as_what_it_is(tmp_path: Path) -> None:
+    """For whoever has handlers of his own, as Prefect's worker has."""
+    with child(ingest_long, tmp_path / "ws") as process:
+        wait_for((tmp_path / "ws" / "computing").exists)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        assert succeed(process) == "interrupted"
