@@ -150,11 +150,11 @@ class Runner:
         try:
             yield
         except Exception as error:
-            words = in_plain_words(error) or one_line(f"{type(error).__name__}: {error}")
-            stopped = was_interrupted()  # native code and broken imports make other errors of it
-            self._end_early(
-                record, "cancelled" if stopped else "failed", cancelled(record.run_id) if stopped else words
-            )
+            if was_interrupted():  # native code and broken imports make other errors of it
+                self._end_early(record, "cancelled", cancelled(record.run_id))
+            else:
+                words = in_plain_words(error) or one_line(f"{type(error).__name__}: {error}")
+                self._end_early(record, "failed", words)
             raise
         except BaseException:  # Ctrl-C, or an order to end
             self._end_early(record, "cancelled", cancelled(record.run_id))

@@ -331,9 +331,8 @@ class RunStore:
                 return False
             how = f"`blockpruner resume {record.run_id}` goes on with it"
             gone = f"the process of this run (pid {record.pid} on {record.host}) is gone; {how}"
-            self.finish(
-                record, status, error or gone, at=max(last_sign_of_life, record.created_at)
-            )  # clocks may be apart
+            ended_at = max(last_sign_of_life, record.created_at)  # clocks may be apart
+            self.finish(record, status, error or gone, at=ended_at)
             return True
 
     def _path(self, run_id: str) -> Path:
