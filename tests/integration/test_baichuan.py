@@ -168,6 +168,6 @@ def test_other_baichuans_are_refused_with_the_reason(tmp_path: Path, changes: di
 
 
 def test_tensors_of_another_shape_are_named(tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(str(written(tmp_path / "baichuan", hidden_size=64)))
-    with pytest.raises(CheckpointError, match=r"W_pack.*\[192, 64\]"):
+    checkpoint = Checkpoint.open(str(written(tmp_path / "baichuan", hidden_size=40)))
+    with pytest.raises(CheckpointError, match=r"W_pack.*\[120, 40\]"):
         check_tensors(checkpoint, meta_model(checkpoint)[1])

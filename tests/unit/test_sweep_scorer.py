@@ -141,7 +141,7 @@ def test_what_cannot_be_compiled_here_runs_as_it_is(
     def no_compiler(*_: object) -> object:
         raise BackendCompilerFailed(None, RuntimeError("no compiler"), None)
 
-    monkeypatch.setattr(torch, "compile", lambda _: no_compiler)
+    monkeypatch.setattr(torch, "compile", lambda _, **__: no_compiler)
     divergence = compiled_divergence(kl_divergence)
     dense_MV, pruned_MV = torch.randn(3, 7), torch.randn(3, 7)
     with caplog.at_level(logging.WARNING):
