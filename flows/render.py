@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -14,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.summary import AVERAGE, RunSummary
+from flows.table_formats import DataTable
 from flows.wording import count, one_line, printable, size, spell_out
 from stages.runs import RunRecord
 from stages.store_schema import EvaluationRow, ExportRow, SpeedRow, StepRow
@@ -23,12 +23,13 @@ BARS = "▁▂▃▄▅▆▇█"
 _FLAT = 1e-9
 """Logarithms that lie closer than this are drawn as equal."""
 _KINDS = ("mha", "mlp")
+_WITHOUT_END = 1_000_000
+"""Characters on a line that is never broken."""
 
 
 def on_stdout() -> Console:
-    """The console for results. A file or a pipe has no width of its own: there, lines are as long as they need."""
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200
-    return Console(file=sys.stdout, highlight=False, width=width)
+    """The console for results. A file or a pipe has no width: there, lines are as long as they need."""
+    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _WITHOUT_END)
 
 
 def strip(num_layers: int, removed: Iterable[StepRow]) -> Text:
@@ -166,6 +167,10 @@ def speed_table(rows: Sequence[SpeedRow]) -> Table:
 def query_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     """A query's answer, with the digits that can be compared by eye; CSV and JSON have them all."""
     table = _table(*columns)
+    for column, is_number in zip(
+        table.columns, DataTable(tuple(columns), tuple(map(tuple, rows))).numeric, strict=True
+    ):
+        column.justify = "right" if is_number else "left"
     for row in rows:
         table.add_row(*(_cell(f"{value:.6g}" if isinstance(value, float) else value) for value in row))
     return table
@@ -213,6 +218,8 @@ def _calibration(record: RunRecord) -> str:
 def _search(record: RunRecord) -> str:
     if record.strategy is None:
         return ""
+    if record.external is not None:
+        return f"none here: {record.strategy} made {record.external}"
     return f"{record.strategy}, {record.metric}, blocks: {record.block_kinds}, {record.dtype} on {record.device}"
 
 

@@ -30,8 +30,13 @@ _LATEX = {
     "|": r"\textbar{}",
     "±": r"$\pm$",
 }
-_MARKDOWN = re.compile(r"[\\`*\[\]<>|~&$]|(?<![^\W_])_|_(?![^\W_])")
-"""Characters that mean something: an underscore only where it does not stand between letters or digits."""
+_MARKDOWN = re.compile(r"[\\`*\[\]<>|~&$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.", re.IGNORECASE)
+"""Characters that mean something: an underscore only where it does not stand between letters or digits, a colon or dot
+where an address would become a link. (GitHub makes a link of an e-mail address whatever is done to it.)"""
+_FORMULA = re.compile(r"\s*[=+\-@]")
+"""How a text begins that a spreadsheet computes."""
+_AFTER_A_LINE = ("[", "*")
+"""How a row begins that LaTeX takes for an option of the line break or rule before it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,12 @@ class DataTable:
     def records(self) -> list[dict[str, Any]]:
         """A dictionary a row, fit for JSON: None for a number that is not finite."""
         return [dict(zip(self.columns, map(finite, row), strict=True)) for row in self.rows]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Whether each column holds nothing but numbers, which stand to the right."""
+        columns = [[row[index] for row in self.rows if row[index] is not None] for index in range(len(self.columns))]
+        return [bool(values) and all(isinstance(v, int | float) for v in values) for values in columns]
 
 
 def chosen_format(
@@ -74,25 +85,27 @@ def formatted(table: DataTable, form: TableFormat) -> str:
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Comma-separated values, with a line of names."""
+    """Comma-separated values, with a line of names.
+
+    A text that a spreadsheet would compute when it opens the file gets an apostrophe before it, unless it is a number.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
+    writer.writerows(map(_for_csv, (columns, *rows)))
     return text.getvalue()
 
 
 def markdown_table(table: DataTable) -> str:
     """A table as GitHub, and Prefect's server, draw it; numbers to the right."""
-    marks = ["---:" if is_number else "---" for is_number in _numeric(table)]
+    marks = ["---:" if is_number else "---" for is_number in table.numeric]
     lines = [map(in_markdown, table.columns), marks, *(map(in_markdown, row) for row in table.rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def latex_table(table: DataTable) -> str:
     r"""A tabular in the style of papers; the document needs \usepackage{booktabs}."""
-    alignment = "".join("r" if is_number else "l" for is_number in _numeric(table))
-    head, *body = [" & ".join(map(_for_latex, line)) + r" \\" for line in (table.columns, *table.rows)]
+    alignment = "".join("r" if is_number else "l" for is_number in table.numeric)
+    head, *body = [_latex_row(line) for line in (table.columns, *table.rows)]
     begin = rf"\begin{{tabular}}{{{alignment}}}"
     return "\n".join([begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"])
 
@@ -114,15 +127,28 @@ def _measured(value: float) -> str:
     return f"{value:.4g}" if not math.isfinite(value) or abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _numeric(table: DataTable) -> list[bool]:
-    """Whether each column holds nothing but numbers."""
-    columns = [[row[index] for row in table.rows if row[index] is not None] for index in range(len(table.columns))]
-    return [bool(values) and all(isinstance(v, int | float) for v in values) for values in columns]
-
-
 def in_markdown(value: object) -> str:
     """A value as text that Markdown takes for nothing else."""
     return _MARKDOWN.sub(lambda found: f"\\{found[0]}", shown(value))
+
+
+def _latex_row(values: Sequence[Any]) -> str:
+    row = " & ".join(map(_for_latex, values)) + r" \\"
+    return f"{{}}{row}" if row.startswith(_AFTER_A_LINE) else row
+
+
+def _for_csv(row: Sequence[Any]) -> list[Any]:
+    return [f"'{value}" if isinstance(value, str) and _computed(value) else value for value in row]
+
+
+def _computed(text: str) -> bool:
+    if not _FORMULA.match(text):
+        return False
+    try:
+        float(text)
+    except ValueError:
+        return True
+    return False
 
 
 def _for_latex(value: object) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import accumulate
@@ -36,6 +36,14 @@ _CALIBRATION = "calibration"
 """The name under which perplexities on the calibration set are listed."""
 _TRACE_FILE = "trace.jsonl"
 _MODEL_FOLDER = "model"
+_LACO_LETTERS = {
+    "layers_per_merge": "C",
+    "first_layer": "L",
+    "last_layer": "H",
+    "interval": "I",
+    "threshold": "T",
+}
+"""LaCo's settings as its paper calls them."""
 
 
 class _Block(BaseModel):
@@ -68,6 +76,17 @@ class _Step(BaseModel):
 
 class _Search(BaseModel):
     dense_perplexity: float
+
+
+class _SearchConfig(BaseModel):
+    stock_compatible_at: str | None = None
+    laco: dict[str, float | None] | None = None
+
+
+class _Prepared(BaseModel):
+    """A text cut into tokens."""
+
+    token_digest: str | None = None
 
 
 class _Text(BaseModel):
@@ -142,11 +161,15 @@ class _Found:
     """What the artifacts of a run say; empty where it has none, or none that can be read."""
 
     search: _Search | None
+    search_config: _SearchConfig
     steps: tuple[_Step, ...]
+    token_digests: Mapping[str, str | None]
+    """By role."""
     baseline: _Measured
     dense: _Measured
     dense_texts: _Measured
     pruned: _Measured
+    pruned_fingerprint: str | None
     exports: tuple[tuple[_Export, str], ...]
     """Each with the folder of its model; the first is the one that was evaluated."""
     speeds: _Speeds | None
@@ -156,8 +179,8 @@ def rows_of(record: RunRecord, workspace: Workspace, warn: Warn) -> RunRows:
     """Read the rows of a run; an artifact that is missing or damaged is said, and only its rows are left out."""
     run_id, found = record.run_id, _find(record, workspace, warn)
     return RunRows(
-        runs=[_run_row(record)],
-        stage_runs=[_stage_row(run_id, stage) for stage in record.stages],
+        runs=[_run_row(record, found)],
+        stage_runs=[_stage_row(run_id, stage, found.token_digests.get(stage.role)) for stage in record.stages],
         search_steps=_step_rows(record, found.steps),
         block_scores=[
             _score_row(run_id, step.step, each, block)
@@ -197,9 +220,8 @@ def _find(record: RunRecord, workspace: Workspace, warn: Warn) -> _Found:
     def measured(role: str) -> _Measured:
         return read(role, lambda _, envelope: _Measured.model_validate(envelope.manifest)) or _Measured()
 
-    search = read(
-        "search", lambda folder, envelope: (_Search.model_validate(envelope.manifest), _steps(folder, envelope))
-    )
+    search = read("search", _read_search)
+    pruned = read("evaluate:pruned", lambda _, envelope: (_Measured.model_validate(envelope.manifest), envelope.inputs))
     roles = dict.fromkeys(stage.role for stage in record.stages if stage.role.partition(":")[0] == "export")
     exports = [
         read(role, lambda folder, envelope: (_Export.model_validate(envelope.manifest), str(folder / _MODEL_FOLDER)))
@@ -207,19 +229,31 @@ def _find(record: RunRecord, workspace: Workspace, warn: Warn) -> _Found:
     ]
     return _Found(
         search=search[0] if search else None,
-        steps=search[1] if search else (),
+        search_config=search[1] if search else _SearchConfig(),
+        steps=search[2] if search else (),
+        token_digests={
+            stage.role: found.token_digest
+            for stage in record.stages
+            if stage.stage == "calibrate" and (found := read(stage.role, _read_prepared)) is not None
+        },
         baseline=measured("baseline"),
         dense=measured("evaluate:dense"),
         dense_texts=measured("evaluate:dense:texts"),
-        pruned=measured("evaluate:pruned"),
+        pruned=pruned[0] if pruned else _Measured(),
+        pruned_fingerprint=pruned[1].get("model") if pruned else None,
         exports=tuple(export for export in exports if export is not None),
         speeds=read("speed", lambda _, envelope: _Speeds.model_validate(envelope.manifest)),
     )
 
 
-def _steps(folder: Path, envelope: Envelope) -> tuple[_Step, ...]:
+def _read_search(folder: Path, envelope: Envelope) -> tuple[_Search, _SearchConfig, tuple[_Step, ...]]:
     lines = read_file(folder, envelope, _TRACE_FILE).splitlines()
-    return tuple(_Step.model_validate_json(line) for line in lines)
+    steps = tuple(_Step.model_validate_json(line) for line in lines)
+    return _Search.model_validate(envelope.manifest), _SearchConfig.model_validate(envelope.config), steps
+
+
+def _read_prepared(_: Path, envelope: Envelope) -> _Prepared:
+    return _Prepared.model_validate(envelope.manifest)
 
 
 def _dense_perplexities(run_id: str, found: _Found) -> list[PerplexityRow]:
@@ -248,10 +282,14 @@ def _pruned_perplexities(record: RunRecord, found: _Found) -> list[PerplexityRow
     return [*rows, PerplexityRow(run_id, "pruned", _CALIBRATION, removed, num_tokens, perplexity)]
 
 
-def _run_row(record: RunRecord) -> RunRow:
-    same = set(RunRow._fields) - {"created_at", "finished_at", "config", "record_digest"}
+def _run_row(record: RunRecord, found: _Found) -> RunRow:
+    own = {"created_at", "finished_at", "config", "record_digest", "search_family", "settings", "pruned_fingerprint"}
+    search = record.stage("search")
     return RunRow(
-        **{name: getattr(record, name) for name in same},
+        **{name: getattr(record, name) for name in RunRow._fields if name not in own},
+        search_family=search.checkpoints or search.fingerprint if search else None,
+        settings=_settings(found.search_config),
+        pruned_fingerprint=found.pruned_fingerprint,
         created_at=_utc(record.created_at),
         finished_at=_utc(record.finished_at) if record.finished_at else None,
         config=json.dumps(record.model_dump(mode="json")["config"]),
@@ -259,9 +297,18 @@ def _run_row(record: RunRecord) -> RunRow:
     )
 
 
-def _stage_row(run_id: str, stage: StageRun) -> StageRow:
-    same = set(StageRow._fields) - {"run_id", "started_at"}
-    return StageRow(run_id=run_id, started_at=_utc(stage.started_at), **{name: getattr(stage, name) for name in same})
+def _settings(config: _SearchConfig) -> str | None:
+    """What a search was told beside strategy, metric and kinds of blocks, for people; the same for the same."""
+    if config.laco is not None:
+        told = {_LACO_LETTERS.get(name, name): value for name, value in config.laco.items() if value is not None}
+        return ", ".join(f"{letter}={value:g}" for letter, value in told.items())
+    return "stock-compatible" if config.stock_compatible_at is not None else None
+
+
+def _stage_row(run_id: str, stage: StageRun, token_digest: str | None) -> StageRow:
+    same = set(StageRow._fields) - {"run_id", "started_at", "token_digest"}
+    values = {name: getattr(stage, name) for name in same}
+    return StageRow(run_id=run_id, started_at=_utc(stage.started_at), token_digest=token_digest, **values)
 
 
 def _num_removed(steps: Sequence[_Step]) -> list[int]:

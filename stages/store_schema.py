@@ -42,6 +42,11 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "host": "VARCHAR NOT NULL",
         "record_digest": "VARCHAR NOT NULL",
         "comparison": "VARCHAR",
+        "search_family": "VARCHAR",
+        "settings": "VARCHAR",
+        "external": "VARCHAR",
+        "num_parameters_left": "BIGINT",
+        "pruned_fingerprint": "VARCHAR",
     },
     "stage_runs": {
         "run_id": "VARCHAR NOT NULL",
@@ -55,6 +60,7 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "error": "VARCHAR",
         "label": "VARCHAR NOT NULL",
         "role": "VARCHAR NOT NULL",
+        "token_digest": "VARCHAR",
     },
     "search_steps": {
         "run_id": "VARCHAR NOT NULL",
@@ -196,6 +202,16 @@ class RunRow(NamedTuple):
     """sha256 of the run record that these rows were made from."""
     comparison: str | None = None
     """The comparison that the run is a row of."""
+    search_family: str | None = None
+    """The same for two searches that differ in how far they go alone: the fingerprint of their checkpoints."""
+    settings: str | None = None
+    """What else the search was told, beside strategy, metric and kinds of blocks; None: nothing."""
+    external: str | None = None
+    """The folder of the pruned model, where something else has pruned it."""
+    num_parameters_left: int | None = None
+    """Of that model."""
+    pruned_fingerprint: str | None = None
+    """Identifies the pruned model by its content, where it was evaluated."""
 
 
 class StageRow(NamedTuple):
@@ -212,6 +228,8 @@ class StageRow(NamedTuple):
     error: str | None
     label: str
     role: str
+    token_digest: str | None = None
+    """Of the stage that cuts a text: identifies the tokens."""
 
 
 class StepRow(NamedTuple):

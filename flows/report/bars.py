@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flows.report.data import Accuracy, ReportRun, StageTime
-from flows.report.picture import Figure, Picture, axis, base_layout, drawable, plain
-from flows.report.theme import HATCHING, Theme
+from flows.report.picture import Figure, Picture, axis, base_layout, distinct, drawable, plain
+from flows.report.theme import HATCHING, Theme, fill
 from flows.summary import AVERAGE
 from flows.table_formats import DataTable, shown
 from flows.wording import spell_out
 from stages.store_schema import SpeedRow
 
-_ROOM_FOR_TEXT = 1.2
-"""How far the axis reaches beyond the longest bar, whose value is written behind it."""
+_ROOM_FOR_TEXT, _NARROW_ROOM_FOR_TEXT = 1.2, 1.6
+"""How far the axis reaches beyond the longest bar, whose value is written behind it; on a phone letters are wider."""
+_EVERY_CASE = "every case"
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def speed_bars(runs: Sequence[ReportRun]) -> list[Picture]:
          lambda row: row.kv_cache_bytes_per_token),
     )  # fmt: skip
     rows = [row for run in timed for row in run.summary.rows.speed]
-    return [_speed_picture(timed, *each) for each in measured if any(each[-1](row) is not None for row in rows)]
+    return [_speed_picture(runs, *each) for each in measured if any(each[-1](row) is not None for row in rows)]
 
 
 def stage_bars(runs: Sequence[ReportRun]) -> Picture | None:
@@ -98,7 +99,7 @@ def stage_bars(runs: Sequence[ReportRun]) -> Picture | None:
     return Picture(
         name="stage-time",
         title="Time per stage",
-        caption="What computing the stage's result took. Hatched: computed by an earlier run, and taken as it was.",
+        caption="What computing the stage's result took. Hatched: computed by another run, and taken as it was.",
         draw=lambda theme: _draw(series, theme, "seconds"),
         table=DataTable(("run", "stage", "seconds", "status"), tuple(rows)),
     )
@@ -112,22 +113,23 @@ def _speed_picture(
     caption: str,
     value: Callable[[SpeedRow], float | None],
 ) -> Picture:
+    timed = [run for run in runs if run.summary.rows.speed]
     # A KV cache is the same whatever the prompt, but where windows are.
     by_case = name != "kv-cache" or any(
-        len(set(_by_case(run, variant, value).values())) > 1 for run in runs for variant in ("dense", "pruned")
+        len(set(_by_case(run, variant, value).values())) > 1 for run in timed for variant in ("dense", "pruned")
     )
     series = [
         *(
             Series(_dense_name(run, runs), _speed_bars(run, "dense", by_case, value), is_dense=True)
-            for run in _one_a_model(runs)
+            for run in _one_a_model(timed)
         ),
-        *(Series(_pruned_name(run, runs), _speed_bars(run, "pruned", by_case, value), run.index) for run in runs),
+        *(Series(_pruned_name(run, runs), _speed_bars(run, "pruned", by_case, value), run.index) for run in timed),
     ]
     return Picture(
         name=f"speed-{name}",
         title=title,
         caption=caption,
-        draw=lambda theme: _draw(series, theme, unit),
+        draw=lambda theme: _draw(series, theme, unit, is_wide=False),
         table=_table(series, "case", unit),
         is_wide=False,
     )
@@ -138,7 +140,7 @@ def _speed_bars(
 ) -> tuple[Bar, ...]:
     measured = _by_case(run, variant, value)
     if not by_case:
-        return tuple(_speed_bar("every case", number) for number in list(measured.values())[:1])
+        return tuple(_speed_bar(_EVERY_CASE, number) for number in list(measured.values())[:1])
     return tuple(_speed_bar(f"batch {batch}, prompt {prompt}", number) for (batch, prompt), number in measured.items())
 
 
@@ -180,48 +182,58 @@ def _pruned_name(run: ReportRun, runs: Sequence[ReportRun]) -> str:
     return "pruned" if len(runs) == 1 else run.label
 
 
-def _draw(series: Sequence[Series], theme: Theme, unit: str, tick_format: str = ",.3~s") -> Figure:
+def _draw(
+    series: Sequence[Series], theme: Theme, unit: str, tick_format: str = ",.3~s", *, is_wide: bool = True
+) -> Figure:
+    """A group of bars for each category; of a single one, a line for each series, whose name stands beside it."""
     categories = list(dict.fromkeys(bar.category for each in series for bar in each.bars))
-    data = [_trace(each, theme, theme.dense if each.is_dense else theme.series_color(each.index)) for each in series]
+    labels = distinct(each.label for each in series)
+    if is_single := len(categories) == 1 and len(series) > 1:
+        unit = unit if categories == [_EVERY_CASE] else f"{unit}<br>{plain(categories[0])}"
+        rows, names = dict.fromkeys(categories, ""), list(labels.values())
+        height, gap = 16 + 27 * len(series), 0.28
+    else:
+        rows = distinct(categories)
+        names = list(rows.values())
+        per_category = 14 + 17 * len(series) if len(series) > 1 else 34
+        height, gap = per_category * len(categories), 14 / per_category if len(series) > 1 else 0.28
+    data = [_trace(each, labels[each.label], rows, theme) for each in series]
     largest = max((value for each in series for bar in each.bars if (value := drawable(bar.value))), default=1.0)
-    per_category = 14 + 17 * len(series) if len(series) > 1 else 34
-    return {
-        "data": data,
-        "layout": base_layout(
-            theme,
-            110 + per_category * len(categories),
-            barmode="group",
-            bargap=0.28,
-            xaxis=axis(theme, unit, tickformat=tick_format, range=[0, _ROOM_FOR_TEXT * largest], nticks=7),
-            yaxis=axis(
-                theme,
-                type="category",
-                categoryorder="array",
-                categoryarray=[plain(name) for name in categories],
-                autorange="reversed",
-                showgrid=False,
-            ),
-            showlegend=len(series) > 1,
-            legend={**base_layout(theme, 0)["legend"], "traceorder": "normal"},
+    layout = base_layout(
+        theme,
+        90 + height,
+        legend=[] if is_single else [labels[each.label] for each in series],
+        is_wide=is_wide,
+        barmode="overlay" if is_single else "group",
+        bargap=gap,
+        xaxis=axis(theme, unit, tickformat=tick_format, range=[0, _ROOM_FOR_TEXT * largest], nticks=7),
+        yaxis=axis(
+            theme, type="category", categoryorder="array", categoryarray=names, autorange="reversed", showgrid=False
         ),
-    }
+    )
+    if any(trace["textposition"] == "outside" for trace in data):
+        layout["meta"]["narrowRange"] = [0, _NARROW_ROOM_FOR_TEXT * largest]
+    return {"data": data, "layout": layout}
 
 
-def _trace(series: Series, theme: Theme, color: str) -> dict[str, Any]:
+def _trace(series: Series, name: str, rows: Mapping[str, str], theme: Theme) -> dict[str, Any]:
+    """`name`: of the series. `rows`: where the bars of each category stand; where it says none, at the series' name."""
     errors = [bar.error for bar in series.bars]
+    stands_beside_it = not all(rows.values())
+    pattern = "" if series.is_dense or stands_beside_it else fill(series.index)
     trace: dict[str, Any] = {
         "type": "bar",
         "orientation": "h",
-        "name": plain(series.label),
-        "y": [plain(bar.category) for bar in series.bars],
+        "name": name,
+        "y": [rows[bar.category] or name for bar in series.bars],
         "x": [drawable(bar.value) for bar in series.bars],
         "marker": {
-            "color": color,
+            "color": theme.dense if series.is_dense else theme.series_color(series.index),
             "pattern": {
-                "shape": [HATCHING if bar.is_hatched else "" for bar in series.bars],
+                "shape": [HATCHING if bar.is_hatched else pattern for bar in series.bars],
                 "fillmode": "overlay",
                 "fgcolor": theme.surface,
-                "fgopacity": 0.55,
+                "fgopacity": 0.3 if pattern and any(error is not None for error in errors) else 0.55,
                 "size": 6,
             },
         },
@@ -232,7 +244,7 @@ def _trace(series: Series, theme: Theme, color: str) -> dict[str, Any]:
         "outsidetextfont": {"color": theme.text},
         "constraintext": "none",
         "cliponaxis": False,
-        "hovertemplate": f"%{{y}}: %{{text}}<extra>{plain(series.label)}</extra>",
+        "hovertemplate": f"%{{y}}: %{{text}}<extra>{name}</extra>",
     }
     if any(error is not None for error in errors):
         trace["error_x"] = {"type": "data", "array": errors, "color": theme.text, "thickness": 1.5, "width": 4}

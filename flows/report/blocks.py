@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flows.report.data import ReportRun
-from flows.report.picture import Figure, Picture, axis, base_layout, plain
+from flows.report.picture import Figure, Picture, axis, base_layout, distinct
 from flows.report.theme import Theme
 from flows.table_formats import DataTable
 from stages.store_schema import ScoreRow, StepRow
@@ -100,7 +100,7 @@ def _name(row: ScoreRow | StepRow) -> str:
 def _draw_removals(runs: Sequence[ReportRun], theme: Theme) -> Figure:
     num_layers = max(run.record.num_layers or 0 for run in runs)
     inside = len(runs) * (_RUN + _BETWEEN_RUNS) - _BETWEEN_RUNS
-    layout = base_layout(theme, inside + 40 + _BELOW, showlegend=False, annotations=[])
+    layout = base_layout(theme, inside + 40 + _BELOW, annotations=[])
     layout["margin"] |= {"t": 40, "b": _BELOW}
     layout["xaxis"] = axis(
         theme,
@@ -113,6 +113,7 @@ def _draw_removals(runs: Sequence[ReportRun], theme: Theme) -> Figure:
         range=[-0.5, num_layers - 0.5],
     )
     data: list[dict[str, Any]] = []
+    labels = distinct(run.label for run in runs)
     for place, run in enumerate(runs):
         suffix = "" if place == 0 else str(place + 1)
         top = 1 - place * (_RUN + _BETWEEN_RUNS) / inside
@@ -120,7 +121,7 @@ def _draw_removals(runs: Sequence[ReportRun], theme: Theme) -> Figure:
         layout[f"yaxis{suffix}"] = axis(
             theme, autorange="reversed", showgrid=False, type="category", domain=domain, ticks=""
         )
-        layout["annotations"].append(_heading(plain(run.label), top, theme))
+        layout["annotations"].append(_heading(labels[run.label].replace("<br>", " "), top, theme))
         data += _removals(run, f"y{suffix}", theme)
     return {"data": data, "layout": layout}
 
@@ -155,7 +156,6 @@ def _draw_scores(scores: Sequence[ScoreRow], num_layers: int, theme: Theme) -> F
         theme,
         inside + _ABOVE + _BELOW,
         coloraxis=_coloraxis([_log(row.score) - lowest[row.step] for row in scores], theme),
-        showlegend=False,
     )
     layout["margin"] |= {"t": _ABOVE, "b": _BELOW}
     layout["annotations"] = []

@@ -113,21 +113,64 @@ def _section(name: str, title: str, pictures: Sequence[Picture | None], *notes: 
 
 
 def _overview(runs: Sequence[ReportRun]) -> DataTable:
+    """A line for each dense model, then its runs; what is the same for all of them has no column."""
+    several_models = len({run.model_key for run in runs}) > 1
     texts = list(dict.fromkeys(row.text for run in runs for row in run.summary.rows.perplexities))
-    has_tasks = any(run.accuracies("pruned") for run in runs)
-    accuracy = ("accuracy, dense", "accuracy, pruned") if has_tasks else ()
-    measured = [f"perplexity on {text}, {variant}" for text in texts for variant in ("dense", "pruned")]
-    columns = ("run", "model", "strategy", "status", "blocks", "parameters removed", *measured, *accuracy)
-    return DataTable(columns, tuple(_overview_row(run, texts, has_tasks) for run in runs))
+    task_sets = [tasks for tasks in dict.fromkeys(map(_task_set, runs)) if tasks]
+    columns = (
+        "run",
+        *(["model"] if several_models else []),
+        *(["strategy"] if any((run.record.strategy or "") not in run.label for run in runs) else []),
+        "blocks",
+        "parameters removed",
+        *(f"perplexity on {text}" for text in texts),
+        *("accuracy" if len(task_sets) == 1 else f"accuracy, {', '.join(tasks)}" for tasks in task_sets),
+        *(["status"] if any(run.record.status != "completed" for run in runs) else []),
+    )
+    rows = list[dict[str, object]]()
+    for model in dict.fromkeys(run.model_key for run in runs):
+        own = [run for run in runs if run.model_key == model]
+        lines = [_dense_line(own, texts), *(_overview_line(run, texts, "pruned") for run in own)]
+        rows += [line if len(task_sets) > 1 else _under_one_name(line) for line in lines if line]
+    return DataTable(columns, tuple(tuple(row.get(column) for column in columns) for row in rows))
 
 
-def _overview_row(run: ReportRun, texts: Sequence[str], has_tasks: bool) -> tuple[object, ...]:
-    record = run.record
-    values = [run.summary.perplexity(variant, text) for text in texts for variant in ("dense", "pruned")]
-    found = [run.accuracies(variant) for variant in ("dense", "pruned")] if has_tasks else []
-    accuracy = [each[-1].value if each else None for each in found]
-    removed = record.num_blocks_removed
-    return (run.label, run.model, record.strategy, record.status, removed, run.ratio, *values, *accuracy)
+def _overview_line(run: ReportRun, texts: Sequence[str], variant: str) -> dict[str, object]:
+    """What the table says of a run, by column."""
+    record, found = run.record, run.accuracies(variant)
+    measured = {f"perplexity on {text}": run.summary.perplexity(variant, text) for text in texts}
+    accuracy = {f"accuracy, {', '.join(_task_set(run))}": found[-1].value} if found else {}
+    about = {
+        "run": run.label,
+        "model": run.model,
+        "strategy": record.strategy,
+        "blocks": record.num_blocks_removed,
+        "parameters removed": run.ratio,
+        "status": record.status,
+    }
+    return {**about, **measured, **accuracy}
+
+
+def _dense_line(runs: Sequence[ReportRun], texts: Sequence[str]) -> dict[str, object]:
+    """What the runs say of their dense model; nothing if none measured it."""
+    found: dict[str, object] = {}
+    for run in runs:
+        for name, value in _overview_line(run, texts, "dense").items():
+            if name.startswith(("perplexity on", "accuracy")) and value is not None:
+                found.setdefault(name, value)
+    if not found:
+        return {}
+    return {**found, "run": "dense", "model": runs[0].model, "blocks": 0, "parameters removed": 0.0}
+
+
+def _under_one_name(line: dict[str, object]) -> dict[str, object]:
+    return {"accuracy" if name.startswith("accuracy, ") else name: value for name, value in line.items()}
+
+
+def _task_set(run: ReportRun) -> tuple[str, ...]:
+    """The tasks that a run's mean accuracy is of."""
+    found = run.accuracies("pruned") or run.accuracies("dense")
+    return tuple(sorted(each.task for each in found if each.metric))  # an average has none
 
 
 def _cards(run: ReportRun) -> tuple[Card, ...]:
@@ -170,7 +213,12 @@ def _details(run: ReportRun) -> RunDetails:
         f"seed {record.seed}",
         f"{record.num_sequences} sequences of {record.sequence_length}",
     ]
-    searched = [record.strategy, record.metric, f"blocks: {record.block_kinds}"]
+    searched = [
+        record.strategy,
+        record.metric,
+        f"blocks: {record.block_kinds}",
+        *([run.settings] if run.settings else []),
+    ]
     took = (record.finished_at - record.created_at).total_seconds() if record.finished_at else None
     facts = {
         "Run": record.run_id,
@@ -179,7 +227,8 @@ def _details(run: ReportRun) -> RunDetails:
         "Model": record.model,
         "Model's sha256": record.model_fingerprint,
         "Calibration": ", ".join(map(str, calibrated)) if record.num_sequences else record.calibration,
-        "Search": ", ".join(map(str, searched)) if record.strategy else None,
+        "Search": ", ".join(filter(None, searched)) if record.strategy and not record.external else None,
+        "Pruned elsewhere": f"{record.strategy}: {record.external}" if record.external else None,
         "Computed": f"in {record.dtype} on {record.device}, host {record.host}" if record.dtype else record.host,
         "Program": f"blockpruner {record.package_version}",
         "Exported model": f"{export.path} ({export.format})" if export else None,

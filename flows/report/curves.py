@@ -9,13 +9,13 @@ from typing import Any
 
 from flows.paper_figures import PaperModel, paper_figures
 from flows.report.data import ReportRun
-from flows.report.picture import Figure, Picture, axis, base_layout, drawable, plain
-from flows.report.theme import DASHES, SYMBOLS, Theme
+from flows.report.picture import Figure, Picture, axis, base_layout, distinct, drawable, plain
+from flows.report.theme import DASHES, Theme, again, symbol
 from flows.table_formats import DataTable
 
 CALIBRATION = "calibration"
-_LINEAR_BELOW, _POWERS_ABOVE = 4.0, 1000.0
-"""The highest perplexity over the lowest: from where on the axis is logarithmic, and has powers of ten only."""
+_LINEAR_BELOW, _FINE_BELOW, _POWERS_ABOVE = 4.0, 20.0, 1000.0
+"""The highest perplexity over the lowest: from where on the axis is logarithmic, has few ticks, powers of ten only."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,14 @@ class Curve:
 
 
 def search_curves(runs: Sequence[ReportRun]) -> Picture | None:
-    """Perplexity on the calibration set after every removal."""
-    curves = [curve for run in runs if (curve := _search_curve(run)) is not None]
+    """Perplexity on the calibration set after every removal; of runs that share a search, as far as any went."""
+    groups: dict[object, list[ReportRun]] = {}
+    for run in runs:
+        groups.setdefault(run.summary.rows.runs[0].search_family or run.record.run_id, []).append(run)
+    labels = _labels(list(groups.values()))
+    curves = [
+        curve for each in zip(groups.values(), labels, strict=True) if (curve := _search_curve(*each)) is not None
+    ]
     if not curves:
         return None
     return Picture(
@@ -73,13 +79,14 @@ def held_out_curves(runs: Sequence[ReportRun], papers: Sequence[PaperModel]) -> 
     return pictures
 
 
-def _search_curve(run: ReportRun) -> Curve | None:
+def _search_curve(members: Sequence[ReportRun], label: str) -> Curve | None:
+    run = max(members, key=lambda member: len(member.summary.rows.search_steps))
     steps, dense = run.summary.rows.search_steps, run.summary.perplexity("dense")
     if not steps:
         return None
     start = [Point(0.0, dense, "dense")] if dense is not None else []
     removals = [Point(s.ratio, s.perplexity, f"step {s.step}: {s.block_kind} {s.layer_index}") for s in steps]
-    return Curve(run.label, (*start, *removals), run.index)
+    return Curve(label, (*start, *removals), members[0].index)
 
 
 def _texts(runs: Sequence[ReportRun]) -> list[str]:
@@ -88,12 +95,19 @@ def _texts(runs: Sequence[ReportRun]) -> list[str]:
 
 
 def _text_curves(runs: Sequence[ReportRun], text: str) -> list[Curve]:
-    """A curve for each method on each model; runs that differ in their ratio alone are points of one."""
+    """A curve for each method on each model; runs that differ in their ratio alone are points of one.
+
+    Draws are searches of their own, and so are several settings of one method: a line between them would mean nothing.
+    """
     groups: dict[object, list[ReportRun]] = {}
     for run in runs:
         if run.summary.perplexity("dense", text) is not None or run.summary.perplexity("pruned", text) is not None:
             groups.setdefault(_method(run), []).append(run)
-    return [Curve(_group_label(group), _text_points(group, text), group[0].index) for group in groups.values()]
+    labels = _labels(list(groups.values()))
+    return [
+        Curve(label, _text_points(group, text), group[0].index)
+        for group, label in zip(groups.values(), labels, strict=True)
+    ]
 
 
 def _text_points(members: Sequence[ReportRun], text: str) -> tuple[Point, ...]:
@@ -111,15 +125,22 @@ def _method(run: ReportRun) -> object:
     record = run.record
     if record.strategy is None:
         return record.run_id
-    settings = (record.strategy, record.metric, record.block_kinds, record.calibration, record.num_samples, record.seed)
-    return (run.model_key, record.sequence_length, *settings)
+    searched = (record.strategy, record.metric, record.block_kinds, run.settings)
+    return (run.model_key, record.sequence_length, *searched, record.calibration, record.num_samples, record.seed)
 
 
-def _group_label(members: Sequence[ReportRun]) -> str:
+def _labels(groups: Sequence[Sequence[ReportRun]]) -> list[str]:
+    """A run that is alone in its group goes by its own name; several go by what they share."""
+    several_models = len({run.model_key for group in groups for run in group}) > 1
+    return [group[0].label if len(group) == 1 else _method_name(group, several_models) for group in groups]
+
+
+def _method_name(members: Sequence[ReportRun], several_models: bool) -> str:
     record = members[0].record
-    kinds = "" if record.block_kinds in (None, "both") else f", {record.block_kinds}"
-    metric = "" if record.metric in (None, "perplexity") else f", {record.metric}"
-    return members[0].label if len(members) == 1 else f"{members[0].model}, {record.strategy}{kinds}{metric}"
+    kinds = record.block_kinds if record.block_kinds != "both" else None
+    metric = record.metric if record.metric in ("kl", "js") else None
+    model = members[0].model if several_models else None
+    return ", ".join(filter(None, (model, record.strategy, kinds, metric, members[0].settings))) or members[0].label
 
 
 def _published(papers: Sequence[PaperModel]) -> Iterator[Curve]:
@@ -133,31 +154,32 @@ def _published(papers: Sequence[PaperModel]) -> Iterator[Curve]:
 def _draw(curves: Sequence[Curve], theme: Theme) -> Figure:
     last = max((point.ratio for curve in curves for point in curve.points), default=0.0) or 1.0
     ratios = {"tickformat": ".0%", "range": [-0.03 * last, 1.05 * last], "zeroline": False}
+    labels = distinct(curve.label for curve in curves)
     return {
-        "data": [_trace(curve, theme) for curve in curves],
+        "data": [_trace(curve, labels[curve.label], theme) for curve in curves],
         "layout": base_layout(
             theme,
-            400,
+            380,
+            legend=[labels[curve.label] for curve in curves],
             xaxis=axis(theme, "parameters removed", **ratios),
             yaxis=_perplexity_axis(curves, theme),
-            showlegend=len(curves) > 1,
         ),
     }
 
 
-def _trace(curve: Curve, theme: Theme) -> dict[str, Any]:
+def _trace(curve: Curve, name: str, theme: Theme) -> dict[str, Any]:
     index = curve.index
     color = theme.muted if curve.is_published else theme.series_color(index)
-    symbol = "diamond-open" if curve.is_published else SYMBOLS[index % len(SYMBOLS)]
+    sign = "diamond-open" if curve.is_published else symbol(index)
     return {
         "type": "scatter",
         "mode": "markers" if curve.is_published else "lines+markers",
-        "name": plain(curve.label),
+        "name": name,
         "x": [point.ratio for point in curve.points],
         "y": [drawable(point.perplexity) for point in curve.points],
         "text": [plain(point.note) for point in curve.points],
-        "line": {"color": color, "width": 2, "dash": DASHES[index // len(theme.series) % len(DASHES)]},
-        "marker": {"color": color, "size": 12 if curve.is_published else 8, "symbol": symbol, "line": {"color": color}},
+        "line": {"color": color, "width": 2, "dash": DASHES[again(index) % len(DASHES)]},
+        "marker": {"color": color, "size": 12 if curve.is_published else 8, "symbol": sign, "line": {"color": color}},
         "cliponaxis": False,
         "hovertemplate": "%{text}<br>perplexity %{y:.4g}, %{x:.2%} removed<extra></extra>",
     }
@@ -173,7 +195,7 @@ def _perplexity_axis(curves: Sequence[Curve], theme: Theme) -> dict[str, Any]:
     ticks = [
         digit * 10.0**power
         for power in range(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)
-        for digit in ((1,) if span > _POWERS_ABOVE else (1, 2, 5))
+        for digit in ((1,) if span > _POWERS_ABOVE else (1, 2, 5) if span > _FINE_BELOW else (1, 1.5, 2, 3, 5, 7))
     ]
     return axis(theme, "perplexity", type="log", tickvals=ticks, ticktext=[f"{tick:,.4g}" for tick in ticks])
 

@@ -73,9 +73,18 @@ class ReportRun:
         return self.record.model_fingerprint or self.record.model or self.record.run_id
 
     @property
+    def settings(self) -> str | None:
+        """What else the search was told, beside strategy, metric and kinds of blocks: its draw, LaCo's settings."""
+        if self.record.metric == "chance":
+            return f"draw {self.record.config.get('strategy_seed', 0)}"
+        return self.summary.rows.runs[0].settings
+
+    @property
     def ratio(self) -> float | None:
         """The share of all parameters that the pruned model lacks."""
         export, total = self.summary.export, self.record.num_parameters
+        if self.record.num_parameters_left is not None and total:  # pruned elsewhere
+            return 1 - self.record.num_parameters_left / total
         if export is not None and total:
             return 1 - export.num_parameters / total
         return self.summary.removed[-1].ratio if self.summary.removed else None
@@ -150,8 +159,13 @@ def _is_start(rows: Sequence[ScoreRow], of: Sequence[ScoreRow], *, or_same: bool
 
 
 def _labels(records: Sequence[RunRecord]) -> list[str]:
-    """The runs' names, or their models' where they have none; with the end of the id where that is not enough."""
-    names = [one_line(record.name or "") or short_model(record) for record in records]
+    """The runs' names, or their models' where they have none; with the end of the id where that is not enough.
+
+    The rows of one comparison alone are called as it calls them, without its name before each.
+    """
+    comparisons = {record.comparison for record in records}
+    before = f"{records[0].comparison}: " if len(comparisons) == 1 and len(records) > 1 else ""
+    names = [one_line((record.name or "").removeprefix(before)) or short_model(record) for record in records]
     times = Counter(names)
     ends = [record.run_id.rpartition("-")[2] for record in records]
     return [name if times[name] == 1 else f"{name} {end}" for name, end in zip(names, ends, strict=True)]

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,12 @@ Figure = dict[str, Any]
 """`data`, `layout`: https://plotly.com/javascript/reference/"""
 
 _LABEL_LENGTH = 34
+_LEGEND_LINE = 19
+"""Of a legend, in CSS pixels."""
+_LEGEND_WIDTH = {True: 800, False: 330}
+"""On a wide page, by whether the picture takes all of it, in CSS pixels: the picture without what its axis may take."""
+_NARROW_LEGEND_WIDTH = 220
+"""On a phone."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +54,40 @@ def plain(text: str) -> str:
     return html.escape(line, quote=False)
 
 
+def distinct(texts: Iterable[str]) -> dict[str, str]:
+    """Each text as plotly shows it, and no two alike: those that shortening would make the same are whole, on lines."""
+    short = {text: plain(text) for text in texts}
+    times = Counter(short.values())
+    return {text: label if times[label] == 1 else _in_lines(text) for text, label in short.items()}
+
+
+def _in_lines(text: str) -> str:
+    lines = textwrap.wrap(one_line(text), _LABEL_LENGTH)
+    return "<br>".join(html.escape(line, quote=False) for line in lines)
+
+
 def drawable(value: float | None) -> float | None:
     """A number that can be drawn, or a gap."""
     return value if value is not None and math.isfinite(value) else None
 
 
-def base_layout(theme: Theme, height: int, **more: Any) -> dict[str, Any]:
-    """What all pictures share. `height` in CSS pixels; the width is the page's."""
+def base_layout(
+    theme: Theme, height: int, *, legend: Sequence[str] = (), is_wide: bool = True, **more: Any
+) -> dict[str, Any]:
+    """What all pictures share.
+
+    Args:
+        theme: its colours.
+        height: in CSS pixels, without the legend; the width is the page's.
+        legend: what it names; one name alone needs none.
+        is_wide: see `Picture.is_wide`.
+        more: of plotly's layout.
+    """
+    labels = legend if len(legend) > 1 else ()
     return {
-        "height": height,
+        "height": height + _legend_height(labels, _LEGEND_WIDTH[is_wide], 7.0),
+        "meta": {"narrowHeight": height + _legend_height(labels, _NARROW_LEGEND_WIDTH, 6.0)},
+        "showlegend": bool(labels),
         "autosize": True,
         "paper_bgcolor": theme.surface,
         "plot_bgcolor": theme.surface,
@@ -62,9 +95,28 @@ def base_layout(theme: Theme, height: int, **more: Any) -> dict[str, Any]:
         "margin": {"l": 60, "r": 20, "t": 16, "b": 50},
         "dragmode": False,
         "hoverlabel": {"bgcolor": theme.surface, "bordercolor": theme.muted, "font": {"color": theme.text}},
-        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
+        "legend": {
+            "orientation": "h",
+            "traceorder": "normal",
+            "x": 0,
+            "xanchor": "left",
+            "y": 1.02,
+            "yanchor": "bottom",
+            "maxheight": 0.95,
+        },
         **more,
     }
+
+
+def _legend_height(labels: Sequence[str], width: int, letter: float) -> int:
+    """How much a legend of these labels takes: plotly sets them in columns as wide as the widest of them."""
+    if not labels:
+        return 0
+    lines = [label.split("<br>") for label in labels]
+    widest = 45 + letter * max(len(html.unescape(line)) for label in lines for line in label)
+    columns = max(1, int(width // widest))
+    rows = [max(len(label) for label in lines[first : first + columns]) for first in range(0, len(lines), columns)]
+    return _LEGEND_LINE * sum(rows)
 
 
 def axis(theme: Theme, title: str = "", **more: Any) -> dict[str, Any]:

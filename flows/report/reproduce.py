@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from flows.grid import External
 from flows.recipe import Recipe
 from stages.runs import RunRecord
 
@@ -17,10 +18,27 @@ _COMMANDS = {
     "calibration": "blockpruner calibrate recipe.yaml",
 }
 """By the last thing that a run did; the first that fits counts."""
+_OF_A_SEARCH = frozenset(
+    {"name", "num_blocks", "ratio", "strategy", "strategy_seed", "metric", "block_kinds", "stock_compatible"}
+)
+"""Settings that mean nothing for a model that was pruned elsewhere, beside LaCo's and the export's."""
 
 
 def recipe_text(record: RunRecord) -> str:
-    """The run's settings as a recipe (YAML), less those that are as they are without being given."""
+    """The run's settings as a recipe (YAML), less those that are as they are without being given.
+
+    Of a model that was pruned elsewhere it is the recipe of a comparison with that one row.
+    """
+    settings = _settings(record)
+    if record.external is not None:
+        external = External(path=record.external, label=record.strategy or "external")
+        name = record.comparison or settings.pop("name", None) or "external"
+        base = {key: value for key, value in settings.items() if key not in _OF_A_SEARCH}
+        settings = {"name": name, "base": base, "external": [external.model_dump(exclude_none=True)]}
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _settings(record: RunRecord) -> dict[str, Any]:
     defaults = {name: field.default for name, field in Recipe.model_fields.items()}
     settings = {
         name: _plain(value)
@@ -29,12 +47,14 @@ def recipe_text(record: RunRecord) -> str:
     }
     if record.config.get("num_samples", 0) is None:
         settings["num_samples"] = "all"
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
+    return settings
 
 
 def commands(record: RunRecord) -> str:
     """The shell commands that do the run again, given its recipe as recipe.yaml."""
     roles = {stage.role.partition(":")[0] for stage in record.stages}
+    if record.external is not None:
+        return "blockpruner compare recipe.yaml"
     if any(stage.role == "evaluate:pruned" for stage in record.stages) or not roles:
         return "blockpruner run recipe.yaml"
     if "search" not in roles and any(stage.role == "evaluate:dense" for stage in record.stages):

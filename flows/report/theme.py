@@ -33,7 +33,7 @@ class Theme:
     """A sequence from little to much, whose luminance alone tells the order."""
 
     def series_color(self, index: int) -> str:
-        """The colour of the run with this number; they begin again after the last."""
+        """The colour of the run with this number; after the last they begin again, with another sign (`again`)."""
         return self.series[index % len(self.series)]
 
 
@@ -64,3 +64,19 @@ DARK = Theme(
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "triangle-down", "star-triangle-up")
 DASHES = ("solid", "dash", "dot", "dashdot")
 HATCHING = "/"
+_FILLS = ("", ".", "x", "+")
+
+
+def again(index: int) -> int:
+    """How often the colours have been used up before the run with this number."""
+    return index // len(LIGHT.series)
+
+
+def symbol(index: int) -> str:
+    """Of the points of the run with this number; another one than that of the run whose colour it has."""
+    return SYMBOLS[(index + again(index)) % len(SYMBOLS)]
+
+
+def fill(index: int) -> str:
+    """The pattern of the bars of the run with this number."""
+    return _FILLS[again(index) % len(_FILLS)]

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict
+
 from stages.artifacts import ArtifactStore
 from stages.contract import Runtime, Stage, StageConfig, StageManifest
 from stages.runs import RunDescription, RunRecord, RunStore, StageRun
@@ -60,13 +62,17 @@ TRACE = trace_step(1, STEP_1, ("mha", 1)) + "\n" + trace_step(2, STEP_2, ("mlp",
 
 
 class AnyConfig(StageConfig):
+    model_config = ConfigDict(frozen=True, extra="allow")
+
     salt: str
 
 
 @dataclass(frozen=True)
-class NoInputs:
+class FakeInputs:
+    model: str | None = None
+
     def fingerprints(self) -> Mapping[str, str]:
-        return {}
+        return {"model": self.model} if self.model else {}
 
 
 class AnyManifest(StageManifest):
@@ -85,17 +91,27 @@ class Lab:
         self.runs = RunStore(workspace, self.said.append)
         self.results = ResultStore(workspace / "results.duckdb", self.said.append, wait=wait)
 
-    def artifact(self, role: str, manifest: dict[str, Any], salt: str, **files: str) -> StageRun:
-        """Write a whole artifact of a fake stage, and say how a run used it."""
-        name = role.split(":")[0]
+    def artifact(
+        self,
+        role: str,
+        manifest: dict[str, Any],
+        salt: str,
+        *,
+        config: Mapping[str, Any] | None = None,
+        model: str | None = None,
+        **files: str,
+    ) -> StageRun:
+        """Write a whole artifact of a fake stage, and say how a run used it. `model`: what it was made from."""
+        name = "calibrate" if "text:" in role or role.endswith("calibration") else role.split(":")[0]
 
-        def run(config: AnyConfig, inputs: NoInputs, out_dir: Path, runtime: Runtime) -> AnyManifest:
+        def run(config: AnyConfig, inputs: FakeInputs, out_dir: Path, runtime: Runtime) -> AnyManifest:
             for file, text in files.items():
                 (out_dir / file.replace("__", ".")).write_text(text)
             return AnyManifest.model_construct(content=json.dumps(manifest))
 
         stage = Stage(name, 1, AnyManifest, run)
-        made = ArtifactStore(self.workspace).get_or_run(stage, AnyConfig(salt=salt + role), NoInputs(), Runtime())
+        settings = AnyConfig(salt=salt + role, **(config or {}))
+        made = ArtifactStore(self.workspace).get_or_run(stage, settings, FakeInputs(model), Runtime())
         path = made.path.relative_to(self.workspace).as_posix()
         return StageRun(
             stage=name, label=role, role=role, fingerprint=made.fingerprint, status="completed", artifact_path=path

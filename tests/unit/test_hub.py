@@ -1,4 +1,4 @@
-"""Pushing to the hub, against a stand-in for its API: what is sent, and what is refused before anything is computed."""
+"""The hub, against a stand-in for its API: what is sent and fetched, what is refused before anything is computed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
+from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ConfigurationError
 from blockpruner.hub import check_repositories, push_folder
 from tests.integration.command_line import blockpruner
-from tests.tiny_models import tiny_rows
+from tests.tiny_models import save_tiny_model, tiny_rows
 
 
 class Hub:
@@ -140,3 +141,21 @@ def test_without_a_network_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp
         check_repositories("me/smaller", ("auto",))
     with pytest.raises(ConfigurationError, match=r"me/smaller was not pushed \(.*\); the model is kept in "):
         push_folder(tmp_path, "me/smaller")
+
+
+def test_terms_and_card_are_fetched_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The licence is to be carried over, and is not in every case in LICENSE."""
+    folder = save_tiny_model(tmp_path / "snapshot")
+    there = ["README.md", "NOTICE", "LICENSE.md", "USE_POLICY.md", "additional_chat_templates/rag.jinja", "x.bin"]
+    fetched: list[str] = []
+
+    def download(hub_id: str, *, allow_patterns: list[str]) -> str:
+        fetched.extend(filter_repo_objects(there, allow_patterns=allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    checkpoint = Checkpoint.open("someone/model")
+    assert fetched == there[:-1]
+    assert (checkpoint.hub_id, checkpoint.public_name) == ("someone/model", "someone/model")
+    local = Checkpoint.open(str(folder))
+    assert (local.hub_id, local.public_name) == (None, "snapshot")

@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from blockpruner.progress import Progress, Throughput
 from flows.demo import unigram_perplexity
 from flows.eta import RemainingTime
-from flows.render import number, order_line, query_table, run_view, runs_table, strip, task_table
+from flows.render import number, on_stdout, order_line, query_table, run_view, runs_table, strip, task_table
 from flows.reporter import Reporter, describe
 from flows.summary import RunSummary, dump_json
 from flows.wording import count, one_line, size, spell_out
@@ -121,6 +121,16 @@ def test_values_of_a_query_are_shown_as_they_are() -> None:
     shown = text_of(query_table(["a", "[red]b"], [[None, "[bold]x"], [1.5, "y"]]))
     assert "[red]b" in shown
     assert "[bold]x" in shown
+
+
+def test_numbers_stand_to_the_right() -> None:
+    lines = text_of(query_table(["n", "text"], [[1, "a"], [12345, "b"], [None, "c"]])).splitlines()
+    assert [line.rstrip() for line in lines] == ["    n  text", "    1  a", "12345  b", "       c"]
+
+
+def test_a_pipe_has_no_width(capsys: pytest.CaptureFixture[str]) -> None:
+    on_stdout().print(query_table(["a", "b"], [["x " * 2000, "y" * 4000]]))
+    assert capsys.readouterr().out.splitlines()[1].split() == ["x"] * 2000 + ["y" * 4000]
 
 
 def test_what_a_user_named_steers_no_terminal() -> None:

@@ -8,16 +8,18 @@ from xml.etree import ElementTree
 
 import pytest
 
+from flows.grid import External, load_comparison
 from flows.paper_figures import paper_figures
+from flows.recipe import make_recipe
 from flows.render import sparkline
-from flows.report.bars import speed_bars
+from flows.report.bars import speed_bars, task_bars
 from flows.report.build import Report
 from flows.report.curves import held_out_curves, search_curves
 from flows.report.data import accuracies, distinct_searches, report_runs
 from flows.report.paper import comparisons
 from flows.report.picture import plain
 from flows.report.related import with_related
-from flows.report.reproduce import commands
+from flows.report.reproduce import commands, recipe_text
 from flows.report.theme import DARK, LIGHT, Theme
 from flows.results_table import results_table
 from flows.summary import RunSummary
@@ -124,6 +126,15 @@ def test_speeds_without_a_peak_of_memory_and_with_windows_have_the_bars_that_are
     dense, pruned = pictures["speed-kv-cache"].draw(LIGHT)["data"]
     assert list(dense["y"]) == list(pruned["y"]) == ["batch 1, prompt 8", "batch 1, prompt 64"]
     assert (list(dense["x"]), list(pruned["x"])) == ([4.0, 3.0], [4.0, 4.0])
+
+
+def test_among_several_runs_speeds_say_whose_they_are(lab: Lab) -> None:
+    timed, other = lab.run("timed", roles="sx"), lab.run("other", roles="sx")
+    timed.stages.append(lab.artifact("speed", SPEED, "speed"))
+    runs = report_runs([summary(lab, timed), summary(lab, other)])
+    assert [[bar["name"] for bar in picture.draw(LIGHT)["data"]] for picture in speed_bars(runs)] == [
+        ["dense", "timed"]
+    ] * 4
 
 
 def test_values_that_are_not_finite_leave_a_gap(lab: Lab) -> None:
@@ -280,3 +291,133 @@ def test_vector_pictures_show_the_steps(lab: Lab) -> None:
     assert data_uri(strip).startswith("data:image/svg+xml;base64,")
     nothing = summary(lab, lab.run("nothing", roles="b"))
     assert (blocks_svg(nothing), perplexity_svg(nothing)) == (None, None)
+
+
+# --- models that were pruned elsewhere, and draws ---------------------------------------------------------------------
+
+
+def of_an_external(lab: Lab) -> RunRecord:
+    record = lab.run("c: SliceGPT", roles="b")
+    text = {"text": "wikitext2", "num_tokens": 900, "perplexity": 25.0}
+    record.stages.append(lab.artifact("evaluate:pruned", {"texts": [text], "metrics": []}, "external"))
+    config = make_recipe({"model": "m", "calibration": "notes.txt", "ratio": 0.2, "eval_text": "w.txt"}).model_dump()
+    about = {"model": "m", "strategy": "SliceGPT", "external": "/x/sliced model", "num_parameters": 1000,
+             "num_parameters_left": 750, "comparison": "c", "config": config}  # fmt: skip
+    return record.model_copy(update=about)
+
+
+def test_a_model_that_was_pruned_elsewhere_has_its_ratio(lab: Lab) -> None:
+    (run,) = runs = report_runs([summary(lab, of_an_external(lab))])
+    assert run.ratio == 0.25
+    (picture,) = held_out_curves(runs, [])
+    (curve,) = picture.draw(LIGHT)["data"]
+    assert (curve["x"], curve["y"]) == ([0.0, 0.25], [5.47, 25.0])
+
+
+def test_a_model_that_was_pruned_elsewhere_is_measured_again_by_compare(lab: Lab, tmp_path: Path) -> None:
+    record = of_an_external(lab)
+    assert commands(record) == "blockpruner compare recipe.yaml"
+    (tmp_path / "recipe.yaml").write_text(recipe_text(record))
+    again = load_comparison(str(tmp_path / "recipe.yaml"), {}, {})
+    (cell,) = again.cells
+    assert again.name == "c"
+    assert cell.external == External(path="/x/sliced model", label="SliceGPT")
+    assert (cell.recipe.name, cell.recipe.eval_text, cell.recipe.ratio) == (record.name, ("w.txt",), None)
+    facts = dict(Report.of([summary(lab, record)]).page.details[0].facts)
+    assert facts["Pruned elsewhere"] == "SliceGPT: /x/sliced model"
+    assert "Search" not in facts
+
+
+def test_draws_are_not_joined(lab: Lab) -> None:
+    runs = []
+    for seed, ratio, perplexity in ((0, 0.1, 8.0), (1, 0.1, 30.0), (0, 0.2, 9.0), (2, 0.2, 7.0)):
+        record = lab.run(f"c: draw {seed} {ratio}", roles="b")
+        export = {"format": "stock", "num_blocks_removed": 1, "num_parameters": 1000 * (1 - ratio), "bytes": 1,
+                  "verified": True}  # fmt: skip
+        text = {"text": "wikitext2", "num_tokens": 9, "perplexity": perplexity}
+        record.stages.append(lab.artifact("export", export, f"{seed} {ratio}"))
+        record.stages.append(lab.artifact("evaluate:pruned", {"texts": [text]}, f"{seed} {ratio}"))
+        about = {"num_parameters": 1000, "strategy": "random", "metric": "chance", "block_kinds": "both", "model": "m",
+                 "config": {"strategy_seed": seed}, "comparison": "c"}  # fmt: skip
+        runs.append(summary(lab, record.model_copy(update=about)))
+    (picture,) = held_out_curves(report_runs(runs), [])
+    curves = {curve["name"]: curve["y"] for curve in picture.draw(LIGHT)["data"]}
+    assert curves == {"random, draw 0": [5.47, 8.0, 9.0], "draw 1 0.1": [5.47, 30.0], "draw 2 0.2": [5.47, 7.0]}
+
+
+def test_the_rows_of_one_comparison_are_called_as_it_calls_them(lab: Lab) -> None:
+    rows = [lab.run(f"c: {name}").model_copy(update={"comparison": "c"}) for name in ("rm", "oneshot")]
+    assert [run.label for run in report_runs([summary(lab, row) for row in rows])] == ["rm", "oneshot"]
+    with_another = [*rows, lab.run("d: rm").model_copy(update={"comparison": "d"})]
+    named = [run.label for run in report_runs([summary(lab, row) for row in with_another])]
+    assert named == ["c: rm", "c: oneshot", "d: rm"]
+
+
+# --- names and legends ------------------------------------------------------------------------------------------------
+
+
+LONG_NAMES = [f"mmlu_flan_n_shot_generative_{place}_computer_science" for place in ("college", "high_school")]
+
+
+def with_tasks(lab: Lab, name: str, *tasks: str) -> RunRecord:
+    record = lab.run(name, roles="bsx")
+    metrics = [{"task": task, "metric": "acc", "value": 0.1 + place / 10} for place, task in enumerate(tasks)]
+    record.stages.append(lab.artifact("evaluate:pruned", {"texts": [], "metrics": metrics}, name + "".join(tasks)))
+    return record
+
+
+def test_two_long_names_are_two_bars(lab: Lab) -> None:
+    picture = task_bars(report_runs([summary(lab, with_tasks(lab, "a", *LONG_NAMES, "piqa"))]))
+    assert picture is not None
+    figure = picture.draw(LIGHT)
+    (trace,) = figure["data"]
+    assert [label.replace("<br>", "") for label in trace["y"]] == [*LONG_NAMES, "piqa", "average"]
+    assert max(len(line) for label in trace["y"] for line in label.split("<br>")) <= 34
+    assert figure["layout"]["yaxis"]["categoryarray"] == trace["y"]
+
+
+def test_of_a_single_task_every_model_has_a_line_with_its_name(lab: Lab) -> None:
+    runs = report_runs([summary(lab, with_tasks(lab, name, "piqa")) for name in ("one", "other")])
+    picture = task_bars(runs)
+    assert picture is not None
+    figure = picture.draw(LIGHT)
+    assert [(trace["y"], trace["x"]) for trace in figure["data"]] == [(["one"], [0.1]), (["other"], [0.1])]
+    assert figure["layout"]["yaxis"]["categoryarray"] == ["one", "other"]
+    assert not figure["layout"]["showlegend"]
+
+
+def test_a_legend_takes_no_room_from_its_picture(lab: Lab) -> None:
+    def heights(number: int) -> tuple[int, int]:
+        runs = [summary(lab, lab.run(f"a run of some length, number {i}", roles="s")) for i in range(number)]
+        found = search_curves(report_runs(runs))
+        assert found is not None
+        layout = found.draw(LIGHT)["layout"]
+        return layout["height"], layout["meta"]["narrowHeight"]
+
+    (one, one_narrow), (many, many_narrow) = heights(1), heights(12)
+    assert one == one_narrow
+    assert many - one >= 4 * 19  # three or fewer beside each other
+    assert many_narrow - one_narrow >= 12 * 19  # one below the other
+
+
+def test_no_two_runs_have_the_same_sign(lab: Lab) -> None:
+    runs = report_runs([summary(lab, lab.run(f"{number}", roles="s")) for number in range(24)])
+    found = search_curves(runs)
+    assert found is not None
+    signs = {
+        (trace["line"]["color"], trace["line"]["dash"], trace["marker"]["symbol"])
+        for trace in found.draw(LIGHT)["data"]
+    }
+    assert len(signs) == 24
+    assert len({(color, symbol) for color, _, symbol in signs}) == 24
+
+
+def test_the_overview_has_a_line_for_the_dense_model_and_no_column_that_says_nothing(lab: Lab) -> None:
+    runs = [lab.run("night", roles="bsxdp"), with_tasks(lab, "other tasks", "arc", "piqa")]
+    runs = [record.model_copy(update={"strategy": "rm", "num_parameters": 1000}) for record in runs]
+    table = Report.of([summary(lab, record) for record in runs]).page.sections[0].table
+    assert table is not None
+    assert table.columns == ("run", "strategy", "blocks", "parameters removed", "perplexity on calibration",
+                             "perplexity on wikitext2", "accuracy, piqa", "accuracy, arc, piqa")  # fmt: skip
+    assert table.rows[0] == ("dense", None, 0, 0.0, 5.0, 5.47, 0.78, None)
+    assert table.rows[2] == ("other tasks", "rm", None, pytest.approx(0.3), 7.0, None, None, pytest.approx(0.15))

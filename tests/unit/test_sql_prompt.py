@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import duckdb
 import pytest
 
 from blockpruner.errors import ConfigurationError, StoreError
@@ -30,7 +31,43 @@ def test_statements_end_at_semicolons_that_are_not_quoted(text: str, statements:
     assert split_statements(text) == (statements, rest)
 
 
-@pytest.mark.parametrize(("text", "blank"), [("", True), (" -- a\n/* b */ ", True), ("'--'", False), ("a -- b", False)])
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"SELECT E'it\'s; ok' AS a; SELECT 2;",
+        r"SELECT e'a\\' AS a; SELECT E'a''b\';c';",
+        r"SELECT notE'x\'; SELECT 'x\'; SELECT (E'\';');",
+        "SELECT 1 /* a /* b; */ c; */; SELECT 2 /* '; */;",
+        "SELECT '/*'; SELECT /**/ 2 /* /* */ ; */; SELECT 3;",
+        "SELECT 1 -- a /* \r; SELECT 2;",
+        "SELECT a$$b$$; SELECT $é1$;$é1$; SELECT $$a;b$$;",
+        'SELECT U&\'a;b\'; SELECT "E\'"";";',
+    ],
+)
+def test_statements_end_where_duckdb_ends_them(text: str) -> None:
+    with duckdb.connect() as connection:
+        expected = [statement.query.strip().rstrip(";").strip() for statement in connection.extract_statements(text)]
+    assert split_statements(text) == (expected, "")
+
+
+@pytest.mark.parametrize(
+    "text", [r"SELECT E'open\'; ", "SELECT E'open\\", "SELECT /* a /* b */ ; ", "SELECT $x$ ; $$ "]
+)
+def test_what_is_not_closed_is_not_ended(text: str) -> None:
+    assert split_statements(text) == ([], text)
+
+
+@pytest.mark.parametrize(
+    ("text", "blank"),
+    [
+        ("/* /* */ */", True),
+        ("/* */ */", False),
+        ("", True),
+        (" -- a\n/* b */ ", True),
+        ("'--'", False),
+        ("a -- b", False),
+    ],
+)
 def test_comments_are_blank(text: str, blank: bool) -> None:
     assert is_blank(text) == blank
 

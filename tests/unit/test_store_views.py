@@ -23,16 +23,22 @@ class ViewLab(Lab):
     ) -> RunRecord:
         """A finished run whose search removed `order` ('mha:1 mlp:0'); the calibration's dense perplexity is 10.
 
-        `more`: `pruned` (perplexity of the export on the text w, dense 20), `accuracy` (dense, pruned), `cached`, and
-        fields of the run.
+        `more`: `pruned` (perplexity of the export on the text w, dense 20), `accuracy` (dense, pruned), `tasks` (other
+        ones), `cached`, `family` (of searches that go the same way; else each its own), `settings` of the search,
+        `content` (of the pruned model; else its search's), and fields of the run.
         """
         pruned, accuracy = more.pop("pruned", None), more.pop("accuracy", None)
+        measured_tasks, settings = more.pop("tasks", metrics), more.pop("settings", None)
+        content, target = more.pop("content", None), more.pop("target", "")
         was_cached, seconds = more.pop("cached", False), more.pop("seconds", 8.0)
         given = {"model": "m", "model_fingerprint": "M", "strategy": "blockpruner", "metric": "perplexity",
                  "block_kinds": "both", "device": "cpu"}  # fmt: skip
+        family = more.pop("family", f"{order} {perplexities}")
         record = self.runs.create(RunDescription(name=name, **{**given, **more}))
-        salt = f"{order} {perplexities}"
-        search = self.artifact("search", {"dense_perplexity": 10.0}, salt, trace__jsonl=trace(order, perplexities))
+        salt = f"{family} {order} {perplexities} {target}"
+        steps = trace(order, perplexities)
+        search = self.artifact("search", {"dense_perplexity": 10.0}, salt, config=settings, trace__jsonl=steps)
+        search.checkpoints = family
         record.stages = [self.calibrated("calibration", "calib-a"), self.calibrated("text:w", eval_text), search]
         search.cached, search.seconds = was_cached, 0.5 if was_cached else seconds
         if pruned is not None:
@@ -49,9 +55,11 @@ class ViewLab(Lab):
             record.stages.append(self.artifact("baseline", dense, eval_text))
             measured: dict[str, Any] = {"texts": [{"text": "w", "num_tokens": 9, "perplexity": pruned}]}
             if accuracy:
-                measured["metrics"] = metrics(accuracy[1])
-                record.stages.append(self.artifact("evaluate:dense", {"metrics": metrics(accuracy[0])}, salt))
-            record.stages.append(self.artifact("evaluate:pruned", measured, salt + eval_text))
+                measured["metrics"] = measured_tasks(accuracy[1])
+                salt += measured_tasks.__name__
+                record.stages.append(self.artifact("evaluate:dense", {"metrics": measured_tasks(accuracy[0])}, salt))
+            content = content or f"{family} {removed}"
+            record.stages.append(self.artifact("evaluate:pruned", measured, salt + eval_text, model=content))
         self.runs.finish(record, "completed")
         assert self.results.ingest(record)
         assert self.said == []
@@ -184,9 +192,9 @@ def test_redundancy_is_how_early_a_block_goes(lab: ViewLab) -> None:
 
 
 def test_a_search_that_another_continues_counts_with_it(lab: ViewLab) -> None:
-    lab.searched("mha:1", [11.0])
-    lab.searched("mha:1 mlp:0", [11.0, 13.0])
-    lab.searched("mha:1 mlp:0", [11.0, 13.0], cached=True)
+    lab.searched("mha:1", [11.0], family="f")
+    lab.searched("mha:1 mlp:0", [11.0, 13.0], family="f")
+    lab.searched("mha:1 mlp:0", [11.0, 13.0], family="f", cached=True)
     lab.searched("mha:1", [7.0], metric="kl")  # another search
     columns = ("block_kind || ':' || layer_index", "num_searches", "num_removed", "redundancy")
     rows = lab.view("block_redundancy", *columns, where="num_removed > 0")
@@ -239,8 +247,8 @@ def test_of_models_that_go_the_same_way_the_first_in_a_step_counts(
     lab: ViewLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(RATIO, "mha", 0.02)
-    lab.searched("mha:1", [11.0], "first", pruned=21.0)
-    lab.searched("mha:1 mha:0", [11.0, 12.0], "further", pruned=29.0)
+    lab.searched("mha:1", [11.0], "first", pruned=21.0, family="f")
+    lab.searched("mha:1 mha:0", [11.0, 12.0], "further", pruned=29.0, family="f")
     columns = ("text", "ratio_from", "num_models", "mean_perplexity", "mean_ratio")
     assert lab.view("method_comparison", *columns) == [("calibration", 0.0, 1, 11.0, 0.02), ("w", 0.0, 1, 21.0, 0.02)]
 

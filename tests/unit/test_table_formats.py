@@ -33,6 +33,24 @@ def test_csv_has_the_values() -> None:
     assert rows[1:] == [[AWKWARD, "5.4712", "12345"], ["two\nlines", "inf", ""], ["", "", "0"]]
 
 
+def test_csv_gives_a_spreadsheet_nothing_to_compute() -> None:
+    texts = ['=HYPERLINK("http://x","y")', "@SUM(1)", "+1+1", "-2*3", "\t=1", "-x"]
+    table = DataTable(("=a", "n"), tuple((text, -1.5) for text in texts))
+    head, *rows = csv.reader(io.StringIO(formatted(table, "csv")))
+    assert head == ["'=a", "n"]
+    assert rows == [[f"'{text}", "-1.5"] for text in texts]
+    numbers = DataTable(("n",), (("-1.5",), ("+2e-3",), (float("-inf"),), ("a=b",)))
+    assert formatted(numbers, "csv").splitlines() == ["n", "-1.5", "+2e-3", "-inf", "a=b"]
+
+
+def test_markdown_makes_no_links() -> None:
+    """As GitHub's own parser (cmark-gfm) was seen to take them: an escaped colon or dot begins no address."""
+    table = DataTable(("x",), (("https://evil.example/x",), ("WWW.evil.example",), ("a@b.example 10:30 v1.2",)))
+    cells = [line.strip("| ") for line in formatted(table, "markdown").splitlines()[2:]]
+    assert cells == [r"https\://evil.example/x", r"WWW\.evil.example", r"a\@b.example 10:30 v1.2"]
+    assert MarkdownIt("commonmark").render(cells[0]) == "<p>https://evil.example/x</p>\n"
+
+
 def test_markdown_is_one_table_with_the_text_as_it_is() -> None:
     tokens = MarkdownIt("commonmark").enable("table").parse(formatted(TABLE, "markdown"))
     cells = [token.children or [] for token in tokens if token.type == "inline"]
@@ -49,6 +67,14 @@ def test_latex_has_a_line_a_row_and_every_special_character_escaped() -> None:
         r"\textless{}script\textgreater{}*é*`[y](z)` \_u\_ & 5.471 & 12,345 \\"
     )
     assert lines[5:] == [r"two lines & inf &  \\", r" &  & 0 \\", r"\bottomrule", r"\end{tabular}"]
+
+
+def test_no_row_is_an_option_of_the_line_before_it_in_latex() -> None:
+    """After a line break or a rule LaTeX reads on for a star or a length in brackets."""
+    table = DataTable(("[x]", "y"), (("[2mm] a", "[b]"), ("*c", "*"), (" [d", 1)))
+    head, _, *rows, _, _ = formatted(table, "latex").splitlines()[2:]
+    assert head == r"{}[x] & y \\"
+    assert rows == [r"{}[2mm] a & [b] \\", r"{}*c & * \\", r"{}[d & 1 \\"]
 
 
 def test_one_form_at_a_time() -> None:

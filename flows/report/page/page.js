@@ -9,10 +9,13 @@
 
   function layoutFor(layout) {
     if (!narrow.matches) return layout;
-    // On a phone: smaller letters, and the margins go to the picture.
+    // On a phone: smaller letters, the margins go to the picture, and the legend needs more lines.
     const font = Object.assign({}, layout.font, { size: 11 });
     const margin = Object.assign({}, layout.margin, { l: 44, r: 8 });
-    return Object.assign({}, layout, { font: font, margin: margin });
+    const changes = { font: font, margin: margin, height: layout.meta.narrowHeight };
+    if (layout.xaxis.nticks) changes.xaxis = Object.assign({}, layout.xaxis, { nticks: 4 });
+    if (layout.meta.narrowRange) changes.xaxis.range = layout.meta.narrowRange;
+    return Object.assign({}, layout, changes);
   }
 
   function config(name) {
