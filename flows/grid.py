@@ -227,6 +227,8 @@ def load_comparison(source: str, overrides: Mapping[str, Any], more: Mapping[str
     }
     if blocks:
         values["grid"] = [paths_beside(path.parent, b) if isinstance(b, Mapping) else b for b in blocks]
+    if isinstance(listed := values.get("external"), list):
+        values["external"] = [paths_beside(path.parent, e) if isinstance(e, Mapping) else e for e in listed]
     if added := more.get("external"):
         values["external"] = [*values.get("external", ()), *added]
     return make_comparison(values)

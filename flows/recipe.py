@@ -29,6 +29,8 @@ RECIPES_FOLDER = Path(__file__).parent / "recipes"
 COMPARISONS_FOLDER = RECIPES_FOLDER / "compare"
 """Recipes of another kind: see `flows.grid`."""
 _PATH_FIELDS = ("model", "calibration", "eval_text", "task_dir", "task_data")
+_PATHS_IN_FILES = (*_PATH_FIELDS, "path")
+"""The last is that of a comparison's external checkpoint."""
 TARGET_FIELDS = ("num_blocks", "ratio")
 """How far to prune: one of them is given."""
 _SEARCH_FIELDS = (
@@ -391,9 +393,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def paths_beside(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's fields with the paths that exist in the folder made those."""
+    """The fields of a recipe, or of an external checkpoint, with the paths that exist in the folder made those."""
     return {
-        name: _mapped(value, lambda text: _beside(folder, text)) if name in _PATH_FIELDS else value
+        name: _mapped(value, lambda text: _beside(folder, text)) if name in _PATHS_IN_FILES else value
         for name, value in values.items()
     }
 

@@ -173,8 +173,12 @@ def test_a_file_and_its_overrides(tmp_path: Path) -> None:
     (tmp_path / "text.txt").touch()
     file = tmp_path / "mine.yaml"
     file.write_text("base: {model: m, calibration: text.txt, num_blocks: 3}\ngrid: {calibration: [text.txt, alpaca]}\n")
+    (tmp_path / "x").mkdir()
+    file.write_text(file.read_text() + "external: [{path: x, label: beside}, {path: org/x, label: hub}]\n")
     found = load_comparison(str(file), {"ratio": 0.1, "limit": 5}, {"external": [{"path": "x", "label": "y"}]})
-    first, second, external = found.cells
+    first, second, beside, hub, external = found.cells
+    paths = [cell.external.path for cell in (beside, hub, external) if cell.external]
+    assert paths == [str(tmp_path / "x"), "org/x", "x"]  # on the command line a path is of the current folder
     assert found.name == "mine"
     assert (first.recipe.ratio, first.recipe.num_blocks, first.recipe.limit) == (0.1, None, 5)
     assert [first.recipe.calibration, second.recipe.calibration] == [str(tmp_path / "text.txt"), "alpaca"]
