@@ -61,7 +61,7 @@ class CellPool:
         try:
             process = self._process(slot)
             if process is None:
-                return Event(kind="end", text="stopped before it began")
+                return Event(kind="end", text="stopped before it began", stopped=True)
             return self._converse(process, request, listener) or self._died(slot, process)
         finally:
             self._slots.put(slot)
@@ -121,7 +121,7 @@ class CellPool:
                 _close_input(process)
                 _close_output(process)
         if self._stopped:
-            return Event(kind="end", text="stopped")
+            return Event(kind="end", text="stopped", stopped=True)
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         hint = " (out of memory?)" if status == -signal.SIGKILL else ""
         return Event(kind="end", text=f"the process of this cell {how}{hint}")

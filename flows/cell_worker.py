@@ -56,6 +56,8 @@ class Event(BaseModel):
     seconds: float = 0.0
     cached: bool = False
     """Of a stage; at the end, whether the cell had been done before."""
+    stopped: bool = False
+    """At the end: it did not fail, somebody ended it."""
     run_id: str | None = None
 
 

@@ -176,7 +176,7 @@ class _Comparing:
             return events[-1]
 
         run_cell.with_options(task_run_name=_escaped(label))(label, execute, return_state=True)
-        event = events[-1] if events else Event(kind="end", text="stopped before it began")
+        event = events[-1] if events else Event(kind="end", text="stopped before it began", stopped=True)
         progress.end(label, listener, event, time.monotonic() - started)
         return event
 

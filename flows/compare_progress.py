@@ -55,12 +55,14 @@ class CompareProgress:
     def end(self, label: str, listener: Callable[[Event], None], event: Event, seconds: float) -> None:
         """It is over."""
         with self._guard:
-            self._done += 1
+            self._done += not event.stopped
             self._kept += event.cached
             left, remaining_s = self._total - self._done, self._remaining.seconds(self._state())
         about = f", about {spell_out(remaining_s)}" if remaining_s is not None and left else ""
         standing = f"{self._done} of {self._total} done, {left} left{about}"
-        if event.text:
+        if event.stopped:
+            self._reporter.say(f"{label}: {event.text} ({standing})", "yellow")
+        elif event.text:
             self._reporter.say(f"{label}: failed: {event.text} ({standing})", "red")
         else:
             fate = "was done before" if event.cached else f"done in {spell_out(seconds)}"

@@ -21,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from blockpruner.errors import ConfigurationError, nearest
 from blockpruner.paths import user_path
 from blockpruner.strategies import STRATEGIES, LacoSettings
-from flows.recipe import COMPARISONS_FOLDER, TARGET_FIELDS, NonBlank, Recipe, make_recipe, paths_beside
+from flows.recipe import COMPARISONS_FOLDER, TARGET_FIELDS, NonBlank, Recipe, absolute, make_recipe, paths_beside
 from flows.yaml_file import read_yaml
 
 AXES = (
@@ -56,6 +56,10 @@ class External(BaseModel):
     model: NonBlank | None = Field(
         default=None, description="The model that it was made from; none where the grid has a single one."
     )
+
+    def anchored(self) -> External:
+        """The same with a path that means the same from any folder."""
+        return self.model_copy(update={"path": absolute(self.path)})
 
 
 class Comparison(BaseModel):

@@ -335,7 +335,7 @@ class Recipe(BaseModel):
 
     def anchored(self) -> Recipe:
         """The recipe with the paths that exist made absolute, so that it means the same from any folder."""
-        return self.model_copy(update={field: _mapped(getattr(self, field), _absolute) for field in _PATH_FIELDS})
+        return self.model_copy(update={field: _mapped(getattr(self, field), absolute) for field in _PATH_FIELDS})
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
@@ -415,7 +415,8 @@ def _beside(folder: Path, text: str) -> str:
     return str(resolved.relative_to(Path.cwd()) if resolved.is_relative_to(Path.cwd()) else resolved)
 
 
-def _absolute(text: str) -> str:
+def absolute(text: str) -> str:
+    """A path that exists, made absolute; anything else as it is."""
     try:
         path = user_path(text)
     except ConfigurationError:  # said by whoever opens it

@@ -105,7 +105,7 @@ class Runner:
             comparison=comparison,
             model=recipe.model,
             strategy=external.label if external else None,
-            external=external.path if external else None,
+            external=external.anchored().path if external else None,
             config=_settings(recipe),
         )
         record = self.begun = self.runs.create(run, goal=goal, flow_run_id=flow_run_id)

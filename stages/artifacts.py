@@ -215,12 +215,12 @@ class ArtifactStore:
             _seal(unfinished, stage, config, inputs, manifest, seconds)
             unfinished.rename(folder)
             sync_folder(folder.parent)
-        except BaseException as error:
-            full = _full_disk(stage.name, unfinished, self.workspace.path, error) if is_disk_full(error) else None
-            shutil.rmtree(unfinished, ignore_errors=True)
-            if full is not None:
-                raise full from error
+        except Exception as error:
+            if is_disk_full(error):
+                raise _full_disk(stage.name, unfinished, self.workspace.path, error) from error
             raise
+        finally:  # where it has become the artifact, there is nothing left of this name
+            shutil.rmtree(unfinished, ignore_errors=True)
         return Artifact(stage.name, fingerprint, folder, manifest, cached=False, seconds=seconds)
 
     @contextmanager

@@ -225,7 +225,7 @@ class RayCrew:
             if member is None or not self._is_good(member, result):
                 continue
             if isinstance(result, Prepared):
-                member.state = "ready"
+                member.state, self._false_starts = "ready", 0
                 ready.append(result)
             else:  # in the place of one that was lost meanwhile
                 self._placed(member, result)

@@ -85,7 +85,7 @@ class RayWorker:
         """Load the model and make a scorer with this cut (None: what fits)."""
         if place.num_threads is not None:  # what the user or Ray has set goes before, as it does in one process
             given = os.environ.get("OMP_NUM_THREADS", "")
-            torch.set_num_threads(int(given) if given.isdecimal() else place.num_threads)
+            torch.set_num_threads(int(given) if given.isdecimal() and int(given) > 0 else place.num_threads)
         try:
             if place.is_elsewhere:
                 job = replace(job, model=_found_here(job.model))

@@ -294,6 +294,8 @@ def test_one_that_is_stopped_goes_on_where_it_was(tiny_folder: TinyFolder, tmp_p
     said = stopped_in_its_next_cell(signal.SIGINT, arguments, runs)
     assert said.splitlines()[-1].startswith("Interrupted. What was finished is kept")
     assert standing(runs) == {"completed": 1, "cancelled": 1}
+    assert ": stopped (1 of 3 done, 2 left" in said
+    assert "failed" not in said
     stopped_in_its_next_cell(signal.SIGKILL, arguments, runs)
     assert standing(runs) == {"completed": 2, "cancelled": 2}  # closed by the cells' own processes, which ended too
     done = {record.run_id for record in runs.list() if record.status == "completed"}

@@ -11,7 +11,7 @@ import pytest
 from blockpruner.errors import ConfigurationError
 from blockpruner.strategies import STRATEGIES
 from flows.completion import complete_comparison
-from flows.grid import Comparison, comparison_names, in_families, load_comparison, make_comparison
+from flows.grid import Comparison, External, comparison_names, in_families, load_comparison, make_comparison
 from flows.paper_figures import paper_figures
 from flows.recipe import load_recipe
 
@@ -256,3 +256,12 @@ def test_the_demo_has_every_strategy_at_one_ratio() -> None:
     assert {cell.recipe.strategy for cell in cells} == set(STRATEGIES)
     assert len({cell.recipe.ratio for cell in cells}) == 1
     assert all(Path(cell.recipe.model, "config.json").is_file() for cell in cells)
+
+
+def test_a_checkpoint_pruned_elsewhere_is_the_same_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sliced").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert External(path="sliced", label="s").anchored().path == str(tmp_path / "sliced")
+    assert External(path="owner/of-the-hub", label="s").anchored().path == "owner/of-the-hub"

@@ -281,6 +281,17 @@ def test_workers_that_end_before_they_begin_are_given_up(caplog: pytest.LogCaptu
     assert "3 in a row ended before they were ready, the last: RayError: killed for its memory" in caplog.text
 
 
+def test_false_starts_before_a_worker_that_was_ready_are_forgotten() -> None:
+    """Two at the beginning and one hours later are not three in a row."""
+    ends = [Script(prepare=RayError("killed")) for _ in range(3)]
+    crew, ray = crew_of(ends[0], ends[1], Script(score=RayError("gone")), ends[2], Script(), num_workers=1)
+    crew.assemble(no_cut)
+    crew.give(crew.workers[0], REQUEST)
+    assert isinstance(crew.next_event(), Lost)
+    assert isinstance(crew.next_event(), Joined)
+    assert len(ray.hired) == 5
+
+
 def test_a_failing_device_is_a_lost_worker_and_a_defect_is_a_defect() -> None:
     crew, _ = crew_of(Script(score=RayTaskError(RuntimeError("CUDA error: uncorrectable ECC error"))), num_workers=1)
     crew.assemble(no_cut)

@@ -12,10 +12,11 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from blockpruner.blocks import all_blocks, mha, mlp
 from blockpruner.errors import ConfigurationError
+from blockpruner.scoring import build
 from blockpruner.scoring.compiled import compiled_divergence
 from blockpruner.scoring.decoder import Decoder
 from blockpruner.scoring.metrics import kl_divergence
-from blockpruner.scoring.settings import MetricName
+from blockpruner.scoring.settings import MetricName, ScorerSettings
 from blockpruner.scoring.table import ScoreTable
 from tests.scorers import filled, plain_scorer, row_of, sweep_scorer
 from tests.tiny_models import TINY_FAMILIES, tiny_model, tiny_token_ids
@@ -149,3 +150,21 @@ def test_what_cannot_be_compiled_here_runs_as_it_is(
             assert torch.equal(divergence(dense_MV, pruned_MV), kl_divergence(dense_MV, pruned_MV))
     assert len(caplog.records) == 1
     assert "torch.compile" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "imports"),
+    [
+        (ScorerSettings(compile="on"), True),
+        (ScorerSettings(), False),
+        (ScorerSettings(scorer="plain", compile="on"), False),
+    ],
+)
+def test_the_compiler_is_imported_early_where_it_will_be_used(
+    settings: ScorerSettings, imports: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imported: list[str] = []
+    monkeypatch.setattr(build, "import_module", imported.append)
+    if thread := build.prepare("cpu", settings, num_layers=32, num_parameters=10**10, num_tokens=10**5):
+        thread.join()
+    assert imported == (["blockpruner.scoring.compiled"] if imports else [])
