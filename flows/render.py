@@ -12,9 +12,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from flows.summary import AVERAGE, RunSummary
+from flows.summary import RunSummary
 from flows.table_formats import DataTable
 from flows.wording import count, one_line, printable, size, spell_out
+from stages.accuracy import AVERAGE_TASK
 from stages.runs import RunRecord
 from stages.store_schema import EvaluationRow, ExportRow, SpeedRow, StepRow
 
@@ -126,8 +127,10 @@ def task_table(evaluations: Sequence[EvaluationRow]) -> Table:
     """Every metric of every task, dense and pruned, with its standard error; of several tasks the average as well."""
     table = _table("task", "metric", "dense", "pruned", "questions")
     by_variant = {(row.variant, row.task, row.metric): row for row in evaluations}
-    averaged = len({row.task for row in evaluations} - {AVERAGE}) > 1
-    for task, metric in dict.fromkeys((row.task, row.metric) for row in evaluations if averaged or row.task != AVERAGE):
+    averaged = len({row.task for row in evaluations} - {AVERAGE_TASK}) > 1
+    for task, metric in dict.fromkeys(
+        (row.task, row.metric) for row in evaluations if averaged or row.task != AVERAGE_TASK
+    ):
         pair = [by_variant.get((variant, task, metric)) for variant in ("dense", "pruned")]
         questions = next((str(row.num_examples) for row in pair if row and row.num_examples is not None), "")
         table.add_row(_cell(task), metric, *(_with_error(row) for row in pair), questions)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from flows.summary import AVERAGE, RunSummary
+from flows.summary import RunSummary
 from flows.table_formats import DataTable
+from stages.accuracy import AVERAGE_TASK
 from stages.store_schema import EvaluationRow
 
 _COLUMNS = ("measured", "dense", "pruned", "dense standard error", "pruned standard error")
@@ -41,9 +42,9 @@ def _metrics(summary: RunSummary) -> Iterator[Row]:
     found: dict[tuple[str, str], dict[str, EvaluationRow]] = {}
     for row in summary.rows.evaluations:
         found.setdefault((row.task, row.metric), {})[row.variant] = row
-    averaged = len({task for task, _ in found} - {AVERAGE}) > 1
+    averaged = len({task for task, _ in found} - {AVERAGE_TASK}) > 1
     for (task, metric), by_variant in found.items():
-        if task == AVERAGE and not averaged:
+        if task == AVERAGE_TASK and not averaged:
             continue
         pair = [by_variant.get(variant) for variant in ("dense", "pruned")]
         yield (f"{task}, {metric}", *(row and row.value for row in pair), *(row and row.stderr for row in pair))

@@ -20,7 +20,6 @@ from stages.workspace import Warn, Workspace
 _CALIBRATION = "calibration"
 _NOT_SHOWN = {"fingerprint", "checkpoints", "started_at"}
 """What `--json` does not tell of a stage."""
-AVERAGE = AVERAGE_TASK
 _SAMPLES_FILE = "samples.parquet"
 
 
@@ -61,7 +60,7 @@ class RunSummary:
 
     def average(self, variant: str) -> float | None:
         """The mean accuracy over the tasks, as in the paper's tables; None if none was measured."""
-        found = (row.value for row in self.rows.evaluations if (row.variant, row.task) == (variant, AVERAGE))
+        found = (row.value for row in self.rows.evaluations if (row.variant, row.task) == (variant, AVERAGE_TASK))
         return next(found, None)
 
     @property

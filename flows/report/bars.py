@@ -9,9 +9,9 @@ from typing import Any
 from flows.report.data import Accuracy, ReportRun, StageTime
 from flows.report.picture import Figure, Picture, axis, base_layout, distinct, drawable, plain
 from flows.report.theme import HATCHING, Theme, fill
-from flows.summary import AVERAGE
 from flows.table_formats import DataTable, shown
 from flows.wording import spell_out
+from stages.accuracy import AVERAGE_TASK
 from stages.store_schema import SpeedRow
 
 _ROOM_FOR_TEXT, _NARROW_ROOM_FOR_TEXT = 1.2, 1.6
@@ -52,7 +52,7 @@ def task_bars(runs: Sequence[ReportRun]) -> Picture | None:
     ]
     if not series:
         return None
-    several = any(bar.category == AVERAGE for each in series for bar in each.bars)
+    several = any(bar.category == AVERAGE_TASK for each in series for bar in each.bars)
     words = " The average's error takes the tasks as independent." if several else ""
     return Picture(
         name="task-accuracy",
