@@ -16,8 +16,9 @@ from blockpruner.architectures import Architecture, architecture_of
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ConfigurationError
 from blockpruner.loading import DtypeName, load_model, torch_dtype
-from blockpruner.scoring.build import build_scorer, is_streamed, made_for, prepare
+from blockpruner.scoring.build import build_scorer, is_streamed, made_for
 from blockpruner.scoring.interface import SurveyScorer
+from blockpruner.scoring.kernels import prepare
 from blockpruner.scoring.metrics import metric_of
 from blockpruner.scoring.plan import SweepCut, SweepPlan, Team
 from blockpruner.scoring.settings import MetricName, ScorerSettings

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
-from importlib.util import find_spec
-from threading import Thread
 
 import torch
 from torch import Tensor, nn
@@ -17,22 +14,20 @@ from transformers import PreTrainedModel
 
 from blockpruner.architectures import Architecture
 from blockpruner.loading import release_memory
+from blockpruner.scoring import kernels
 from blockpruner.scoring import plan as plans
-from blockpruner.scoring.decoder import Decoder, RunLayer, run_layer
+from blockpruner.scoring.decoder import Decoder, run_layer
 from blockpruner.scoring.host_memory import available_bytes
 from blockpruner.scoring.interface import SurveyScorer
-from blockpruner.scoring.loss import NLL, TokenLosses, token_nll
-from blockpruner.scoring.metrics import Divergence, Metric
+from blockpruner.scoring.loss import TokenLosses
+from blockpruner.scoring.metrics import Metric
 from blockpruner.scoring.plain import PlainScorer
 from blockpruner.scoring.plan import Machine, SweepCut, SweepPlan, SweepShape, Team, plan_sweep
 from blockpruner.scoring.residency import Resident, Streamed
-from blockpruner.scoring.settings import CompileChoice, ScorerSettings
+from blockpruner.scoring.settings import ScorerSettings
 from blockpruner.scoring.sweep import SweepScorer
 from blockpruner.scoring.work import Costs, Meter, matrix_peak
 
-_COMPILE_FLOPS = 1e15
-"""Work of one sweep from which compiling pays, a kernel of our own too: their seconds of start-up against what every
-sweep then saves."""
 _HOST_SHARE = 0.5
 """Of the host's free memory, for snapshots beside a GPU."""
 _CPU_SHARE = 0.25
@@ -59,32 +54,6 @@ def made_for(device: str, settings: ScorerSettings, batch_size: int | None) -> s
     """What a cut is made for: on another device, or asked for otherwise, a search needs another."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     return f"{name}, budget {settings.memory_budget}, batch size {batch_size}"
-
-
-def prepare(
-    device: str, settings: ScorerSettings, *, num_layers: int, num_parameters: int, num_tokens: int
-) -> Thread | None:
-    """Begin to import the compiler if a scorer will want it: seconds, in which a model can be loaded.
-
-    Only imports: what compiles sets torch's default dtype back when it is done, and a model that is being loaded sets
-    it too.
-
-    Args:
-        device: where the scorer will compute.
-        settings: how it will compute.
-        num_layers: decoder layers of the model.
-        num_parameters: of the whole model.
-        num_tokens: of the calibration set.
-
-    Returns:
-        The thread that imports; None if there is no need for one.
-    """
-    flops = float(2 * num_layers + 1) * num_parameters * num_tokens
-    if settings.scorer == "plain" or not _compiles(settings.compile, torch.device(device), flops):
-        return None
-    thread = Thread(target=import_module, args=("blockpruner.scoring.compiled",))
-    thread.start()
-    return thread
 
 
 @contextmanager
@@ -141,10 +110,9 @@ def build_scorer(
         return PlainScorer(architecture, model, token_ids_BT, batch_size, metric, Meter(), whole_layers=whole_layers)
     shape, costs = _shape(architecture, model, token_ids_BT)
     flops = shape.flops_per_sequence * shape.num_sequences
-    compiles = _compiles(settings.compile, compute, flops)
+    compiles = kernels.compiles(settings.compile, compute, flops)
     # Before the peak is measured: what a thread still imports would keep the GPU waiting meanwhile.
-    run, divergence = _compiled(metric) if compiles else (run_layer, metric.divergence)
-    nll = _nll(compute, flops)
+    run, divergence = kernels.compiled(metric) if compiles else (run_layer, metric.divergence)
     is_tight = settings.memory_budget is not None and settings.memory_budget < _PEAK_BYTES
     meter = Meter(peak=None if is_tight else matrix_peak(compute, model.dtype))
     is_remote = compute.type == "cuda" and model.device.type == "cpu"
@@ -155,6 +123,7 @@ def build_scorer(
     machine = _machine(compute, settings.memory_budget, team.num_on_machine)
     plan = plan_sweep(shape, machine, batch_size, cut, team.num_workers)
     on_plan(plan)
+    nll = kernels.nll_for(compute, model.dtype, shape.vocab_size, flops)
 
     def make_losses(cut: SweepCut) -> TokenLosses:
         return TokenLosses(decoder.logits, divergence, cut.logit_elements, shape.vocab_size, nll)
@@ -217,24 +186,3 @@ def _machine(device: torch.device, memory_budget: int | None, num_sharing: int) 
         usable = min(usable, memory_budget - allocated)
     host = int(_HOST_SHARE * available)
     return Machine(usable, host, plans.CUDA_CHUNK_BYTES, plans.CUDA_LOGIT_ELEMENTS, plans.CUDA_MICRO_BATCH_FLOPS)
-
-
-def _compiled(metric: Metric) -> tuple[RunLayer, Divergence | None]:
-    from blockpruner.scoring import compiled  # importing the compiler takes seconds
-
-    return compiled.compiled_layer(), compiled.compiled_divergence(metric.divergence) if metric.divergence else None
-
-
-def _nll(device: torch.device, flops: float) -> NLL:
-    """The token losses of logits on this device, for sweeps of so much work."""
-    if device.type != "cuda" or flops <= _COMPILE_FLOPS or find_spec("triton") is None:
-        return token_nll
-    from blockpruner.scoring.nll_kernel import fused_token_nll  # where there is no GPU there is no Triton
-
-    return fused_token_nll
-
-
-def _compiles(choice: CompileChoice, device: torch.device, flops: float) -> bool:
-    if choice == "auto":
-        return device.type == "cuda" and flops > _COMPILE_FLOPS
-    return choice == "on"

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
-import torch._inductor.compile_fx  # torch.compile imports it when first called; `build.prepare` wants it before
+import torch._inductor.compile_fx  # torch.compile imports it when first called; `kernels.prepare` wants it before
 from torch._dynamo.exc import TorchDynamoException
 
 from blockpruner.scoring.decoder import RunLayer, run_layer
@@ -19,9 +19,14 @@ from blockpruner.scoring.metrics import Divergence
 
 logger = logging.getLogger(__name__)
 
-_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"compile_threads": 1}
-"""A search compiles a handful of kernels; to start the compiler's worker processes takes longer than to compile them
-here: 7 s of start-up in place of 11 (1B, H200, 2026-11-24)."""
+_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
+    # A search compiles a handful of kernels; to start the compiler's worker processes takes longer than to compile
+    # them here: 7 s of start-up in place of 11 (1B, H200, 2026-11-24).
+    "compile_threads": 1,
+    # To read the patterns and to try other sizes of blocks takes a second more than it saved there (2026-11-28).
+    "pattern_matcher": False,
+    "triton.autotune_pointwise": False,
+}
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

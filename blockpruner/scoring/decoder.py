@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from blockpruner.architectures import Architecture
 from blockpruner.blocks import Block, BlockKind
@@ -106,8 +106,10 @@ class Decoder:
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """Logits [M, V] from the last layer's output: final norm and head with the model's own scaling and capping."""
         token_ids = torch.zeros((1, 1), dtype=torch.long, device=hidden_MD.device)
+        # Given a cache, be it empty, transformers does not look for packed sequences, for which it waits for the GPU.
+        cache = DynamicCache()
         with self._one_layer(lambda _: hidden_MD[None]):
-            logits: Tensor = self._model(input_ids=token_ids, use_cache=False).logits
+            logits: Tensor = self._model(input_ids=token_ids, past_key_values=cache, use_cache=False).logits
         return logits.reshape(hidden_MD.shape[0], -1)
 
     def run(self, unit: Unit, hidden_NTD: Tensor, without: frozenset[Block] = frozenset()) -> Tensor:

@@ -42,5 +42,6 @@ def fused_token_nll(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
     if num_tokens > 0:
         logits_MV = logits_MV if logits_MV.stride(1) == 1 else logits_MV.contiguous()
         sizes = {"vocab_size": vocab_size, "block": _BLOCK, "num_warps": _WARPS}
-        _nll_kernel[(num_tokens,)](logits_MV, targets_M, losses_M, logits_MV.stride(0), _LOWEST, **sizes)
+        with torch.cuda.device(logits_MV.device):  # Triton launches on the current device, wherever the tensors are
+            _nll_kernel[(num_tokens,)](logits_MV, targets_M, losses_M, logits_MV.stride(0), _LOWEST, **sizes)
     return losses_M

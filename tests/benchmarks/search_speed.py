@@ -36,7 +36,8 @@ from blockpruner.journal import SearchJournal
 from blockpruner.loading import DtypeName, load_model, load_tokenizer, meta_model
 from blockpruner.masking import masked
 from blockpruner.memory_size import parse_memory_size
-from blockpruner.scoring.build import build_scorer, device_memory, is_streamed, prepare
+from blockpruner.scoring.build import build_scorer, device_memory, is_streamed
+from blockpruner.scoring.kernels import prepare
 from blockpruner.scoring.metrics import metric_of
 from blockpruner.scoring.plain import PlainScorer
 from blockpruner.scoring.settings import ScorerSettings

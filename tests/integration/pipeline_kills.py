@@ -30,8 +30,8 @@ from typing import Any, Protocol
 from stages.runs import RunStore
 from stages.store import ResultStore
 from tests.integration.command_line import ROOT, Outcome
+from tests.integration.prefect_lab import PrefectLab
 from tests.tiny_models import save_tiny_model, tiny_rows
-from tests.unit.child_processes import wait_for
 
 _TIMINGS = frozenset({"seconds", "work_saved", "created_at", "sha256", "bytes", "max_logit_difference"})
 """What two runs may say differently in JSON. (The bytes of files are compared themselves.)"""
@@ -242,17 +242,13 @@ def prefect_server(folder: Path) -> Iterator[None]:
     if "PREFECT_API_URL" in os.environ:
         yield
         return
-    port = random.randint(20_000, 60_000)
-    os.environ.update(PREFECT_HOME=str(folder / "prefect"), PREFECT_SERVER_ANALYTICS_ENABLED="false")
-    command = [sys.executable, "-m", "prefect", "server", "start", "--no-ui", "--port", str(port)]
-    with (folder / "server.log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
-        try:
-            wait_for(lambda: "Check out" in (folder / "server.log").read_text() or server.poll() is not None)
-            assert server.poll() is None, (folder / "server.log").read_text()
-            os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
-            yield
-        finally:
-            server.terminate()
+    lab = PrefectLab(folder / "server")
+    try:
+        lab.start_server()
+        os.environ.update({name: lab.environment[name] for name in ("PREFECT_HOME", "PREFECT_API_URL")})
+        yield
+    finally:
+        lab.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

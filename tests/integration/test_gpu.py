@@ -12,11 +12,13 @@ from torch import Tensor
 from blockpruner.blocks import Block, all_blocks, mha, mlp
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.loading import DtypeName, load_model, release_memory
+from blockpruner.scoring import kernels
 from blockpruner.scoring.build import build_scorer, device_memory
+from blockpruner.scoring.kernels import nll_for
 from blockpruner.scoring.loss import token_nll
 from blockpruner.scoring.metrics import metric_of
 from blockpruner.scoring.plan import SweepCut, SweepPlan
-from blockpruner.scoring.settings import MetricName, ScorerSettings
+from blockpruner.scoring.settings import CompileChoice, MetricName, ScorerSettings
 from blockpruner.scoring.sweep import SweepScorer
 from blockpruner.scoring.table import ScoreTable
 from tests.scorers import filled, row_of
@@ -118,5 +120,25 @@ def test_the_loss_kernel_gives_the_plain_loss(dtype: torch.dtype, vocab_size: in
     expected_M = token_nll(logits_MV, targets_M)
     assert not expected_M[1:3].isfinite().any()
     torch.testing.assert_close(fused_token_nll(logits_MV, targets_M), expected_M, rtol=1e-6, atol=1e-5, equal_nan=True)
+    tried = nll_for(torch.device("cuda"), dtype, vocab_size, flops=1e18)
+    assert torch.equal(tried(logits_MV[3:], targets_M[3:]), fused_token_nll(logits_MV[3:], targets_M[3:]))
     strided_MV = logits_MV.t().contiguous().t()
     torch.testing.assert_close(fused_token_nll(strided_MV, targets_M), expected_M, rtol=1e-6, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.skipif("torch.cuda.device_count() < 2")
+@pytest.mark.parametrize("choice", ["off", "on"])
+def test_a_gpu_that_is_not_the_first_gives_the_same_scores(
+    checkpoint: Checkpoint, tokens: Tensor, choice: CompileChoice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_WORTH_FLOPS", 0.0)  # the loss kernel too
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        model = load_model(checkpoint, device=device, dtype="bfloat16")
+        scorer = build_scorer(
+            row_of(model), model, tokens, device, metric_of("kl"), ScorerSettings(compile=choice), cut=CUT
+        )
+        found.append(filled(scorer, (), BLOCKS))
+        assert torch.cuda.current_device() == 0
+    assert torch.equal(found[0].nll_CB, found[1].nll_CB)
+    assert torch.equal(found[0].divergence_CB, found[1].divergence_CB)

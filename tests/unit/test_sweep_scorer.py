@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 from itertools import combinations
 
 import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn import functional
 
 from blockpruner.blocks import all_blocks, mha, mlp
 from blockpruner.errors import ConfigurationError
-from blockpruner.scoring import build
+from blockpruner.scoring import kernels
 from blockpruner.scoring.compiled import compiled_divergence
 from blockpruner.scoring.decoder import Decoder
 from blockpruner.scoring.metrics import kl_divergence
@@ -164,7 +166,21 @@ def test_the_compiler_is_imported_early_where_it_will_be_used(
     settings: ScorerSettings, imports: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     imported: list[str] = []
-    monkeypatch.setattr(build, "import_module", imported.append)
-    if thread := build.prepare("cpu", settings, num_layers=32, num_parameters=10**10, num_tokens=10**5):
+    monkeypatch.setattr(kernels, "import_module", imported.append)
+    for thread in kernels.prepare("cpu", settings, num_layers=32, num_parameters=10**10, num_tokens=10**5):
         thread.join()
     assert imported == (["blockpruner.scoring.compiled"] if imports else [])
+
+
+def test_where_the_loss_kernel_does_not_work_the_plain_loss_takes_its_place(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels, "find_spec", lambda _: True)
+    monkeypatch.setitem(sys.modules, "blockpruner.scoring.nll_kernel", None)  # as where it cannot be imported
+    nll = kernels.nll_for(torch.device("cuda"), torch.float32, 11, flops=1e18)
+    logits_MV, targets_M = torch.randn(5, 11), torch.arange(5)
+    torch.testing.assert_close(
+        nll(logits_MV, targets_M), functional.cross_entropy(logits_MV, targets_M, reduction="none")
+    )
+    assert "kernel" in caplog.text
+    assert len(caplog.records) == 1

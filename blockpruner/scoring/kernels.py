@@ -1,0 +1,122 @@
+"""Which parts of a sweep are compiled or run as kernels of our own, and how these are made ready early.
+
+Decides by how much work a sweep is. The compiler, and Triton with it, are imported only where they are used.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from threading import Thread
+
+import torch
+from torch import Tensor
+
+from blockpruner.scoring.decoder import RunLayer
+from blockpruner.scoring.loss import NLL, token_nll
+from blockpruner.scoring.metrics import Divergence, Metric
+from blockpruner.scoring.settings import CompileChoice, ScorerSettings
+
+logger = logging.getLogger(__name__)
+
+_WORTH_FLOPS = 1e15
+"""Work of one sweep from which compiling pays, a kernel of our own too: their seconds of start-up against what every
+sweep then saves."""
+
+
+def prepare(
+    device: str, settings: ScorerSettings, *, num_layers: int, num_parameters: int, num_tokens: int
+) -> tuple[Thread, ...]:
+    """Begin to import the compiler and to start Triton if a scorer will want them: seconds, in which a model can load.
+
+    Compiles none of the model: what does sets torch's default dtype back when it is done, and a model that is being
+    loaded sets it too.
+
+    Args:
+        device: where the scorer will compute.
+        settings: how it will compute.
+        num_layers: decoder layers of the model.
+        num_parameters: of the whole model.
+        num_tokens: of the calibration set.
+
+    Returns:
+        The threads that do it; none if there is no need.
+    """
+    flops = float(2 * num_layers + 1) * num_parameters * num_tokens
+    if settings.scorer == "plain":
+        return ()
+    jobs: list[Callable[[], object]] = []
+    if compiles(settings.compile, torch.device(device), flops):
+        jobs.append(partial(import_module, "blockpruner.scoring.compiled"))
+    if _has_kernel(torch.device(device), flops):
+        jobs.append(_start_triton)
+    threads = tuple(Thread(target=job) for job in jobs)
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def compiles(choice: CompileChoice, device: torch.device, flops: float) -> bool:
+    """Whether layers are compiled for sweeps of so much work."""
+    if choice == "auto":
+        return device.type == "cuda" and flops > _WORTH_FLOPS
+    return choice == "on"
+
+
+def compiled(metric: Metric) -> tuple[RunLayer, Divergence | None]:
+    """What calls a layer, and the metric's divergence, both compiled."""
+    from blockpruner.scoring.compiled import compiled_divergence, compiled_layer  # importing the compiler takes seconds
+
+    return compiled_layer(), compiled_divergence(metric.divergence) if metric.divergence else None
+
+
+def nll_for(device: torch.device, dtype: torch.dtype, vocab_size: int, flops: float) -> NLL:
+    """The token losses of logits on this device, for sweeps of so much work."""
+    return _TriedKernel(device, dtype, vocab_size) if _has_kernel(device, flops) else token_nll
+
+
+class _TriedKernel:
+    """Our loss kernel, tried on one token in a thread while the layers are compiled; the plain loss where it fails.
+
+    It fails where there is no C compiler, for one: Triton builds a small module with it on a machine's first use.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, vocab_size: int) -> None:
+        """Begin to try it."""
+        self._nll: NLL = token_nll
+        self._trial = Thread(target=self._try, args=(device, dtype, vocab_size))
+        self._trial.start()
+
+    def __call__(self, logits_MV: Tensor, targets_M: Tensor) -> Tensor:
+        """See `NLL`."""
+        self._trial.join()
+        return self._nll(logits_MV, targets_M)
+
+    def _try(self, device: torch.device, dtype: torch.dtype, vocab_size: int) -> None:
+        try:
+            from blockpruner.scoring.nll_kernel import fused_token_nll
+
+            logits_MV = torch.zeros((1, vocab_size), dtype=dtype, device=device)
+            fused_token_nll(logits_MV, torch.zeros(1, dtype=torch.long, device=device))
+        except Exception as error:  # noqa: BLE001  (compiler, linker, driver: whatever fails, there is another way)
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            logger.warning("going on without our Triton kernel, which does not work on this machine: %s", reason[0])
+        else:
+            self._nll = fused_token_nll
+
+
+def _has_kernel(device: torch.device, flops: float) -> bool:
+    """Whether our loss kernel is used for sweeps of so much work."""
+    return device.type == "cuda" and flops > _WORTH_FLOPS and find_spec("triton") is not None
+
+
+def _start_triton() -> None:
+    """On a machine's first use Triton has a C compiler build what it speaks to the GPU with."""
+    from triton.runtime import driver
+
+    with suppress(Exception):  # whoever needs it meets the same error, and says so
+        driver.active.get_current_target()
