@@ -16,8 +16,8 @@ import argparse
 import logging
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from blockpruner.architectures import num_parameters
 from blockpruner.blocks import Block, all_blocks
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.loading import meta_model, resolve_dtype
+from blockpruner.scoring.build import device_memory
 from blockpruner.scoring.interface import Scorer
 from blockpruner.scoring.metrics import metric_of
 from blockpruner.scoring.plan import SweepCut
@@ -53,9 +54,11 @@ class Bench:
         assert self.cut is not None
         return math.ceil(len(self._token_ids_BT) / self.cut.micro_batch)
 
-    def here(self) -> AbstractContextManager[Scorer]:
+    @contextmanager
+    def here(self) -> Iterator[Scorer]:
         """Without Ray."""
-        return nullcontext(self._job.parts(self._token_ids_BT, self.cut, lambda plan: self._keep("", plan.cut))[0])
+        with device_memory(self._job.device, None):
+            yield self._job.parts(self._token_ids_BT, self.cut, lambda plan: self._keep("", plan.cut))[0]
 
     def on(self, settings: ExecutorSettings) -> AbstractContextManager[Scorer]:
         """On Ray."""
@@ -74,7 +77,9 @@ class Bench:
                 scorer.fill(tuple(removed), table, lambda _: None)
                 scores = [metric_of(self._job.metric).mean_nats(nll_B, None) for nll_B in table.nll_CB]
                 removed.append(candidates[scores.index(min(scores))])
-            return ready - begun, time.monotonic() - ready, table.nll_CB
+            ended = time.monotonic()
+            del scorer  # its memory is given back here, for the workers that come next
+        return ready - begun, ended - ready, table.nll_CB
 
     def _keep(self, _: str, cut: SweepCut) -> None:
         self.cut = cut
