@@ -7,12 +7,14 @@ temporary server would go on for ever), and one line says how to go on.
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from flows.wording import in_plain_words, one_line
 USER_ERROR = 2
 INTERRUPTED = 130
 TERMINATED = 128 + signal.SIGTERM
+_AGAIN_AFTER_S = 0.05
 
 
 class Terminated(KeyboardInterrupt):
@@ -87,10 +90,14 @@ class _Interruptions:
     What follows from an interruption need not show it: an import that is interrupted may fail with any error, native
     code may put an error of its own in the interruption's place, and a terminal interrupts Prefect's temporary server
     as well, so that the last report to it fails. What the user did counts.
+
+    Python drops one that is raised in a destructor or a callback of the garbage collector, and that is where a signal
+    is seen that comes while the collector is at work. Such a one is sent again.
     """
 
     def __init__(self) -> None:
         self.received: KeyboardInterrupt | None = None
+        self._are_watched = False
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -103,9 +110,14 @@ class _Interruptions:
         for number, handler in before.items():
             if handler is not signal.SIG_IGN:  # `nohup` and background jobs of a script ignore some
                 signal.signal(number, self._interrupt)
+        hook = sys.unraisablehook
+        sys.unraisablehook = lambda dropped: None if self._sent_again(dropped.exc_value) else hook(dropped)
+        self._are_watched = True
         try:
             yield
         finally:
+            self._are_watched = False
+            sys.unraisablehook = hook
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -113,9 +125,28 @@ class _Interruptions:
         self.received = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
         raise self.received
 
+    def _sent_again(self, dropped: BaseException | None) -> bool:
+        """Whether this is an interruption; it then comes once more, when the main thread is out of here."""
+        if dropped is None or dropped is not self.received:
+            return False
+
+        def send(number: int) -> None:
+            time.sleep(_AGAIN_AFTER_S)
+            if self._are_watched:
+                signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+        number = signal.SIGTERM if isinstance(dropped, Terminated) else signal.SIGINT
+        _thread.start_new_thread(send, (number,))  # takes no lock, which the thread that is in here may hold
+        return True
+
 
 _INTERRUPTIONS = _Interruptions()
 """Of this process: signals belong to it as a whole."""
+
+
+def watched_interruptions() -> AbstractContextManager[None]:
+    """Take SIGINT and SIGTERM as interruptions of the main thread while the body runs; this is for a program's main."""
+    return _INTERRUPTIONS.watched()
 
 
 def was_interrupted() -> bool:

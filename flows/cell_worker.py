@@ -22,7 +22,7 @@ from typing import IO, Literal, Self
 from pydantic import BaseModel, ConfigDict
 
 from blockpruner.progress import Progress, ProgressCallback
-from flows.boundary import Terminated
+from flows.boundary import Terminated, watched_interruptions
 from flows.eta import RemainingTime
 from flows.grid import External
 from flows.recipe import Recipe
@@ -150,10 +150,6 @@ class _Requests:
             os._exit(1)
 
 
-def _terminate(*_: object) -> None:
-    raise Terminated
-
-
 def _carry_out(workspace: Path, request: Request, reporter: Reporter, is_over: threading.Event) -> Event:
     """Do the cell, or find that it was done; the event that says how it ended."""
     from flows.runner import Runner
@@ -178,13 +174,13 @@ def _carry_out(workspace: Path, request: Request, reporter: Reporter, is_over: t
 
 def main() -> int:
     """Serve until there are no more requests."""
-    signal.signal(signal.SIGTERM, _terminate)
     channel, workspace = _Channel.take_standard_output(), Path(json.loads(sys.argv[1]))
-    requests = _Requests(sys.stdin)
     try:
-        for request in requests:
-            reporter = _SendingReporter(channel, requests.are_over)
-            channel.send(_carry_out(workspace, request, reporter, requests.are_over))
+        with watched_interruptions():
+            requests = _Requests(sys.stdin)
+            for request in requests:
+                reporter = _SendingReporter(channel, requests.are_over)
+                channel.send(_carry_out(workspace, request, reporter, requests.are_over))
     except KeyboardInterrupt:
         return 128 + signal.SIGTERM
     return 0

@@ -48,6 +48,10 @@ FAILED_CELLS = 1
 """Exit status where the table is there and some of its cells failed."""
 
 
+@options.of_recipe(
+    "model", *options.CALIBRATION, "tasks", "task_dir", "num_fewshot", "limit", *options.TEXTS,
+    *options.MACHINE, "memory_budget", *options.GENERAL,
+)  # fmt: skip
 def compare(
     context: typer.Context,
     recipe: ComparisonFile,
@@ -56,24 +60,6 @@ def compare(
     label: Labels = None,
     with_speed: WithSpeed = False,
     report: ReportFile = None,
-    model: options.Model = None,
-    calibration: options.Calibration = None,
-    calibration_column: options.CalibrationColumn = None,
-    num_samples: options.NumSamples = None,
-    sequence_length: options.SequenceLength = None,
-    tasks: options.Tasks = None,
-    task_dir: options.TaskDir = None,
-    num_fewshot: options.NumFewshot = None,
-    limit: options.Limit = None,
-    eval_text: options.EvalText = None,
-    eval_text_column: options.EvalTextColumn = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    batch_size: options.BatchSize = None,
-    memory_budget: options.MemoryBudget = None,
-    seed: options.Seed = None,
-    name: options.Name = None,
-    trust_remote_code: options.TrustRemoteCode = None,
     workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE,
     as_json: options.Json = False,
     as_csv: options.Csv = False,

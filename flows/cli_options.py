@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,89 +41,148 @@ OptionalRun = Annotated[
     ),
 ]
 
-Model = Annotated[str | None, _setting("model", "ID|DIR")]
-Calibration = Annotated[str | None, _setting("calibration", "NAME|FILE", autocompletion=complete_text)]
-CalibrationColumn = Annotated[str | None, _setting("calibration_column", "COLUMN")]
-NumSamples = Annotated[str | None, _setting("num_samples", "N|all")]
-SequenceLength = Annotated[int | None, _setting("sequence_length", "N")]
-Seed = Annotated[int | None, _setting("seed", "N")]
-NumBlocks = Annotated[int | None, _setting("num_blocks", "K")]
-Ratio = Annotated[float | None, _setting("ratio", "R")]
-BlockKinds = Annotated[
-    str | None, _setting("block_kinds", "mha|mlp|both", autocompletion=complete_choice("mha", "mlp", "both"))
-]
-ExportFormat = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--format",
-        "--export-format",
-        metavar="auto|stock|transformers|decilm|gguf|zeroed",
-        help=SETTINGS["export_format"],
-        autocompletion=complete_choice("auto", "stock", "transformers", "decilm", "gguf", "zeroed"),
-    ),
-]
-ExportDtype = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype",
-        metavar="float32|bfloat16|float16|q8_0",
-        help=SETTINGS["export_dtype"],
-        autocompletion=complete_choice("float32", "bfloat16", "float16", "q8_0"),
-    ),
-]
-EvalText = Annotated[list[str] | None, _setting("eval_text", "NAME|FILE", autocompletion=complete_text)]
-EvalTextColumn = Annotated[str | None, _setting("eval_text_column", "COLUMN")]
-Tasks = Annotated[str | None, _setting("tasks", "a,b")]
-TaskDir = Annotated[str | None, _setting("task_dir", "DIR")]
-TaskData = Annotated[str | None, _setting("task_data", "DIR")]
-LogSamples = Annotated[bool | None, typer.Option("--log-samples", help=SETTINGS["log_samples"], show_default=False)]
-NumFewshot = Annotated[int | None, _setting("num_fewshot", "N")]
-Limit = Annotated[int | None, _setting("limit", "N")]
-Device = Annotated[
-    str | None, _setting("device", "auto|cpu|cuda", autocompletion=complete_choice("auto", "cpu", "cuda"))
-]
-Dtype = Annotated[
-    str | None,
-    _setting("dtype", "auto|float32|bfloat16", autocompletion=complete_choice("auto", "float32", "bfloat16")),
-]
-BatchSize = Annotated[str | None, _setting("batch_size", "N|auto")]
-Metric = Annotated[
-    str | None, _setting("metric", "perplexity|kl|js", autocompletion=complete_choice("perplexity", "kl", "js"))
-]
-Strategy = Annotated[
-    str | None,
-    _setting(
-        "strategy",
-        "NAME",
-        autocompletion=complete_choice("blockpruner", "oneshot", "layers", "shortgpt", "rm", "laco", "random"),
-    ),
-]
-StrategySeed = Annotated[int | None, _setting("strategy_seed", "N")]
-LacoLayersPerMerge = Annotated[int | None, _setting("laco_layers_per_merge", "C")]
-LacoFirstLayer = Annotated[int | None, _setting("laco_first_layer", "L")]
-LacoLastLayer = Annotated[int | None, _setting("laco_last_layer", "H")]
-LacoInterval = Annotated[int | None, _setting("laco_interval", "I")]
-LacoThreshold = Annotated[float | None, _setting("laco_threshold", "T")]
-Scorer = Annotated[str | None, _setting("scorer", "sweep|plain", autocompletion=complete_choice("sweep", "plain"))]
-MemoryBudget = Annotated[str | None, _setting("memory_budget", "SIZE")]
-Compile = Annotated[str | None, _setting("compile", "auto|on|off", autocompletion=complete_choice("auto", "on", "off"))]
-Executor = Annotated[str | None, _setting("executor", "local|ray", autocompletion=complete_choice("local", "ray"))]
-Workers = Annotated[int | None, _setting("workers", "N")]
-RayAddress = Annotated[str | None, _setting("ray_address", "HOST:PORT")]
-StockCompatible = Annotated[
-    bool | None,
-    typer.Option("--stock-compatible/--no-stock-compatible", help=SETTINGS["stock_compatible"], show_default=False),
-]
-SpeedBatchSizes = Annotated[
-    str | None, typer.Option("--batch-sizes", metavar="A,B", help=SETTINGS["speed_batch_sizes"])
-]
-SpeedPromptTokens = Annotated[
-    str | None, typer.Option("--prompt-tokens", metavar="A,B", help=SETTINGS["speed_prompt_tokens"])
-]
-SpeedNewTokens = Annotated[int | None, typer.Option("--new-tokens", metavar="N", help=SETTINGS["speed_new_tokens"])]
-SpeedRepeats = Annotated[int | None, typer.Option("--repeats", metavar="N", help=SETTINGS["speed_repeats"])]
-TrustRemoteCode = Annotated[bool | None, typer.Option("--trust-remote-code", help=SETTINGS["trust_remote_code"])]
-Name = Annotated[str | None, _setting("name", "TEXT")]
+_SETTINGS: Mapping[str, Any] = {
+    "model": Annotated[str | None, _setting("model", "ID|DIR")],
+    "calibration": Annotated[str | None, _setting("calibration", "NAME|FILE", autocompletion=complete_text)],
+    "calibration_column": Annotated[str | None, _setting("calibration_column", "COLUMN")],
+    "num_samples": Annotated[str | None, _setting("num_samples", "N|all")],
+    "sequence_length": Annotated[int | None, _setting("sequence_length", "N")],
+    "seed": Annotated[int | None, _setting("seed", "N")],
+    "num_blocks": Annotated[int | None, _setting("num_blocks", "K")],
+    "ratio": Annotated[float | None, _setting("ratio", "R")],
+    "block_kinds": Annotated[
+        str | None, _setting("block_kinds", "mha|mlp|both", autocompletion=complete_choice("mha", "mlp", "both"))
+    ],
+    "export_format": Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            "--export-format",
+            metavar="auto|stock|transformers|decilm|gguf|zeroed",
+            help=SETTINGS["export_format"],
+            autocompletion=complete_choice("auto", "stock", "transformers", "decilm", "gguf", "zeroed"),
+        ),
+    ],
+    "export_dtype": Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            metavar="float32|bfloat16|float16|q8_0",
+            help=SETTINGS["export_dtype"],
+            autocompletion=complete_choice("float32", "bfloat16", "float16", "q8_0"),
+        ),
+    ],
+    "eval_text": Annotated[list[str] | None, _setting("eval_text", "NAME|FILE", autocompletion=complete_text)],
+    "eval_text_column": Annotated[str | None, _setting("eval_text_column", "COLUMN")],
+    "tasks": Annotated[str | None, _setting("tasks", "a,b")],
+    "task_dir": Annotated[str | None, _setting("task_dir", "DIR")],
+    "task_data": Annotated[str | None, _setting("task_data", "DIR")],
+    "log_samples": Annotated[
+        bool | None, typer.Option("--log-samples", help=SETTINGS["log_samples"], show_default=False)
+    ],
+    "num_fewshot": Annotated[int | None, _setting("num_fewshot", "N")],
+    "limit": Annotated[int | None, _setting("limit", "N")],
+    "device": Annotated[
+        str | None, _setting("device", "auto|cpu|cuda", autocompletion=complete_choice("auto", "cpu", "cuda"))
+    ],
+    "dtype": Annotated[
+        str | None,
+        _setting("dtype", "auto|float32|bfloat16", autocompletion=complete_choice("auto", "float32", "bfloat16")),
+    ],
+    "batch_size": Annotated[str | None, _setting("batch_size", "N|auto")],
+    "metric": Annotated[
+        str | None, _setting("metric", "perplexity|kl|js", autocompletion=complete_choice("perplexity", "kl", "js"))
+    ],
+    "strategy": Annotated[
+        str | None,
+        _setting(
+            "strategy",
+            "NAME",
+            autocompletion=complete_choice("blockpruner", "oneshot", "layers", "shortgpt", "rm", "laco", "random"),
+        ),
+    ],
+    "strategy_seed": Annotated[int | None, _setting("strategy_seed", "N")],
+    "laco_layers_per_merge": Annotated[int | None, _setting("laco_layers_per_merge", "C")],
+    "laco_first_layer": Annotated[int | None, _setting("laco_first_layer", "L")],
+    "laco_last_layer": Annotated[int | None, _setting("laco_last_layer", "H")],
+    "laco_interval": Annotated[int | None, _setting("laco_interval", "I")],
+    "laco_threshold": Annotated[float | None, _setting("laco_threshold", "T")],
+    "scorer": Annotated[
+        str | None, _setting("scorer", "sweep|plain", autocompletion=complete_choice("sweep", "plain"))
+    ],
+    "memory_budget": Annotated[str | None, _setting("memory_budget", "SIZE")],
+    "compile": Annotated[
+        str | None, _setting("compile", "auto|on|off", autocompletion=complete_choice("auto", "on", "off"))
+    ],
+    "executor": Annotated[
+        str | None, _setting("executor", "local|ray", autocompletion=complete_choice("local", "ray"))
+    ],
+    "workers": Annotated[int | None, _setting("workers", "N")],
+    "ray_address": Annotated[str | None, _setting("ray_address", "HOST:PORT")],
+    "stock_compatible": Annotated[
+        bool | None,
+        typer.Option("--stock-compatible/--no-stock-compatible", help=SETTINGS["stock_compatible"], show_default=False),
+    ],
+    "speed_batch_sizes": Annotated[
+        str | None, typer.Option("--batch-sizes", metavar="A,B", help=SETTINGS["speed_batch_sizes"])
+    ],
+    "speed_prompt_tokens": Annotated[
+        str | None, typer.Option("--prompt-tokens", metavar="A,B", help=SETTINGS["speed_prompt_tokens"])
+    ],
+    "speed_new_tokens": Annotated[
+        int | None, typer.Option("--new-tokens", metavar="N", help=SETTINGS["speed_new_tokens"])
+    ],
+    "speed_repeats": Annotated[int | None, typer.Option("--repeats", metavar="N", help=SETTINGS["speed_repeats"])],
+    "trust_remote_code": Annotated[
+        bool | None, typer.Option("--trust-remote-code", help=SETTINGS["trust_remote_code"])
+    ],
+    "name": Annotated[str | None, _setting("name", "TEXT")],
+}
+"""The option of each of the recipe's settings."""
+
+CALIBRATION = ("calibration", "calibration_column", "num_samples", "sequence_length")
+TARGET = ("num_blocks", "ratio")
+KINDS = ("block_kinds", "stock_compatible")
+TASKS = ("tasks", "task_dir", "task_data", "log_samples", "num_fewshot", "limit")
+TEXTS = ("eval_text", "eval_text_column")
+MACHINE = ("device", "dtype", "batch_size")
+SEARCH = (
+    *("metric", "strategy", "strategy_seed"),
+    *("laco_layers_per_merge", "laco_first_layer", "laco_last_layer", "laco_interval", "laco_threshold"),
+    *("scorer", "memory_budget", "compile", "executor", "workers", "ray_address"),
+)
+SPEED = ("speed_batch_sizes", "speed_prompt_tokens", "speed_new_tokens", "speed_repeats")
+GENERAL = ("seed", "name", "trust_remote_code")
+
+
+def of_recipe(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command options of the recipe's settings, shown ahead of its workspace.
+
+    It finds what was given in its context: see `given_settings`.
+    """
+
+    def extended(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+        settings = [
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=_SETTINGS[name])
+            for name in names
+        ]
+        at = list(own.parameters).index("workspace")
+        parameters = list(own.parameters.values())
+
+        @functools.wraps(command)
+        def called(**given: Any) -> None:
+            command(**{name: given[name] for name in own.parameters})
+
+        vars(called)["__signature__"] = own.replace(parameters=[*parameters[:at], *settings, *parameters[at:]])
+        return called
+
+    return extended
+
+
+def given_settings(context: typer.Context) -> dict[str, Any]:
+    """The recipe's settings that were given on the command line."""
+    return {name: value for name, value in context.params.items() if name in SETTINGS and value not in (None, (), [])}
 
 
 def folder(text: str | Path) -> Path:
@@ -152,8 +214,3 @@ Markdown = Annotated[bool, typer.Option("--markdown", help="Print a Markdown tab
 Latex = Annotated[bool, typer.Option("--latex", help="Print a LaTeX table (booktabs).")]
 
 DEFAULT_WORKSPACE = Path("data")
-
-
-def given_settings(context: typer.Context) -> dict[str, Any]:
-    """The recipe's settings that were given on the command line."""
-    return {name: value for name, value in context.params.items() if name in SETTINGS and value not in (None, (), [])}

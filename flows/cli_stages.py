@@ -37,19 +37,10 @@ Output = Annotated[
 ]
 
 
+@options.of_recipe("model", *options.CALIBRATION, *options.TEXTS, *options.GENERAL)
 def calibrate(
     context: typer.Context,
     recipe: options.RecipeFile = None,
-    model: options.Model = None,
-    calibration: options.Calibration = None,
-    calibration_column: options.CalibrationColumn = None,
-    num_samples: options.NumSamples = None,
-    sequence_length: options.SequenceLength = None,
-    eval_text: options.EvalText = None,
-    eval_text_column: options.EvalTextColumn = None,
-    seed: options.Seed = None,
-    name: options.Name = None,
-    trust_remote_code: options.TrustRemoteCode = None,
     workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE,
     as_json: options.Json = False,
 ) -> None:
@@ -60,22 +51,10 @@ def calibrate(
     _run_and_print(_recipe(context, recipe), "calibrate", workspace, as_json)
 
 
+@options.of_recipe("model", *options.CALIBRATION, *options.TEXTS, *options.MACHINE, *options.GENERAL)
 def baseline(
     context: typer.Context,
     recipe: options.RecipeFile = None,
-    model: options.Model = None,
-    calibration: options.Calibration = None,
-    calibration_column: options.CalibrationColumn = None,
-    num_samples: options.NumSamples = None,
-    sequence_length: options.SequenceLength = None,
-    eval_text: options.EvalText = None,
-    eval_text_column: options.EvalTextColumn = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    batch_size: options.BatchSize = None,
-    seed: options.Seed = None,
-    name: options.Name = None,
-    trust_remote_code: options.TrustRemoteCode = None,
     workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE,
     as_json: options.Json = False,
 ) -> None:
@@ -86,38 +65,13 @@ def baseline(
     _run_and_print(_recipe(context, recipe), "baseline", workspace, as_json)
 
 
+@options.of_recipe(
+    "model", *options.CALIBRATION, *options.TARGET, *options.KINDS, *options.MACHINE, *options.SEARCH,
+    *options.GENERAL,
+)  # fmt: skip
 def search(
     context: typer.Context,
     recipe: options.RecipeFile = None,
-    model: options.Model = None,
-    calibration: options.Calibration = None,
-    calibration_column: options.CalibrationColumn = None,
-    num_samples: options.NumSamples = None,
-    sequence_length: options.SequenceLength = None,
-    num_blocks: options.NumBlocks = None,
-    ratio: options.Ratio = None,
-    block_kinds: options.BlockKinds = None,
-    stock_compatible: options.StockCompatible = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    batch_size: options.BatchSize = None,
-    metric: options.Metric = None,
-    strategy: options.Strategy = None,
-    strategy_seed: options.StrategySeed = None,
-    laco_layers_per_merge: options.LacoLayersPerMerge = None,
-    laco_first_layer: options.LacoFirstLayer = None,
-    laco_last_layer: options.LacoLastLayer = None,
-    laco_interval: options.LacoInterval = None,
-    laco_threshold: options.LacoThreshold = None,
-    scorer: options.Scorer = None,
-    memory_budget: options.MemoryBudget = None,
-    compile: options.Compile = None,
-    executor: options.Executor = None,
-    workers: options.Workers = None,
-    ray_address: options.RayAddress = None,
-    seed: options.Seed = None,
-    name: options.Name = None,
-    trust_remote_code: options.TrustRemoteCode = None,
     workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE,
     as_json: options.Json = False,
 ) -> None:
@@ -128,41 +82,15 @@ def search(
     _run_and_print(_recipe(context, recipe), "search", workspace, as_json)
 
 
+@options.of_recipe(
+    *options.TARGET, "export_format", "model", *options.CALIBRATION, *options.KINDS, "device", "export_dtype",
+    "batch_size", *options.SEARCH, *options.GENERAL,
+)  # fmt: skip
 def export(
     context: typer.Context,
     run: options.OptionalRun = None,
     output: Output = None,
     push_to_hub: PushToHub = None,
-    num_blocks: options.NumBlocks = None,
-    ratio: options.Ratio = None,
-    export_format: options.ExportFormat = None,
-    model: options.Model = None,
-    calibration: options.Calibration = None,
-    calibration_column: options.CalibrationColumn = None,
-    num_samples: options.NumSamples = None,
-    sequence_length: options.SequenceLength = None,
-    block_kinds: options.BlockKinds = None,
-    stock_compatible: options.StockCompatible = None,
-    device: options.Device = None,
-    export_dtype: options.ExportDtype = None,
-    batch_size: options.BatchSize = None,
-    metric: options.Metric = None,
-    strategy: options.Strategy = None,
-    strategy_seed: options.StrategySeed = None,
-    laco_layers_per_merge: options.LacoLayersPerMerge = None,
-    laco_first_layer: options.LacoFirstLayer = None,
-    laco_last_layer: options.LacoLastLayer = None,
-    laco_interval: options.LacoInterval = None,
-    laco_threshold: options.LacoThreshold = None,
-    scorer: options.Scorer = None,
-    memory_budget: options.MemoryBudget = None,
-    compile: options.Compile = None,
-    executor: options.Executor = None,
-    workers: options.Workers = None,
-    ray_address: options.RayAddress = None,
-    seed: options.Seed = None,
-    name: options.Name = None,
-    trust_remote_code: options.TrustRemoteCode = None,
     workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE,
     as_json: options.Json = False,
 ) -> None:
@@ -187,47 +115,13 @@ def export(
     print_result(summary, as_json=as_json)
 
 
+@options.of_recipe(
+    "model", *options.TASKS, *options.TEXTS, *options.CALIBRATION, *options.TARGET, *options.KINDS,
+    "export_format", *options.MACHINE, *options.SEARCH, *options.GENERAL,
+)  # fmt: skip
 def evaluate(
     context: typer.Context,
     run: options.OptionalRun = None,
-    model: options.Model = None,
-    tasks: options.Tasks = None,
-    task_dir: options.TaskDir = None,
-    task_data: options.TaskData = None,
-    log_samples: options.LogSamples = None,
-    num_fewshot: options.NumFewshot = None,
-    limit: options.Limit = None,
-    eval_text: options.EvalText = None,
-    eval_text_column: options.EvalTextColumn = None,
-    calibration: options.Calibration = None,
-    calibration_column: options.CalibrationColumn = None,
-    num_samples: options.NumSamples = None,
-    sequence_length: options.SequenceLength = None,
-    num_blocks: options.NumBlocks = None,
-    ratio: options.Ratio = None,
-    block_kinds: options.BlockKinds = None,
-    stock_compatible: options.StockCompatible = None,
-    export_format: options.ExportFormat = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    batch_size: options.BatchSize = None,
-    metric: options.Metric = None,
-    strategy: options.Strategy = None,
-    strategy_seed: options.StrategySeed = None,
-    laco_layers_per_merge: options.LacoLayersPerMerge = None,
-    laco_first_layer: options.LacoFirstLayer = None,
-    laco_last_layer: options.LacoLastLayer = None,
-    laco_interval: options.LacoInterval = None,
-    laco_threshold: options.LacoThreshold = None,
-    scorer: options.Scorer = None,
-    memory_budget: options.MemoryBudget = None,
-    compile: options.Compile = None,
-    executor: options.Executor = None,
-    workers: options.Workers = None,
-    ray_address: options.RayAddress = None,
-    seed: options.Seed = None,
-    name: options.Name = None,
-    trust_remote_code: options.TrustRemoteCode = None,
     workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE,
     as_json: options.Json = False,
 ) -> None:
@@ -240,18 +134,10 @@ def evaluate(
     _run_and_print(recipe, "evaluate" if prunes else "measure", workspace, as_json)
 
 
+@options.of_recipe("num_blocks", "export_format", *options.SPEED, "device", "dtype", "name")
 def speed(
     context: typer.Context,
     run: options.Run,
-    num_blocks: options.NumBlocks = None,
-    export_format: options.ExportFormat = None,
-    speed_batch_sizes: options.SpeedBatchSizes = None,
-    speed_prompt_tokens: options.SpeedPromptTokens = None,
-    speed_new_tokens: options.SpeedNewTokens = None,
-    speed_repeats: options.SpeedRepeats = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    name: options.Name = None,
     workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE,
     as_json: options.Json = False,
 ) -> None:

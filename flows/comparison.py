@@ -138,7 +138,6 @@ def _row(cell: Cell, outcome: Outcome, differing: Sequence[str], runs: RunStore,
     timed = _summary(outcome.speed_run_id, runs, warn)
     record = summary.record if summary else None
     prefill, decode = _speedups(timed.rows.speed if timed else ())
-    ratio = _ratio(summary) if summary else None
     row = Row(
         label=cell.label,
         model=recipe.model,
@@ -154,14 +153,14 @@ def _row(cell: Cell, outcome: Outcome, differing: Sequence[str], runs: RunStore,
         settings={} if external else _set(recipe, differing),
         ratio_asked=None if external else recipe.ratio,
         num_blocks_asked=None if external else recipe.num_blocks,
-        ratio=ratio,
+        ratio=summary.ratio if summary else None,
         num_blocks_removed=record.num_blocks_removed if record and not external else None,
         perplexities=_perplexities(summary) if summary else {},
         accuracies=_accuracies(summary.rows.evaluations) if summary else {},
         average=Pair(summary.average("dense"), summary.average("pruned")) if summary else Pair(),
         prefill_speedup=prefill,
         decode_speedup=decode,
-        search_seconds=_search_seconds(summary, ratio) if summary else None,
+        search_seconds=_search_seconds(summary) if summary else None,
         seconds=_seconds(record),
         status=_status(record, outcome),
         error=outcome.error or (record.error if record else None),
@@ -220,14 +219,6 @@ def _summary(run_id: str | None, runs: RunStore, warn: Warn) -> RunSummary | Non
         return None
 
 
-def _ratio(summary: RunSummary) -> float | None:
-    """Share of all parameters that is gone: what the search says, or a count of an external checkpoint's."""
-    record = summary.record
-    if record.num_parameters_left is not None and record.num_parameters:
-        return 1 - record.num_parameters_left / record.num_parameters
-    return summary.removed[-1].ratio if summary.export and summary.removed else None
-
-
 def _perplexities(summary: RunSummary) -> dict[str, Pair]:
     """On the evaluation texts; on the calibration set where there are no others."""
     texts = [row.text for row in summary.texts]
@@ -258,9 +249,9 @@ def _speedups(rows: Iterable[SpeedRow]) -> tuple[float | None, float | None]:
     return prefill, decode
 
 
-def _search_seconds(summary: RunSummary, ratio: float | None) -> float | None:
+def _search_seconds(summary: RunSummary) -> float | None:
     steps = {step.step: step.seconds for step in summary.removed}
-    return math.fsum(steps.values()) if steps and ratio is not None else None
+    return math.fsum(steps.values()) if steps else None
 
 
 def _seconds(record: RunRecord | None) -> float | None:

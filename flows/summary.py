@@ -53,6 +53,17 @@ class RunSummary:
         """The steps whose blocks are gone: those that were exported, or else all that were searched."""
         return tuple(self.rows.search_steps[: self.export.num_blocks_removed if self.export else None])
 
+    @property
+    def ratio(self) -> float | None:
+        """The share of all parameters that were removed, whether or not a format keeps them, as zeros.
+
+        None where nothing was removed, or it is not known.
+        """
+        total, left = self.record.num_parameters, self.record.num_parameters_left
+        if left is not None and total:  # pruned elsewhere
+            return 1 - left / total
+        return self.removed[-1].ratio if self.removed else None
+
     def perplexity(self, variant: str, text: str = _CALIBRATION) -> float | None:
         """A measured perplexity; None if it was not measured."""
         found = (row.perplexity for row in self.rows.perplexities if (row.variant, row.text) == (variant, text))

@@ -163,10 +163,12 @@ it always goes first, 0 if it never goes; the mean over searches of K steps of 1
 its mean place among all candidates of the first step, the best where it is part of several. A search that another one
 continues counts with it. LaCo is not here: it merges layers, and tries them from the top down whatever they do."""
 
-METHOD_COMPARISON = """
-WITH points AS (
-    SELECT p.*, floor(p.ratio * 20) / 20 AS ratio_from, a.tasks, a.num_questions, a.pruned_accuracy AS accuracy
+METHOD_COMPARISON = f"""
+WITH removed AS ({_REMOVED}), points AS (
+    SELECT p.*, floor(p.ratio * 20) / 20 AS ratio_from, a.tasks, a.num_questions, a.pruned_accuracy AS accuracy,
+           if(p.metric = 'chance' OR s.blocks IS NULL, [p.search_family], s.blocks) AS outcome
     FROM perplexity_by_ratio p
+    LEFT JOIN removed s ON s.run_id = p.run_id AND s.num_blocks_removed = p.num_blocks_removed
     LEFT JOIN perplexities e ON e.run_id = p.run_id AND e.text = p.text AND e.variant = 'pruned'
                             AND e.num_blocks_removed IS NOT DISTINCT FROM p.num_blocks_removed
     LEFT JOIN accuracies a ON a.run_id = e.run_id
@@ -191,7 +193,10 @@ WITH points AS (
 ), once AS (
     SELECT *, list(comparison) FILTER (comparison IS NOT NULL) OVER same AS all_comparisons
     FROM firsts
-    WINDOW same AS (PARTITION BY model_fingerprint, text, text_fingerprint, search_family, ratio_from)
+    WINDOW same AS (
+        PARTITION BY model_fingerprint, text, text_fingerprint, ratio_from, strategy, metric, block_kinds, settings,
+                     calibration_fingerprint, outcome
+    )
     QUALIFY row_number() OVER (same ORDER BY accuracy IS NOT NULL DESC, created_at DESC, run_id DESC) = 1
 ), methods AS (
     SELECT any_value(model) AS model, text, ratio_from, strategy, metric, block_kinds, settings,
@@ -214,10 +219,11 @@ FROM methods
 ORDER BY model, text, text_fingerprint, ratio_from, mean_perplexity, strategy, metric, block_kinds, settings
 """
 """A row a model, text, step of five percent of the parameters (`ratio_from` 0.2: from 20 to 25 %) and method: strategy,
-metric, kinds of blocks and its other settings. Of each search it takes the first model in that step; several searches
-of one method (draws, calibration sets) are averaged. `mean_accuracy` is over one set of tasks, the one that most models
-of that step were measured on, so that it can be compared. `comparisons`: the names of those that the runs belong to.
-`times_blockpruner`: the mean perplexity over that of the paper's method there."""
+metric, kinds of blocks and its other settings. Of each search it takes the first model in that step. Several draws and
+calibration sets are averaged; where searches on one calibration set reach one model (stock-compatible ones to several
+targets, of which none is the start of another), it counts once. `mean_accuracy` is over one set of tasks, the one that
+most models of that step were measured on, so that it can be compared. `comparisons`: the names of those that the runs
+belong to. `times_blockpruner`: the mean perplexity over that of the paper's method there."""
 
 STAGE_COST = f"""
 WITH named AS ({_NAMED}), computed AS (

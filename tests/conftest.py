@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,6 +41,10 @@ os.environ.update(
 )
 for _name in ("BLOCKPRUNER_WORKSPACE", "PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_PROFILE", "FORCE_COLOR"):
     os.environ.pop(_name, None)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As a script's background job (`pytest &`) has it, and so would every command that a test starts and interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples on every machine; time is pytest-timeout's business, for two cores are often busy.
 settings.register_profile("blockpruner", deadline=None, derandomize=True, database=None)

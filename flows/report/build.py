@@ -145,7 +145,7 @@ def _overview_line(run: ReportRun, texts: Sequence[str], variant: str) -> dict[s
         "model": run.model,
         "strategy": record.strategy,
         "blocks": record.num_blocks_removed,
-        "parameters removed": run.ratio,
+        "parameters removed": run.summary.ratio,
         "status": record.status,
     }
     return {**about, **measured, **accuracy}
@@ -178,11 +178,11 @@ def _cards(run: ReportRun) -> tuple[Card, ...]:
 
 
 def _size_card(run: ReportRun) -> Card | None:
-    if run.ratio is None:
+    if run.summary.ratio is None:
         return None
     removed = run.summary.removed
     kinds = [f"{sum(step.block_kind == kind for step in removed)} {kind.upper()}" for kind in ("mha", "mlp")]
-    return Card("Parameters removed", f"{run.ratio:.1%}", f"{' and '.join(kinds)} blocks" if removed else "")
+    return Card("Parameters removed", f"{run.summary.ratio:.1%}", f"{' and '.join(kinds)} blocks" if removed else "")
 
 
 def _loss_cards(run: ReportRun) -> Iterator[Card]:

@@ -114,9 +114,9 @@ def _text_points(members: Sequence[ReportRun], text: str) -> tuple[Point, ...]:
     dense = next((v for run in members if (v := run.summary.perplexity("dense", text)) is not None), None)
     start = [Point(0.0, dense, "dense")] if dense is not None else []
     pruned = [
-        Point(run.ratio, value, run.label)
+        Point(run.summary.ratio, value, run.label)
         for run in members
-        if run.ratio is not None and (value := run.summary.perplexity("pruned", text)) is not None
+        if run.summary.ratio is not None and (value := run.summary.perplexity("pruned", text)) is not None
     ]
     return (*start, *sorted(pruned, key=lambda point: point.ratio))
 

@@ -79,16 +79,6 @@ class ReportRun:
             return f"draw {self.record.config.get('strategy_seed', 0)}"
         return self.summary.rows.runs[0].settings
 
-    @property
-    def ratio(self) -> float | None:
-        """The share of all parameters that the pruned model lacks."""
-        export, total = self.summary.export, self.record.num_parameters
-        if self.record.num_parameters_left is not None and total:  # pruned elsewhere
-            return 1 - self.record.num_parameters_left / total
-        if export is not None and total:
-            return 1 - export.num_parameters / total
-        return self.summary.removed[-1].ratio if self.summary.removed else None
-
     def accuracies(self, variant: str) -> list[Accuracy]:
         """Each task's primary metric, then, of several, their average."""
         return accuracies(row for row in self.summary.rows.evaluations if row.variant == variant)

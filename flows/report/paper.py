@@ -48,7 +48,13 @@ def paper_average(run: ReportRun, variant: str) -> float | None:
 def _comparison(paper: PaperModel, runs: Sequence[ReportRun]) -> Comparison:
     text = paper_figures().text
     ours = [
-        (f"pruned: {run.label}", "us", run.ratio, run.summary.perplexity("pruned", text), paper_average(run, "pruned"))
+        (
+            f"pruned: {run.label}",
+            "us",
+            run.summary.ratio,
+            run.summary.perplexity("pruned", text),
+            paper_average(run, "pruned"),
+        )
         for run in runs
     ]
     dense = next(

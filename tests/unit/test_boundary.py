@@ -6,6 +6,9 @@ import contextlib
 import errno
 import os
 import signal
+import sys
+import time
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -56,6 +59,22 @@ def native_code() -> None:
     raise ValueError("the schema could not be built")
 
 
+def in_a_callback(signal_number: signal.Signals) -> Callable[[], None]:
+    """Where Python drops it, as it does with any error in a destructor; the command has long to go."""
+
+    class Thing:
+        pass
+
+    def command() -> None:
+        thing = Thing()
+        watching = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal_number))
+        del thing
+        assert watching() is None
+        time.sleep(5)
+
+    return command
+
+
 @pytest.mark.parametrize(
     ("command", "status", "said"),
     [
@@ -64,13 +83,15 @@ def native_code() -> None:
         (broken_import, 143, f"Terminated. {GO_ON}\n"),
         (lost_server, 130, f"\nInterrupted. {GO_ON}\n"),
         (native_code, 143, f"Terminated. {GO_ON}\n"),
+        (in_a_callback(signal.SIGTERM), 143, f"Terminated. {GO_ON}\n"),
+        (in_a_callback(signal.SIGINT), 130, f"\nInterrupted. {GO_ON}\n"),
     ],
 )
 def test_an_interruption_says_how_to_go_on(command: Callable[[], None], status: int, said: str) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+    before = (signal.getsignal(signal.SIGTERM), sys.unraisablehook)
     outcome = outcome_of(command)
     assert (outcome.exit_code, outcome.stdout, outcome.stderr) == (status, "", said)
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert (signal.getsignal(signal.SIGTERM), sys.unraisablehook) == before
 
 
 def refused(number: int, file: str | None = "/data/model.safetensors") -> Callable[[], None]:
@@ -109,6 +130,21 @@ def test_what_the_machine_refuses_is_one_line(command: Callable[[], None], said:
 def test_an_operating_systems_error_without_a_file_is_a_defect() -> None:
     outcome = outcome_of(refused(errno.EBADF, None))
     assert isinstance(outcome.exception, OSError)
+
+
+def test_other_errors_that_python_drops_are_reported_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Thing:
+        def __del__(self) -> None:
+            raise ZeroDivisionError("ours")
+
+    dropped: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: dropped.append(repr(unraisable.exc_value)))
+
+    def command() -> None:
+        Thing()
+
+    assert outcome_of(command).exit_code == 0
+    assert dropped == ["ZeroDivisionError('ours')"]
 
 
 def test_a_defect_is_no_interruption() -> None:

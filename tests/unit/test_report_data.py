@@ -199,11 +199,19 @@ def test_runs_that_differ_in_their_ratio_are_one_curve(lab: Lab) -> None:
     runs = report_runs([one(2), one(1)])
     (picture,) = held_out_curves(runs, [])
     (curve,) = picture.draw(LIGHT)["data"]
-    assert curve["x"] == pytest.approx([0.0, 0.1, 0.2])
+    assert curve["x"] == pytest.approx([0.0, 0.15, 0.3])  # as the search has it
     assert curve["y"] == [5.47, 7.0, 8.0]
     found = search_curves(runs)
     assert found is not None
     assert [trace["name"] for trace in found.draw(LIGHT)["data"]] == ["2", "1"]
+
+
+def test_what_stays_as_zeros_was_removed(lab: Lab) -> None:
+    record = lab.run(roles="bs").model_copy(update={"num_parameters": 1000})
+    export = {"format": "zeroed", "num_blocks_removed": 1, "num_parameters": 1000, "bytes": 1, "verified": True}
+    record.stages.append(lab.artifact("export", export, "zeroed"))
+    page = Report.of([summary(lab, record)]).page
+    assert ("Parameters removed", "15.0%") in [(card.name, card.value) for card in page.cards]
 
 
 def test_accuracy_is_acc_norm_where_there_is_one() -> None:
@@ -308,7 +316,7 @@ def of_an_external(lab: Lab) -> RunRecord:
 
 def test_a_model_that_was_pruned_elsewhere_has_its_ratio(lab: Lab) -> None:
     (run,) = runs = report_runs([summary(lab, of_an_external(lab))])
-    assert run.ratio == 0.25
+    assert run.summary.ratio == 0.25
     (picture,) = held_out_curves(runs, [])
     (curve,) = picture.draw(LIGHT)["data"]
     assert (curve["x"], curve["y"]) == ([0.0, 0.25], [5.47, 25.0])
@@ -330,19 +338,19 @@ def test_a_model_that_was_pruned_elsewhere_is_measured_again_by_compare(lab: Lab
 
 def test_draws_are_not_joined(lab: Lab) -> None:
     runs = []
-    for seed, ratio, perplexity in ((0, 0.1, 8.0), (1, 0.1, 30.0), (0, 0.2, 9.0), (2, 0.2, 7.0)):
-        record = lab.run(f"c: draw {seed} {ratio}", roles="b")
-        export = {"format": "stock", "num_blocks_removed": 1, "num_parameters": 1000 * (1 - ratio), "bytes": 1,
+    for seed, removed, perplexity in ((0, 1, 8.0), (1, 1, 30.0), (0, 2, 9.0), (2, 2, 7.0)):
+        record = lab.run(f"c: draw {seed} {removed}", roles="bs")
+        export = {"format": "stock", "num_blocks_removed": removed, "num_parameters": 1000 - 150 * removed, "bytes": 1,
                   "verified": True}  # fmt: skip
         text = {"text": "wikitext2", "num_tokens": 9, "perplexity": perplexity}
-        record.stages.append(lab.artifact("export", export, f"{seed} {ratio}"))
-        record.stages.append(lab.artifact("evaluate:pruned", {"texts": [text]}, f"{seed} {ratio}"))
+        record.stages.append(lab.artifact("export", export, f"{seed} {removed}"))
+        record.stages.append(lab.artifact("evaluate:pruned", {"texts": [text]}, f"{seed} {removed}"))
         about = {"num_parameters": 1000, "strategy": "random", "metric": "chance", "block_kinds": "both", "model": "m",
                  "config": {"strategy_seed": seed}, "comparison": "c"}  # fmt: skip
         runs.append(summary(lab, record.model_copy(update=about)))
     (picture,) = held_out_curves(report_runs(runs), [])
     curves = {curve["name"]: curve["y"] for curve in picture.draw(LIGHT)["data"]}
-    assert curves == {"random, draw 0": [5.47, 8.0, 9.0], "draw 1 0.1": [5.47, 30.0], "draw 2 0.2": [5.47, 7.0]}
+    assert curves == {"random, draw 0": [5.47, 8.0, 9.0], "draw 1 1": [5.47, 30.0], "draw 2 2": [5.47, 7.0]}
 
 
 def test_the_rows_of_one_comparison_are_called_as_it_calls_them(lab: Lab) -> None:

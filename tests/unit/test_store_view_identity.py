@@ -118,6 +118,27 @@ def test_a_better_model_counts_once_however_often_it_was_measured(lab: ViewLab) 
     assert ranks["third, not evaluated on w"] == 3
 
 
+def test_a_model_that_searches_to_several_targets_reach_counts_once(lab: ViewLab) -> None:
+    """A stock-compatible search is another one for each target."""
+
+    def searched(order: str, perplexities: list[float], pruned: float, target: str, **more: Any) -> None:
+        family = f"{target} {more.get('calibrated_on')}"
+        lab.searched(
+            order, perplexities, pruned=pruned, settings={"stock_compatible_at": target}, family=family, **more
+        )
+
+    searched("mha:0 mlp:0", [11.0, 13.0], 30.0, "2", accuracy=(0.8, 0.7), comparison="b")
+    searched("mha:0 mlp:0", [11.0, 13.0], 30.0, "0.3", comparison="a")
+    searched("mha:0 mlp:1", [11.0, 16.0], 42.0, "0.31")  # another model
+    searched("mha:0 mlp:0", [12.0, 19.0], 30.0, "2", calibrated_on="calib-b")  # another draw of the method
+    columns = ("text_fingerprint", "num_models", "mean_perplexity", "round(mean_accuracy, 9)", "comparisons")
+    assert lab.view("method_comparison", *columns, where="text_fingerprint <> 'calib-b'") == [
+        ("calib-a", 1, 11.0, None, ["a", "b"]),
+        ("calib-a", 2, 14.5, 0.7, ["a", "b"]),
+        ("text-a", 3, 34.0, 0.7, ["a", "b"]),
+    ]
+
+
 def test_a_search_that_was_not_evaluated_is_the_model_that_was(lab: ViewLab) -> None:
     lab.searched("mha:1", [11.0], "evaluated", pruned=21.0, family="f")
     lab.searched("mha:1", [11.0], "searched alone", family="f")

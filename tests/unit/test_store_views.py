@@ -25,12 +25,14 @@ class ViewLab(Lab):
 
         `more`: `pruned` (perplexity of the export on the text w, dense 20), `accuracy` (dense, pruned), `tasks` (other
         ones), `cached`, `family` (of searches that go the same way; else each its own), `settings` of the search,
-        `content` (of the pruned model; else its search's), and fields of the run.
+        `content` (of the pruned model; else its search's), `calibrated_on` (the set's fingerprint), and fields of the
+        run.
         """
         pruned, accuracy = more.pop("pruned", None), more.pop("accuracy", None)
         measured_tasks, settings = more.pop("tasks", metrics), more.pop("settings", None)
         content, target = more.pop("content", None), more.pop("target", "")
         was_cached, seconds = more.pop("cached", False), more.pop("seconds", 8.0)
+        calibration = self.calibrated("calibration", more.pop("calibrated_on", "calib-a"))
         given = {"model": "m", "model_fingerprint": "M", "strategy": "blockpruner", "metric": "perplexity",
                  "block_kinds": "both", "device": "cpu"}  # fmt: skip
         family = more.pop("family", f"{order} {perplexities}")
@@ -39,7 +41,7 @@ class ViewLab(Lab):
         steps = trace(order, perplexities)
         search = self.artifact("search", {"dense_perplexity": 10.0}, salt, config=settings, trace__jsonl=steps)
         search.checkpoints = family
-        record.stages = [self.calibrated("calibration", "calib-a"), self.calibrated("text:w", eval_text), search]
+        record.stages = [calibration, self.calibrated("text:w", eval_text), search]
         search.cached, search.seconds = was_cached, 0.5 if was_cached else seconds
         if pruned is not None:
             removed = len(order.split())
