@@ -351,8 +351,9 @@ def test_ctrl_c_in_a_terminal_spares_prefects_server(
     assert stages[:2] == [f"{LOADING} ...", "starting Prefect ..."]
     assert {line.split()[0] for line in stages[2:]} <= {"calibrate", "baseline"}
     assert blank == ""
-    assert last.startswith("Interrupted. ")
     (run,) = blockpruner("runs", "--workspace", tmp_path / "ws", "--json").json
+    assert last.startswith("Interrupted. ")
+    assert f"`blockpruner resume {run['run_id']} --workspace {tmp_path / 'ws'}`" in last
     assert run["status"] == "cancelled"
     assert not _is_any_left(process)
 
