@@ -264,6 +264,11 @@ class Recipe(BaseModel):
         return self
 
     @property
+    def title(self) -> str:
+        """What its run is called where runs of many models are listed."""
+        return self.name or self.model
+
+    @property
     def spread(self) -> ExecutorSettings:
         """Who is to compute a search's scores."""
         return ExecutorSettings(executor=self.executor, workers=self.workers, ray_address=self.ray_address)
