@@ -145,8 +145,8 @@ def _run_flow(comparison: Comparison, workspace: Path, parallel: int, report: Pa
             from flows.comparison import Outcome
             from flows.runner import Runner
 
-            Runner(workspace, reporter)  # that the workspace can be written, and who died there
             check_comparison(comparison, parallel)
+            Runner(workspace, reporter)  # that the workspace can be written, and who died there
         with reporter.waiting("starting Prefect"):
             from flows.prefect_server import start_shielded_server
             from flows.server_contact import losing_server_in_one_line
