@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _thread
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -22,7 +23,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from blockpruner.paths import naming
+from blockpruner.paths import naming, user_path
 from flows.wording import in_plain_words, one_line
 
 USER_ERROR = 2
@@ -81,7 +82,7 @@ class OneLineErrors(TyperGroup):
             interruption = self._interruptions.received or (error if isinstance(error, KeyboardInterrupt) else None)
             if interruption is None:
                 raise
-            raise typer.Exit(_say_interrupted(interruption)) from None
+            raise typer.Exit(_say_interrupted(interruption, self._interruptions.resume_command)) from None
 
 
 class _Interruptions:
@@ -98,6 +99,8 @@ class _Interruptions:
     def __init__(self) -> None:
         self.received: KeyboardInterrupt | None = None
         self._are_watched = False
+        self.resume_command: str | None = None
+        """What goes on with the run that was stopped, where there is one."""
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -105,7 +108,7 @@ class _Interruptions:
         if threading.current_thread() is not threading.main_thread():  # only there may a handler be set
             yield
             return
-        self.received = None
+        self.received = self.resume_command = None
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         for number, handler in before.items():
             if handler is not signal.SIG_IGN:  # `nohup` and background jobs of a script ignore some
@@ -154,6 +157,16 @@ def was_interrupted() -> bool:
     return _INTERRUPTIONS.received is not None
 
 
+def can_be_resumed(run_id: str, workspace: Path) -> None:
+    """Take note of the run that an interruption stops, so that the command's last line names what goes on with it.
+
+    `workspace` is absolute; it is said where another one would be taken without it.
+    """
+    usual = user_path(os.environ.get("BLOCKPRUNER_WORKSPACE") or "data").resolve()
+    place = "" if workspace == usual else f" --workspace {shlex.quote(str(workspace))}"
+    _INTERRUPTIONS.resume_command = f"blockpruner resume {run_id}{place}"
+
+
 def _close_broken_output() -> OSError | None:
     """The error of a standard output that takes no more; it is turned away, for Python would try once more at its end.
 
@@ -169,10 +182,11 @@ def _close_broken_output() -> OSError | None:
     return None
 
 
-def _say_interrupted(interruption: KeyboardInterrupt) -> int:
+def _say_interrupted(interruption: KeyboardInterrupt, resume: str | None) -> int:
     terminated = isinstance(interruption, Terminated)
     what, before = ("Terminated", "") if terminated else ("Interrupted", "\n")  # the terminal has just shown ^C
-    typer.echo(f"{before}{what}. What was finished is kept: give the same command again to go on.", err=True)
+    resumed = f", or `{resume}`," if resume else ""
+    typer.echo(f"{before}{what}. What was finished is kept: give the same command again{resumed} to go on.", err=True)
     return TERMINATED if terminated else INTERRUPTED
 
 

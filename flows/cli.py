@@ -9,6 +9,7 @@ import typer
 import blockpruner
 from flows.boundary import OneLineErrors
 from flows.cli_compare import compare
+from flows.cli_options import Command
 from flows.cli_pipeline import demo, run
 from flows.cli_report import report
 from flows.cli_results import runs, show, sql
@@ -41,7 +42,7 @@ for _command in (
     *(demo, run, resume, compare, calibrate, baseline, search, export, evaluate, speed),
     *(runs, show, sql, report),
 ):
-    app.command()(_command)
+    app.command(cls=Command)(_command)
 
 app.add_typer(cache, name="cache")
 app.add_typer(db, name="db")

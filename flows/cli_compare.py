@@ -122,20 +122,22 @@ def _run_flow(comparison: Comparison, workspace: Path, parallel: int, report: Pa
     from flows.prefect_settings import be_quiet, require_valid_settings
     from flows.reporter import Reporter
 
+    reporter = Reporter()
     with redirect_stdout(sys.stderr):  # whoever else prints does not mean it as a result
         be_quiet()
-        require_valid_settings()
-        from flows.compare_flow import check_comparison, compare
-        from flows.comparison import Outcome
-        from flows.runner import Runner
+        with reporter.loading():
+            require_valid_settings()
+            from flows.compare_flow import check_comparison, compare
+            from flows.comparison import Outcome
+            from flows.runner import Runner
 
-        Runner(workspace, Reporter())  # that the workspace can be written, and who died there
-        check_comparison(comparison, parallel)
-        Reporter().say("starting Prefect")
-        from flows.prefect_server import start_shielded_server
-        from flows.server_contact import losing_server_in_one_line
+            check_comparison(comparison, parallel)
+            Runner(workspace, reporter)  # that the workspace can be written, and who died there
+        with reporter.waiting("starting Prefect"):
+            from flows.prefect_server import start_shielded_server
+            from flows.server_contact import losing_server_in_one_line
 
-        start_shielded_server()
+            start_shielded_server()
         with losing_server_in_one_line():
             result = compare(comparison, str(workspace), parallel, str(report) if report else None)
         return [Outcome.model_validate(each) for each in result["outcomes"]]

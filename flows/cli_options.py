@@ -5,15 +5,30 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from blockpruner.errors import ConfigurationError
 from blockpruner.paths import user_path
 from flows.completion import complete_choice, complete_recipe, complete_run, complete_text
 from flows.settings_text import SETTINGS
+
+
+class Command(TyperCommand):
+    """A command no option of which takes the next option for its value, where its own was forgotten."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See TyperCommand."""
+        options = (each for each in self.params if isinstance(each, TyperOption) and not each.is_flag)
+        with_value = {name for option in options for name in option.opts}
+        for name, value in pairwise(args):
+            if name in with_value and value.startswith("--"):
+                ctx.fail(f"{name} is given without its value: {value!r} after it begins as an option does")
+        return super().parse_args(ctx, args)
 
 
 def _setting(name: str, metavar: str, **more: Any) -> Any:

@@ -58,29 +58,30 @@ def run_flow(recipe: Recipe, workspace: Path) -> RunSummary:
     """Run the Prefect flow in this process. What can be refused is refused before Prefect's server is started."""
     from flows.prefect_settings import be_quiet, require_valid_settings
     from flows.reporter import Reporter
+    from flows.wording import in_plain_words
 
     reporter = Reporter()
     with redirect_stdout(sys.stderr):  # whoever else prints does not mean it as a result
-        from flows.plan import Plan
-        from flows.runner import Runner
-        from flows.summary import RunSummary
-        from flows.wording import in_plain_words
+        with reporter.loading():
+            from flows.plan import Plan
+            from flows.runner import Runner
+            from flows.summary import RunSummary
 
-        runner = Runner(workspace, reporter)
-        try:
-            Plan.make(recipe, "evaluate")
-        except Exception as error:
-            if (reason := in_plain_words(error)) is not None:
-                runner.refuse(recipe, "evaluate", reason)
-            raise
+            runner = Runner(workspace, reporter)
+            try:
+                Plan.make(recipe, "evaluate")
+            except Exception as error:
+                if (reason := in_plain_words(error)) is not None:
+                    runner.refuse(recipe, "evaluate", reason)
+                raise
         be_quiet()
-        require_valid_settings()
-        reporter.say("starting Prefect")
-        from flows.prefect_server import start_shielded_server
-        from flows.prune_flow import prune
-        from flows.server_contact import losing_server_in_one_line
+        with reporter.waiting("starting Prefect"):
+            require_valid_settings()
+            from flows.prefect_server import start_shielded_server
+            from flows.prune_flow import prune
+            from flows.server_contact import losing_server_in_one_line
 
-        start_shielded_server()
+            start_shielded_server()
         with losing_server_in_one_line():
             outcome = prune(recipe, str(workspace))
         return RunSummary.of(runner.runs.load(outcome["run_id"]), runner.workspace, reporter.warn)

@@ -67,8 +67,10 @@ def _on(record: RunRecord, workspace: Path) -> RunSummary:
     if record.flow_run_id is not None:
         return run_flow(recipe, workspace)
     with redirect_stdout(sys.stderr):  # whoever else prints does not mean it as a result
-        from flows.runner import Runner
+        reporter = Reporter()
+        with reporter.loading():
+            from flows.runner import Runner
 
         external = External(path=record.external, label=record.strategy or "external") if record.external else None
-        runner = Runner(workspace, Reporter())
+        runner = Runner(workspace, reporter)
         return _as_it_is(runner.run(recipe, goal, comparison=record.comparison, external=external), workspace)

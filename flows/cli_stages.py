@@ -198,8 +198,9 @@ def _run_here(recipe: Recipe, goal: Goal, workspace: Path, output: Path | None) 
 
     reporter = Reporter()
     with redirect_stdout(sys.stderr):  # whoever else prints does not mean it as a result
-        from flows.runner import Runner
-        from flows.summary import RunSummary
+        with reporter.loading():
+            from flows.runner import Runner
+            from flows.summary import RunSummary
 
         runner = Runner(workspace, reporter)
         record = runner.run(recipe, goal)

@@ -99,8 +99,8 @@ cache = typer.Typer(
 db = typer.Typer(help="Look after the results database.", callback=_help_alone, invoke_without_command=True)
 
 
-@cache.command("list")
-@cache.command("ls", hidden=True)
+@cache.command("list", cls=options.Command)
+@cache.command("ls", cls=options.Command, hidden=True)
 def list_(
     run: ShownRuns = None,
     older_than: ShownOlderThan = None,
@@ -146,7 +146,7 @@ def list_(
         typer.echo(f"{size(total)} in {count(len(listed), 'folder')} of {runs.workspace.path}", err=True)
 
 
-@cache.command()
+@cache.command(cls=options.Command)
 def prune(
     run: GivenUpRuns = None,
     older_than: OlderThan = None,
@@ -187,7 +187,7 @@ def prune(
         _put_end(done, dry_run, max_size)
 
 
-@db.command()
+@db.command(cls=options.Command)
 def rebuild(workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE, as_json: options.Json = False) -> None:
     """Make the database anew.
 

@@ -248,9 +248,9 @@ def _locate(source: str) -> Path:
         return path
     if source in comparison_names():
         return COMPARISONS_FOLDER / f"{source}.yaml"
+    problem = f"{source!r} is a folder" if source and path.is_dir() else f"there is no comparison {source!r}"
     raise ConfigurationError(
-        f"there is no comparison {source!r}; give a YAML file, or one of: {', '.join(comparison_names())}"
-        f"{nearest(source, comparison_names())}"
+        f"{problem}; give a YAML file, or one of: {', '.join(comparison_names())}{nearest(source, comparison_names())}"
     )
 
 

@@ -70,7 +70,7 @@ def run_stage(fingerprint: str, execution: _Execution) -> State[dict[str, Any]] 
 
 @flow(
     name="prune",
-    flow_run_name="{recipe.model}",
+    flow_run_name="{recipe.title}",
     persist_result=False,
     on_failure=[note_end],
     on_crashed=[note_end],

@@ -264,6 +264,11 @@ class Recipe(BaseModel):
         return self
 
     @property
+    def title(self) -> str:
+        """What its run is called where runs of many models are listed."""
+        return self.name or self.model
+
+    @property
     def spread(self) -> ExecutorSettings:
         """Who is to compute a search's scores."""
         return ExecutorSettings(executor=self.executor, workers=self.workers, ray_address=self.ray_address)
@@ -382,9 +387,9 @@ def _locate(source: str) -> Path:
         return RECIPES_FOLDER / f"{source}.yaml"
     if source in (path.stem for path in COMPARISONS_FOLDER.glob("*.yaml")):
         raise ConfigurationError(f"{source} is a comparison of runs; give `blockpruner compare {source}`")
+    problem = f"{source!r} is a folder" if source and path.is_dir() else f"there is no recipe file {source!r}"
     raise ConfigurationError(
-        f"there is no recipe file {source!r}; give a YAML file, or one of: {', '.join(recipe_names())}"
-        f"{nearest(source, recipe_names())}"
+        f"{problem}; give a YAML file, or one of: {', '.join(recipe_names())}{nearest(source, recipe_names())}"
     )
 
 

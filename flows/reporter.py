@@ -8,16 +8,20 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
+from rich.spinner import Spinner
 
 from blockpruner.progress import Progress, ProgressCallback, Throughput
 from flows.eta import RemainingTime
 from flows.wording import in_units, printable, spell_out
 
+LOADING = "loading torch and transformers"
+"""Takes seconds, and on a busy machine half a minute: whoever is about to do it says so."""
 _LINE_EVERY_S = 15.0
 """How often a log file hears of a stage that takes long."""
 
@@ -41,6 +45,24 @@ class Reporter:
         """A stage is there: computed now, or taken from the cache."""
         fate = "cached" if cached else f"computed in {spell_out(seconds)}"
         self.say(f"{label:<34} {fate}", "dim" if cached else None)
+
+    def loading(self) -> AbstractContextManager[None]:
+        """For a body that imports torch and transformers: see `waiting`; nothing where they are there already."""
+        return nullcontext() if "transformers" in sys.modules else self.waiting(LOADING)
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Say what a person waits for while the body runs: on a terminal a spinner that goes away again, else a line.
+
+        What the body prints goes where it would without: a library that is imported meanwhile may keep the streams.
+        """
+        if not self.console.is_interactive:
+            self.say(f"{what} ...")
+            yield
+            return
+        spinner = Spinner("line", f"{what} ...")
+        with Live(spinner, console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False):
+            yield
 
     @contextmanager
     def working(self, label: str) -> Iterator[ProgressCallback]:

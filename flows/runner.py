@@ -16,7 +16,7 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from blockpruner.progress import Progress, ProgressCallback, silent
-from flows.boundary import was_interrupted
+from flows.boundary import can_be_resumed, was_interrupted
 from flows.goals import Goal
 from flows.grid import External
 from flows.plan import Job, Plan, PlannedStage
@@ -151,15 +151,19 @@ class Runner:
             yield
         except Exception as error:
             if was_interrupted():  # native code and broken imports make other errors of it
-                self._end_early(record, "cancelled", cancelled(record.run_id))
+                self._cancel(record)
             else:
                 words = in_plain_words(error) or one_line(f"{type(error).__name__}: {error}")
                 self._end_early(record, "failed", words)
             raise
         except BaseException:  # Ctrl-C, or an order to end
-            self._end_early(record, "cancelled", cancelled(record.run_id))
+            self._cancel(record)
             raise
         self._end(record, "completed", None)
+
+    def _cancel(self, record: RunRecord) -> None:
+        can_be_resumed(record.run_id, self.workspace.path)
+        self._end_early(record, "cancelled", cancelled(record.run_id))
 
     def _end_early(self, record: RunRecord, status: RunStatus, error: str) -> None:
         """Also where the record itself cannot be written: that must not take the place of what went wrong first."""

@@ -92,7 +92,10 @@ def test_the_pipeline_and_then_everything_cached(options: list[object], tmp_path
     assert states == {name: cached.get(name, "Completed") for name in states}
     assert {"calibrate eval.txt", "baseline", "export", "evaluate pruned"} <= states.keys()
 
-    second = blockpruner("run", *options, "--eval-text", tmp_path / "eval.txt")
+    assert newest_flow_run().name == str(options[1])  # the model's
+
+    second = blockpruner("run", *options, "--eval-text", tmp_path / "eval.txt", "--name", "{again}")
+    assert newest_flow_run().name == "{again}"
     assert set(task_states(newest_flow_run()).values()) == {"Cached"}
     assert all(stage["cached"] for stage in second.json["stages"])
     assert [line.split()[-1] for line in second.stderr.splitlines()[1:]] == ["cached"] * 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import signal
 import sys
 import time
@@ -68,14 +69,17 @@ def fail_when_interrupted(marker: str) -> None:
 def check_cancelled(command: Command, status: int, search: Sequence[object], workspace: Path) -> None:
     outcome = command.outcome(30)
     assert outcome.status == status, outcome
-    assert "give the same command again to go on" in outcome.stderr
+    said, resume, _ = outcome.stderr.splitlines()[-1].split("`")
+    assert said.endswith("give the same command again, or ")
     assert "Traceback" not in outcome.stderr
     (run,) = blockpruner("runs", "--workspace", workspace, "--json").json
     assert run["status"] == "cancelled"
     assert run["error"].startswith("cancelled; give the same command again")
+    assert shlex.split(resume) == ["blockpruner", "resume", run["run_id"], "--workspace", str(workspace)]
+    assert blockpruner(*shlex.split(resume)[1:]).status == 0
     assert blockpruner(*search).status == 0
     rows = blockpruner("sql", "SELECT status FROM runs ORDER BY created_at", "--workspace", workspace, "--json")
-    assert [row["status"] for row in rows.json] == ["cancelled", "completed"]
+    assert [row["status"] for row in rows.json] == ["cancelled", "completed", "completed"]
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

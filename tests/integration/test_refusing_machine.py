@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.reporter import LOADING
 from stages.workspace import write_durably
 from tests.integration.command_line import Outcome, as_anybody, blockpruner, in_a_process, with_files_of
 from tests.tiny_models import tiny_rows
@@ -41,7 +42,7 @@ def error_of(outcome: Outcome) -> str:
     assert outcome.status == 2, outcome
     assert outcome.stdout == ""
     assert last.startswith("Error: "), outcome.stderr
-    assert all(line.startswith(("Warning: ", "calibrate ", "search ")) for line in before), outcome.stderr
+    assert all(line.startswith(("Warning: ", "calibrate ", "search ", LOADING)) for line in before), outcome.stderr
     return last
 
 
@@ -99,7 +100,7 @@ def test_a_disk_without_space_for_prefects_database(folder: Path) -> None:
     command = ["run", *search_in(folder)[1:], "--workspace", folder / "ws"]
     outcome = in_a_process(*command, before=with_files_of(300_000), **fresh)
     assert outcome.status == 2
-    said = [line for line in outcome.stderr.splitlines() if line != "starting Prefect"]
+    said = [line for line in outcome.stderr.splitlines() if line not in (f"{LOADING} ...", "starting Prefect ...")]
     assert [line.startswith("Error: Prefect's temporary server cannot be started (ended 3 times") for line in said] == [
         True
     ]

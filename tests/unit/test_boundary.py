@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shlex
 import signal
 import sys
 import time
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from flows.boundary import OneLineErrors
+from flows.boundary import OneLineErrors, can_be_resumed
 
 GO_ON = "What was finished is kept: give the same command again to go on."
 
@@ -92,6 +94,26 @@ def test_an_interruption_says_how_to_go_on(command: Callable[[], None], status: 
     outcome = outcome_of(command)
     assert (outcome.exit_code, outcome.stdout, outcome.stderr) == (status, "", said)
     assert (signal.getsignal(signal.SIGTERM), sys.unraisablehook) == before
+
+
+@pytest.mark.parametrize("workspace", ["data", "named by the environment", "it's another"])
+def test_the_run_that_was_stopped_is_named_with_its_workspace_where_that_is_not_the_usual_one(
+    workspace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BLOCKPRUNER_WORKSPACE", workspace if "environment" in workspace else "")
+
+    def command() -> None:
+        can_be_resumed("20261128-072815-a43d7c", tmp_path / workspace)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    said = outcome_of(command).stderr
+    before, resume, after = said.split("`")
+    assert before == "Terminated. What was finished is kept: give the same command again, or "
+    assert after == ", to go on.\n"
+    place = ["--workspace", str(tmp_path / workspace)] if "another" in workspace else []
+    assert shlex.split(resume) == ["blockpruner", "resume", "20261128-072815-a43d7c", *place]
+    assert outcome_of(sent(signal.SIGTERM)).stderr == f"Terminated. {GO_ON}\n"
 
 
 def refused(number: int, file: str | None = "/data/model.safetensors") -> Callable[[], None]:
