@@ -86,12 +86,11 @@ def prune(recipe: Recipe, workspace: str = "data") -> dict[str, Any]:
     quieten_user_errors()
     reporter = LoggingReporter()
     runner = Runner(Path(workspace), reporter)
-    results = runner.workspace.path / "prefect"
     with whatever_becomes_of_its_slot(), _saying_how_to_go_on(runner, reporter):
         record = runner.run(
             recipe,
             "evaluate",
-            lambda call: _through_prefect(call, results, reporter),
+            lambda call: _through_prefect(call, reporter),
             flow_run_id=str(flow_run.get_id()),
         )
         summary = RunSummary.of(record, Workspace(Path(workspace)), reporter.warn)
@@ -125,8 +124,12 @@ class _Execution:
         return self.artifact
 
 
-def _through_prefect(call: StageCall, results: Path, reporter: Reporter) -> Artifact[Any]:
-    """Execute a stage as a task; Prefect's memory of it counts only if the artifact is there."""
+def _through_prefect(call: StageCall, reporter: Reporter) -> Artifact[Any]:
+    """Execute a stage as a task; Prefect's memory of it counts only if the artifact is there.
+
+    Prefect keeps that memory in the user's own PREFECT_HOME, and not in the workspace, which can be somebody else's: it
+    reads a file of results with whatever serializer the file names, be it pickle.
+    """
     listener = _ProgressArtifact(call.planned.label, reporter) if call.planned.role == "search" else silent
     execution = _Execution(call, listener)
     from_hub = call.job.stage.name == "calibrate"
@@ -134,7 +137,6 @@ def _through_prefect(call: StageCall, results: Path, reporter: Reporter) -> Arti
         name=call.job.stage.name,
         task_run_name=call.planned.label,
         refresh_cache=call.found is None,
-        result_storage=results,
         retries=_RETRIES if from_hub else 0,
         retry_delay_seconds=_RETRY_DELAY_S,
         retry_condition_fn=_is_worth_another_try,

@@ -101,6 +101,9 @@ def test_the_pipeline_and_then_everything_cached(options: list[object], tmp_path
     assert [line.split()[-1] for line in second.stderr.splitlines()[1:]] == ["cached"] * 6
     for name in ("pruning_order", "dense_perplexity", "pruned_perplexity", "export_path", "perplexities"):
         assert second.json[name] == first.json[name]
+    # Prefect reads its results with whatever serializer the file names, pickle too: a workspace can be somebody else's.
+    its_own = {"artifacts", "runs", "state", "locks", "results.duckdb"}
+    assert {path.name for path in (tmp_path / "ws").iterdir()} == its_own
 
     query = f"SELECT variant, text FROM perplexities WHERE run_id = '{second.json['run_id']}'"
     rows = blockpruner("sql", query, "--workspace", tmp_path / "ws", "--json").json
