@@ -1,8 +1,8 @@
 """Prefect's settings, put in place before Prefect is first imported. Importing this module does it; import it first.
 
 The server that Prefect starts for a single command needs longer than its own limit on a slow machine, and is not to
-report to anybody. Whoever points to a server (PREFECT_API_URL) is not touched by either, and every value that is
-already set stays.
+report to anybody, nor is the client (which says on the first terminal that it would). Whoever points to a server
+(PREFECT_API_URL) is not touched by what is for servers, and every value that is already set stays.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from blockpruner.errors import ConfigurationError, nearest
 _DEFAULTS = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
 }
 _CONSOLE_LEVEL = "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"
 _INTERNAL_LEVEL = "PREFECT_LOGGING_INTERNAL_LEVEL"
