@@ -202,7 +202,7 @@ class SearchJournal:
 
 def _write(path: Path, content: bytes) -> None:
     # The folder is synced as well, though all that a power cut could take here is work: a step takes the place of its
-    # scores, which are removed, and the two must not be lost together. It costs milliseconds, each two seconds at most.
+    # scores, which are removed, and both must not be lost together. It costs milliseconds, every two seconds at most.
     write_durably(path, content, path.with_name(f".{path.name}.{os.getpid()}.tmp"))
 
 
