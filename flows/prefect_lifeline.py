@@ -3,7 +3,8 @@
     python -P prefect_lifeline.py DESCRIPTOR ARGUMENTS-OF-UVICORN...
 
 The descriptor is the reading end of a pipe whose other end only that command holds: what the kernel closes when a
-process ends, by `kill -9` as well, is the news of its end. Imports nothing of this project.
+process ends, by `kill -9` as well, is the news of its end. Signals may be blocked here. Imports nothing of this
+project.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ _GRACE_S = 5.0
 
 def _end_with(descriptor: int) -> None:
     os.read(descriptor, 1)  # nothing is ever written: this returns at the end of the other side
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # in this thread, which is enough to be heard
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE_S)
     os._exit(1)

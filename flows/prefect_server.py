@@ -1,8 +1,9 @@
-"""The server that Prefect starts for a single command, out of the terminal's reach, and no longer there than that is.
+"""The server that Prefect starts for a single command: deaf to signals, and no longer there than that command is.
 
-Ctrl-C goes to every process of the terminal. A server that it ends takes no report any more, and Prefect tries to
-reach it for more than a minute before a command ends. A command that is killed (`kill -9`, out of memory) stops
-nothing itself, so the server watches it. Knows no flow, and starts nothing where a server is named.
+Ctrl-C goes to every process of a terminal, and the SIGTERM of `timeout`, systemd or Slurm to every process of a group
+or a job. A server that it ends takes no report any more, and Prefect tries to reach it for more than two minutes before
+a command ends. A command that is killed (`kill -9`, out of memory) stops nothing itself, so the server watches it.
+Knows no flow, and starts nothing where a server is named.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_HOME, get_current_settings
 
 from blockpruner.errors import ConfigurationError
+from flows.server_contact import require_server
 from flows.wording import one_line
 
 _TRIES = 3
+_NOT_FOR_THE_SERVER = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 _LIFELINE = Path(__file__).with_name("prefect_lifeline.py")
 
 
@@ -34,17 +37,18 @@ def start_shielded_server() -> None:
     """Start the temporary server that flows of this process will use, unless PREFECT_API_URL names one.
 
     Raises:
-        ConfigurationError: if it cannot start.
+        ConfigurationError: if it cannot start, or the one that is named cannot be used.
 
     A signal that is blocked stays blocked in a child, whatever handler it installs. Blocked in this thread alone, it
     still reaches the command itself, also while that waits for the server.
     """
     if determine_server_type() is not ServerType.EPHEMERAL:
+        require_server()
         return
     started: Future[None] = Future()
 
     def start() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_THE_SERVER)
         try:
             _WatchingServer().start()
         except RuntimeError as error:  # Prefect's, when it has waited long enough
@@ -104,7 +108,16 @@ class _WatchingServer(SubprocessASGIServer):
             raise
         finally:
             os.close(watched)
-        if self._lifeline is not None:  # of a try on a port that was taken meanwhile
-            os.close(self._lifeline)
+        self._let_go()  # of a try on a port that was taken meanwhile
         self._lifeline = lifeline
         return server
+
+    def stop(self) -> None:
+        """As Prefect has it, and by the lifeline: the signal that Prefect sends is not heard."""
+        self._let_go()
+        super().stop()
+
+    def _let_go(self) -> None:
+        if self._lifeline is not None:
+            os.close(self._lifeline)
+            self._lifeline = None

@@ -21,9 +21,10 @@ from filelock import BaseFileLock
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 import blockpruner
+from blockpruner.durable import write_durably
 from blockpruner.errors import ArtifactError, nearest
 from stages.consent import as_options
-from stages.workspace import Warn, Workspace, is_name, log_warning, write_durably
+from stages.workspace import Warn, Workspace, is_name, log_warning
 
 RunStatus = Literal["running", "completed", "failed", "crashed", "cancelled"]
 StageStatus = Literal["running", "completed", "failed"]

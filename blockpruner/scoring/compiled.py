@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
+import torch._dynamo.config
 import torch._inductor.compile_fx  # torch.compile imports it when first called; `kernels.prepare` wants it before
 from torch._dynamo.exc import TorchDynamoException
 
@@ -27,6 +28,11 @@ _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "pattern_matcher": False,
     "triton.autotune_pointwise": False,
 }
+
+_VARIANTS = 64
+"""Of one function. Layers differ in their kind of attention and in what is bypassed, batches in size: with the
+compiler's own limit of 8 whatever comes later would run uncompiled, without a word and with other last bits."""
+torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

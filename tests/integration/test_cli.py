@@ -338,21 +338,30 @@ def test_an_interrupted_search_says_how_to_go_on(
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_terminal_spares_prefects_server(
-    long_search: Callable[[Path], list[object]], tmp_path: Path
+@pytest.mark.parametrize(
+    ("sent", "status", "said"),
+    [(signal.SIGINT, 130, ["", "Interrupted."]), (signal.SIGTERM, 143, ["Terminated."])],
+)
+def test_what_every_process_of_a_terminal_or_job_hears_spares_prefects_server(
+    sent: signal.Signals,
+    status: int,
+    said: list[str],
+    long_search: Callable[[Path], list[object]],
+    tmp_path: Path,
 ) -> None:
-    """A terminal interrupts the temporary server as well, and without it Prefect goes on trying for a minute."""
+    """Ctrl-C, and the SIGTERM of `timeout` and others: without its server Prefect goes on trying for two minutes."""
     process = _started_search(tmp_path / "ws", *long_search(tmp_path / "ws"), command="run")
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, sent)
     stdout, stderr = process.communicate(timeout=45)
-    assert process.returncode == 130
+    assert process.returncode == status
     assert stdout == ""
-    *stages, blank, last = stderr.splitlines()
-    assert stages[:2] == [f"{LOADING} ...", "starting Prefect ..."]
-    assert {line.split()[0] for line in stages[2:]} <= {"calibrate", "baseline"}
-    assert blank == ""
+    first, second, *stages = stderr.splitlines()
+    assert [first, second] == [f"{LOADING} ...", "starting Prefect ..."]
+    stages, ended = stages[: -len(said)], stages[-len(said) :]
+    assert {line.split()[0] for line in stages} <= {"calibrate", "baseline"}
+    assert [line.split(" ")[0] for line in ended] == said
+    last = ended[-1]
     (run,) = blockpruner("runs", "--workspace", tmp_path / "ws", "--json").json
-    assert last.startswith("Interrupted. ")
     assert f"`blockpruner resume {run['run_id']} --workspace {tmp_path / 'ws'}`" in last
     assert run["status"] == "cancelled"
     assert not _is_any_left(process)

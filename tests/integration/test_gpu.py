@@ -35,7 +35,8 @@ SEARCH: tuple[tuple[Block, ...], ...] = ((), (mha(6),), (mha(6), mlp(3)))
 
 @pytest.fixture(autouse=True)
 def _memory() -> None:
-    """Give back what other tests' models took."""
+    """Give back what other tests' models took, and forget what was compiled for them."""
+    torch.compiler.reset()
     release_memory()
 
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 import random
 import sys
+from collections.abc import Callable
+from functools import partial
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional
 
 from blockpruner.blocks import all_blocks, mha, mlp
 from blockpruner.errors import ConfigurationError
 from blockpruner.scoring import kernels
-from blockpruner.scoring.compiled import compiled_divergence
+from blockpruner.scoring.compiled import compiled_divergence, compiled_layer
 from blockpruner.scoring.decoder import Decoder
 from blockpruner.scoring.metrics import kl_divergence
 from blockpruner.scoring.settings import MetricName, ScorerSettings
@@ -152,6 +156,35 @@ def test_what_cannot_be_compiled_here_runs_as_it_is(
             assert torch.equal(divergence(dense_MV, pruned_MV), kl_divergence(dense_MV, pruned_MV))
     assert len(caplog.records) == 1
     assert "torch.compile" in caplog.text
+
+
+def _compile_with(compile_: Callable[..., Any], backend: Callable[..., Any], function: Any, **_: Any) -> Any:
+    return compile_(function, backend=backend)
+
+
+class Layer(nn.Module):
+    """One of many kinds."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + len(self.kind)
+
+
+def test_a_model_with_many_kinds_of_layers_stays_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        compiled.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(_compile_with, torch.compile, backend))
+    run = compiled_layer()
+    for length in range(12):
+        run(Layer("a" * length), torch.zeros(1), (), {})
+    assert len(compiled) == 12
 
 
 @pytest.mark.parametrize(
