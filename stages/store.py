@@ -219,6 +219,8 @@ class ResultStore:
         def attempt() -> duckdb.DuckDBPyConnection:
             if not self.path.is_file():
                 raise _MissingError("is missing")
+            if os.path.lexists(log := _log_of(self.path)) and not log.is_file():
+                raise _UnusableError("is damaged")  # a pipe would be waited for
             with _translated():
                 return _locked(self.path, read_only=read_only)
 
@@ -270,7 +272,7 @@ class ResultStore:
                 self._put(connection, record)
             connection.execute("CHECKPOINT")  # closing would keep to itself that the disk is full
         # The old file's log of changes does not fit the new file, and DuckDB would refuse the two together.
-        self.path.with_name(f"{self.path.name}.wal").unlink(missing_ok=True)
+        _log_of(self.path).unlink(missing_ok=True)
         temporary.replace(self.path)
         sync_folder(self.path.parent)
 
@@ -287,6 +289,11 @@ class ResultStore:
 
     def _records(self) -> list[RunRecord]:
         return RunStore(self._workspace.path, self._warn).list()
+
+
+def _log_of(path: Path) -> Path:
+    """Where DuckDB keeps the changes that are not in a database's file yet."""
+    return path.with_name(f"{path.name}.wal")
 
 
 def _locked(path: Path, *, read_only: bool = False) -> duckdb.DuckDBPyConnection:
