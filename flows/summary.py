@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blockpruner.errors import ArtifactError
 from stages.accuracy import AVERAGE_TASK
 from stages.runs import RunRecord
 from stages.store_rows import RunRows, rows_of
@@ -77,12 +79,12 @@ class RunSummary:
     @property
     def samples(self) -> dict[str, Path]:
         """Where the answers to the tasks' questions lie, by variant, where they were kept."""
-        stages = {variant: self.record.stage(f"evaluate:{variant}") for variant in ("dense", "pruned")}
-        paths = {
-            variant: self.workspace.path / stage.artifact_path / _SAMPLES_FILE
-            for variant, stage in stages.items()
-            if stage is not None and stage.artifact_path is not None
-        }
+        paths = {}
+        for variant in ("dense", "pruned"):
+            stage = self.record.stage(f"evaluate:{variant}")
+            if stage is not None and stage.artifact_path is not None:
+                with suppress(ArtifactError):  # which was said of its rows
+                    paths[variant] = self.workspace.inside(Path(stage.artifact_path, _SAMPLES_FILE))
         return {variant: path for variant, path in paths.items() if path.is_file()}
 
     @property
