@@ -16,9 +16,10 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from blockpruner.progress import Progress, ProgressCallback, silent
-from flows.boundary import can_be_resumed, was_interrupted
+from flows.boundary import can_be_resumed
 from flows.goals import Goal
 from flows.grid import External
+from flows.interruptions import INTERRUPTIONS
 from flows.plan import Job, Plan, PlannedStage
 from flows.recipe import Recipe
 from flows.reporter import Reporter
@@ -148,13 +149,11 @@ class Runner:
     def _recorded(self, record: RunRecord) -> Iterator[None]:
         """Close the record with what becomes of the body."""
         try:
-            yield
+            with INTERRUPTIONS.kept():
+                yield
         except Exception as error:
-            if was_interrupted():  # native code and broken imports make other errors of it
-                self._cancel(record)
-            else:
-                words = in_plain_words(error) or one_line(f"{type(error).__name__}: {error}")
-                self._end_early(record, "failed", words)
+            words = in_plain_words(error) or one_line(f"{type(error).__name__}: {error}")
+            self._end_early(record, "failed", words)
             raise
         except BaseException:  # Ctrl-C, or an order to end
             self._cancel(record)
@@ -189,9 +188,10 @@ class Runner:
         self.runs.save(record)
 
         def compute(listener: ProgressCallback) -> Artifact[Any]:
-            with self._reporter.working(planned.label) as show:
+            with INTERRUPTIONS.kept(), self._reporter.working(planned.label) as show:
 
                 def both(progress: Progress) -> None:
+                    INTERRUPTIONS.heed()
                     show(progress)
                     listener(progress)
 
@@ -200,8 +200,9 @@ class Runner:
 
         started = time.monotonic()
         try:
-            found = self._artifacts.lookup(job.stage, job.fingerprint)
-            artifact = execute(StageCall(planned, job, found, compute))
+            with INTERRUPTIONS.kept():
+                found = self._artifacts.lookup(job.stage, job.fingerprint)
+                artifact = execute(StageCall(planned, job, found, compute))
         except Exception as error:
             entry.status, entry.error = "failed", in_plain_words(error) or one_line(str(error))
             raise

@@ -18,6 +18,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from flows.boundary import OneLineErrors, can_be_resumed
+from flows.interruptions import INTERRUPTIONS
 
 GO_ON = "What was finished is kept: give the same command again to go on."
 
@@ -61,6 +62,12 @@ def native_code() -> None:
     raise ValueError("the schema could not be built")
 
 
+def swallowed() -> None:
+    """A library goes on as if nothing had come; our own work notices it when it next reports or ends."""
+    with INTERRUPTIONS.kept(), contextlib.suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def in_a_callback(signal_number: signal.Signals) -> Callable[[], None]:
     """Where Python drops it, as it does with any error in a destructor; the command has long to go."""
 
@@ -85,15 +92,18 @@ def in_a_callback(signal_number: signal.Signals) -> Callable[[], None]:
         (broken_import, 143, f"Terminated. {GO_ON}\n"),
         (lost_server, 130, f"\nInterrupted. {GO_ON}\n"),
         (native_code, 143, f"Terminated. {GO_ON}\n"),
+        (swallowed, 143, f"Terminated. {GO_ON}\n"),
         (in_a_callback(signal.SIGTERM), 143, f"Terminated. {GO_ON}\n"),
         (in_a_callback(signal.SIGINT), 130, f"\nInterrupted. {GO_ON}\n"),
     ],
 )
 def test_an_interruption_says_how_to_go_on(command: Callable[[], None], status: int, said: str) -> None:
-    before = (signal.getsignal(signal.SIGTERM), sys.unraisablehook)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = (*map(signal.getsignal, numbers), sys.unraisablehook)
     outcome = outcome_of(command)
     assert (outcome.exit_code, outcome.stdout, outcome.stderr) == (status, "", said)
-    assert (signal.getsignal(signal.SIGTERM), sys.unraisablehook) == before
+    assert (*map(signal.getsignal, numbers), sys.unraisablehook) == before
+    INTERRUPTIONS.heed()  # it is forgotten with the command
 
 
 @pytest.mark.parametrize("workspace", ["data", "named by the environment", "it's another"])
