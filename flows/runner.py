@@ -30,7 +30,8 @@ from stages.runs import RunDescription, RunRecord, RunStatus, RunStore, StageRun
 from stages.store import ResultStore
 
 _BRIEF_WAIT_S = 1.0
-"""How long a run in progress waits for a database that somebody has open; at its end it waits longer."""
+"""How long a run in progress, or one that is stopped, waits for a database that somebody has open; at its end it waits
+longer."""
 
 
 @dataclass(frozen=True)
@@ -162,19 +163,19 @@ class Runner:
 
     def _cancel(self, record: RunRecord) -> None:
         can_be_resumed(record.run_id, self.workspace.path)
-        self._end_early(record, "cancelled", cancelled(record.run_id))
+        self._end_early(record, "cancelled", cancelled(record.run_id), self._results_in_passing)
 
-    def _end_early(self, record: RunRecord, status: RunStatus, error: str) -> None:
+    def _end_early(self, record: RunRecord, status: RunStatus, error: str, results: ResultStore | None = None) -> None:
         """Also where the record itself cannot be written: that must not take the place of what went wrong first."""
         try:
-            self._end(record, status, error)
+            self._end(record, status, error, results)
         except OSError as failure:
             reason = failure.strerror or failure
             self._warn(f"the record of run {record.run_id} cannot be written ({reason}); a later command closes it")
 
-    def _end(self, record: RunRecord, status: RunStatus, error: str | None) -> None:
+    def _end(self, record: RunRecord, status: RunStatus, error: str | None, results: ResultStore | None = None) -> None:
         self.runs.finish(record, status, error)
-        self._results.ingest(record)
+        (results or self._results).ingest(record)
 
     def _stage(self, record: RunRecord, plan: Plan, planned: PlannedStage, job: Job, execute: Execute) -> Artifact[Any]:
         entry = StageRun(
