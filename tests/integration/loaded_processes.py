@@ -19,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from blockpruner.export import verify
+from blockpruner import fresh_process
 from tests.integration.command_line import Outcome
 
 _LOADED = ("flows.plan", "flows.runner", "flows.summary", "flows.cli_output", "flows.prune_flow", "stages.store")
@@ -110,7 +110,7 @@ def commands() -> Iterator[Callable[[Command], Command]]:
 
 def load_exports_in_forks() -> None:
     """In a process about to begin: what loads an export is forked from it."""
-    verify.subprocess = SimpleNamespace(run=_run_in_a_fork)  # type: ignore[assignment]
+    fresh_process.subprocess = SimpleNamespace(run=_run_in_a_fork)  # type: ignore[assignment]
 
 
 def _run_in_a_fork(command: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
@@ -119,7 +119,7 @@ def _run_in_a_fork(command: Sequence[str], **_: object) -> subprocess.CompletedP
     if child == 0:
         status = 1
         try:
-            sys.argv = list(command[2:])
+            sys.argv = list(command[4:])  # without the interpreter and the lifeline
             runpy.run_path(sys.argv[0], run_name="__main__")
             status = 0
         except BaseException:  # noqa: BLE001  # it must not go on as its parent

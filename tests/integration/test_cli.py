@@ -420,7 +420,7 @@ def _members(group: int) -> list[int]:
 def _is_the_server(pid: int) -> bool:
     """Prefect's import starts short-lived programs of its own, which are not meant."""
     with contextlib.suppress(OSError):
-        return b"prefect_lifeline.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"uvicorn" in Path(f"/proc/{pid}/cmdline").read_bytes()
     return False
 
 
