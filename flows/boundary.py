@@ -12,6 +12,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,10 @@ def _say_interrupted(interruption: KeyboardInterrupt, resume: str | None) -> int
     terminated = isinstance(interruption, Terminated)
     what, before = ("Terminated", "") if terminated else ("Interrupted", "\n")  # the terminal has just shown ^C
     resumed = f", or `{resume}`," if resume else ""
-    typer.echo(f"{before}{what}. What was finished is kept: give the same command again{resumed} to go on.", err=True)
+    with suppress(OSError):  # of a terminal that was closed
+        typer.echo(
+            f"{before}{what}. What was finished is kept: give the same command again{resumed} to go on.", err=True
+        )
     return _BY_A_SIGNAL + interruption.number if isinstance(interruption, Terminated) else INTERRUPTED
 
 

@@ -1,7 +1,8 @@
-"""Orders to end (SIGINT, SIGTERM) as interruptions of the main thread that no library can lose.
+"""Orders to end (SIGINT, SIGTERM, SIGHUP) as interruptions of the main thread that no library can lose.
 
 What follows from an interruption need not show it: an import that is interrupted may fail with any error, native code
-may put an error of its own in the interruption's place or go on without it. What the user did counts, so that what was received is remembered, and whatever comes out of a piece of
+may put an error of its own in the interruption's place or go on without it, and a terminal that was closed takes no
+line any more. What the user did counts, so that what was received is remembered, and whatever comes out of a piece of
 work after that is the interruption itself.
 
 Python drops one that is raised in a destructor or a callback of the garbage collector, and that is where a signal is
@@ -20,11 +21,11 @@ from contextlib import contextmanager
 from typing import Any
 
 _AGAIN_AFTER_S = 0.05
-_NUMBERS = (signal.SIGINT, signal.SIGTERM)
+_NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+    """SIGTERM came, or SIGHUP: the terminal was closed."""
 
     def __init__(self, number: int = signal.SIGTERM) -> None:
         super().__init__()

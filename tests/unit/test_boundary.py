@@ -92,18 +92,29 @@ def in_a_callback(signal_number: signal.Signals) -> Callable[[], None]:
         (broken_import, 143, f"Terminated. {GO_ON}\n"),
         (lost_server, 130, f"\nInterrupted. {GO_ON}\n"),
         (native_code, 143, f"Terminated. {GO_ON}\n"),
+        (sent(signal.SIGHUP), 129, f"Terminated. {GO_ON}\n"),
         (swallowed, 143, f"Terminated. {GO_ON}\n"),
         (in_a_callback(signal.SIGTERM), 143, f"Terminated. {GO_ON}\n"),
         (in_a_callback(signal.SIGINT), 130, f"\nInterrupted. {GO_ON}\n"),
     ],
 )
 def test_an_interruption_says_how_to_go_on(command: Callable[[], None], status: int, said: str) -> None:
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = (*map(signal.getsignal, numbers), sys.unraisablehook)
     outcome = outcome_of(command)
     assert (outcome.exit_code, outcome.stdout, outcome.stderr) == (status, "", said)
     assert (*map(signal.getsignal, numbers), sys.unraisablehook) == before
     INTERRUPTIONS.heed()  # it is forgotten with the command
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    """As `nohup` has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        outcome = outcome_of(sent(signal.SIGHUP))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (outcome.exit_code, outcome.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("workspace", ["data", "named by the environment", "it's another"])
