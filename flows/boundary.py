@@ -107,7 +107,18 @@ def _say_interrupted(interruption: KeyboardInterrupt, resume: str | None) -> int
         typer.echo(
             f"{before}{what}. What was finished is kept: give the same command again{resumed} to go on.", err=True
         )
+    _let_nothing_follow()
     return _BY_A_SIGNAL + interruption.number if isinstance(interruption, Terminated) else INTERRUPTED
+
+
+def _let_nothing_follow() -> None:
+    """Have what complains while Python ends complain to nobody.
+
+    After an interruption native code does whose objects a thread still holds, and whatever one more Ctrl-C interrupts.
+    """
+    if sys.stderr is sys.__stderr__ and sys.stderr is not None:
+        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+            os.dup2(nowhere.fileno(), sys.stderr.fileno())
 
 
 def _say(message: str) -> int:

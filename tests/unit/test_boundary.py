@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import os
@@ -19,6 +20,7 @@ from typer.testing import CliRunner, Result
 
 from flows.boundary import OneLineErrors, can_be_resumed
 from flows.interruptions import INTERRUPTIONS
+from tests.unit.child_processes import child
 
 GO_ON = "What was finished is kept: give the same command again to go on."
 
@@ -115,6 +117,21 @@ def test_what_is_ignored_stays_ignored() -> None:
     finally:
         signal.signal(signal.SIGHUP, before)
     assert (outcome.exit_code, outcome.stderr) == (0, "")
+
+
+def interrupted_and_complaining() -> None:
+    """In a process of its own: what native code does whose objects are still held, as Python ends."""
+    atexit.register(os.write, 2, b"nanobind: leaked 12 instances!\n")
+    app = typer.Typer(cls=OneLineErrors, pretty_exceptions_enable=False)
+    app.callback()(lambda: None)
+    app.command("do")(sent(signal.SIGTERM))
+    app(["do"])
+
+
+def test_nothing_follows_the_line_of_an_interruption() -> None:
+    with child(interrupted_and_complaining) as process:
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (143, "", f"Terminated. {GO_ON}\n")
 
 
 @pytest.mark.parametrize("workspace", ["data", "named by the environment", "it's another"])
