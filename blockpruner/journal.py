@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from blockpruner.blocks import Block
+from blockpruner.durable import write_durably
 from blockpruner.errors import ArtifactError
-from blockpruner.paths import naming
 from blockpruner.scoring.table import ScoreTable
 from blockpruner.trace import SearchStep
 
@@ -92,7 +92,7 @@ class SearchJournal:
     def keep_dense_nll(self, nll_B: torch.Tensor) -> None:
         """Keep each sequence's NLL of the unpruned model (float64 [B])."""
         metadata = {"identity": self._identity, "sha256": _digest(nll_B.numpy().tobytes())}
-        write_atomically(self._folder / _DENSE_FILE, save({"nll_B": nll_B}, metadata))
+        _write(self._folder / _DENSE_FILE, save({"nll_B": nll_B}, metadata))
 
     def plan(self) -> str | None:
         """How the search's work was cut, as it was kept; None if it was not, or is damaged."""
@@ -102,11 +102,11 @@ class SearchJournal:
 
     def keep_plan(self, plan: str) -> None:
         """Keep how the search's work is cut: whoever goes on with the same cut gets the same bits."""
-        write_atomically(self._folder / _PLAN_FILE, self._sealed(plan))
+        _write(self._folder / _PLAN_FILE, self._sealed(plan))
 
     def append(self, step: SearchStep) -> None:
         """Keep a finished step; the scores of the step under way are no longer needed."""
-        write_atomically(self._step_path(step.step), self._sealed(step.model_dump_json()))
+        _write(self._step_path(step.step), self._sealed(step.model_dump_json()))
         for path in self._partial_paths:
             path.unlink(missing_ok=True)
 
@@ -130,7 +130,7 @@ class SearchJournal:
         newest, previous = self._partial_paths
         if newest.exists():
             newest.replace(previous)
-        write_atomically(newest, save(tensors, metadata))
+        _write(newest, save(tensors, metadata))
         self._partial_saved_at = time.monotonic()
 
     @property
@@ -200,14 +200,10 @@ class SearchJournal:
                 path.unlink()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new and nothing between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with naming(path), temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _write(path: Path, content: bytes) -> None:
+    # The folder is synced as well, though all that a power cut could take here is work: a step takes the place of its
+    # scores, which are removed, and both must not be lost together. It costs milliseconds, every two seconds at most.
+    write_durably(path, content, path.with_name(f".{path.name}.{os.getpid()}.tmp"))
 
 
 def _opened(path: Path) -> tuple[str | None, str | None]:

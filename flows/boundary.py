@@ -74,14 +74,14 @@ class OneLineErrors(TyperGroup):
             raise typer.Exit(_say_interrupted(interruption, INTERRUPTIONS.resume_command)) from None
 
 
-def can_be_resumed(run_id: str, workspace: Path) -> None:
-    """Take note of the run that an interruption stops, so that the command's last line names what goes on with it.
+def can_be_resumed(resume_command: str, workspace: Path) -> None:
+    """Take note of what goes on with the run that an interruption stops: the command's last line names it.
 
     `workspace` is absolute; it is said where another one would be taken without it.
     """
     usual = user_path(os.environ.get("BLOCKPRUNER_WORKSPACE") or "data").resolve()
     place = "" if workspace == usual else f" --workspace {shlex.quote(str(workspace))}"
-    INTERRUPTIONS.resume_command = f"blockpruner resume {run_id}{place}"
+    INTERRUPTIONS.resume_command = f"{resume_command}{place}"
 
 
 def _close_broken_output() -> OSError | None:
@@ -102,7 +102,7 @@ def _close_broken_output() -> OSError | None:
 def _say_interrupted(interruption: KeyboardInterrupt, resume: str | None) -> int:
     terminated = isinstance(interruption, Terminated)
     what, before = ("Terminated", "") if terminated else ("Interrupted", "\n")  # the terminal has just shown ^C
-    resumed = f", or `{resume}`," if resume else ""
+    resumed = f", or `{one_line(resume)}`," if resume else ""
     with suppress(OSError):  # of a terminal that was closed
         typer.echo(
             f"{before}{what}. What was finished is kept: give the same command again{resumed} to go on.", err=True

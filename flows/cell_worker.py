@@ -165,7 +165,7 @@ def _carry_out(workspace: Path, request: Request, reporter: Reporter, is_over: t
         begun = runner.begun if runner else None
         if is_over.is_set():  # what native code (DuckDB's, for one) made of the order to end
             if runner and begun and begun.status == "failed":
-                runner.runs.finish(begun, "cancelled", cancelled(begun.run_id), at=begun.finished_at)
+                runner.runs.finish(begun, "cancelled", cancelled(begun.resume_command), at=begun.finished_at)
             raise Terminated from error
         words = in_plain_words(error) or one_line(f"{type(error).__name__}: {error}")
         return Event(kind="end", text=words, run_id=begun.run_id if begun else None)

@@ -24,6 +24,7 @@ from prefect.settings import PREFECT_HOME, get_current_settings
 
 from blockpruner.errors import ConfigurationError
 from blockpruner.fresh_process import Lifeline
+from flows.server_contact import require_server
 from flows.wording import one_line
 
 _TRIES = 3
@@ -34,12 +35,13 @@ def start_shielded_server() -> None:
     """Start the temporary server that flows of this process will use, unless PREFECT_API_URL names one.
 
     Raises:
-        ConfigurationError: if it cannot start.
+        ConfigurationError: if it cannot start, or the one that is named cannot be used.
 
     A signal that is blocked stays blocked in a child, whatever handler it installs. Blocked in this thread alone, it
     still reaches the command itself, also while that waits for the server.
     """
     if determine_server_type() is not ServerType.EPHEMERAL:
+        require_server()
         return
     started: Future[None] = Future()
 

@@ -110,7 +110,7 @@ def _saying_how_to_go_on(runner: Runner, reporter: Reporter) -> Iterator[None]:
     except BaseException:
         begun = runner.begun
         if begun is not None and begun.status == "cancelled" and not is_quiet():
-            command = f"blockpruner resume {begun.run_id} --workspace {runner.workspace.path}"
+            command = f"{begun.resume_command} --workspace {runner.workspace.path}"
             reporter.say(f"stopped; what was finished is kept, and `{command}` goes on with it")
         raise
 

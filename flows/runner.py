@@ -76,7 +76,7 @@ class Runner:
         for record in self.runs.close_dead():
             self._warn(
                 f"run {record.run_id} had died; it is now closed as crashed, and what it finished is kept: "
-                f"`blockpruner resume {record.run_id}` goes on with it"
+                f"`{record.resume_command}` goes on with it"
             )
 
     def run(
@@ -130,16 +130,33 @@ class Runner:
         done = [each for each in self.runs.list() if each.comparison == comparison and each.status == "completed"]
         if not done:
             return None
-        plan, artifacts = Plan.make(recipe, goal, external), dict[str, Artifact[Any]]()
-        for planned in plan.stages:
-            if (job := planned.job(artifacts)) is None:
-                continue
-            if (found := self._artifacts.lookup(job.stage, job.fingerprint)) is None:
+        wanted: dict[str, str | None] = {}
+        for role, artifact in self._looked_up(Plan.make(recipe, goal, external)):
+            if artifact is None:
                 return None
-            artifacts[planned.role] = found
-        wanted = {role: artifact.fingerprint for role, artifact in artifacts.items()}
+            wanted[role] = artifact.fingerprint
         label = external.label if external else None
         return next((each for each in done if _did(each) == wanted and (not label or each.strategy == label)), None)
+
+    def missing(self, plan: Plan) -> list[str]:
+        """The roles of the stages that are yet to be computed, as far as can be told before the first of them is."""
+        return [role for role, artifact in self._looked_up(plan) if artifact is None]
+
+    def _looked_up(self, plan: Plan) -> Iterator[tuple[str, Artifact[Any] | None]]:
+        """A plan's stages, by role, with their artifacts; behind the first that is not there, none is known."""
+        artifacts: dict[str, Artifact[Any]] = {}
+        are_known = True
+        for planned in plan.stages:
+            found = None
+            if are_known:
+                if (job := planned.job(artifacts)) is None:
+                    continue
+                found = self._artifacts.lookup(job.stage, job.fingerprint)
+            if found is None:
+                are_known = False
+            else:
+                artifacts[planned.role] = found
+            yield planned.role, found
 
     def refuse(self, recipe: Recipe, goal: Goal, reason: str) -> None:
         """Record a run that could not begin."""
@@ -162,8 +179,8 @@ class Runner:
         self._end(record, "completed", None)
 
     def _cancel(self, record: RunRecord) -> None:
-        can_be_resumed(record.run_id, self.workspace.path)
-        self._end_early(record, "cancelled", cancelled(record.run_id), self._results_in_passing)
+        can_be_resumed(record.resume_command, self.workspace.path)
+        self._end_early(record, "cancelled", cancelled(record.resume_command), self._results_in_passing)
 
     def _end_early(self, record: RunRecord, status: RunStatus, error: str, results: ResultStore | None = None) -> None:
         """Also where the record itself cannot be written: that must not take the place of what went wrong first."""

@@ -24,6 +24,7 @@ from filelock import Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import blockpruner
+from blockpruner.durable import sync_folder
 from blockpruner.errors import ArtifactError, is_disk_full
 from blockpruner.paths import naming
 from stages.contract import (
@@ -36,7 +37,7 @@ from stages.contract import (
     StageManifest,
     canonical_digest,
 )
-from stages.workspace import Warn, Workspace, checked_name, is_name, log_warning, sync_folder
+from stages.workspace import Warn, Workspace, checked_name, is_name, log_warning
 
 MANIFEST_FILE = "manifest.json"
 _PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})

@@ -101,6 +101,7 @@ class RayCrew:
         `environment` has variables for the workers' processes, beside what these have from whoever started Ray.
         """
         self._ray, self._job, self._share = ray, job, share
+        _ = job.model.fingerprint  # goes with the job: what a worker would read is its own files, which it compares
         self._environment = {"runtime_env": {"env_vars": dict(environment)}} if environment else {}
         self._token_ids = ray.put(token_ids_BT)
         self._actor_class = ray.remote(RayWorker)

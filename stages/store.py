@@ -20,6 +20,7 @@ import duckdb
 from filelock import Timeout
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random
 
+from blockpruner.durable import sync_folder
 from blockpruner.errors import ArtifactError, StoreError
 from stages.runs import RunRecord, RunStore
 from stages.store_rows import RunRows, record_digest, rows_of
@@ -32,7 +33,7 @@ from stages.store_schema import (
     delete_statement,
     insert_statement,
 )
-from stages.workspace import Warn, Workspace, log_warning, sync_folder
+from stages.workspace import Warn, Workspace, log_warning
 
 _READ_ONLY_CONFIG: dict[str, str | bool | int | float | list[str]] = {
     "enable_external_access": "false",

@@ -1,4 +1,4 @@
-"""The workspace: one folder with everything that this program keeps. Its layout, its locks, its durable writes.
+"""The workspace: one folder with everything that this program keeps. Its layout and its locks.
 
     artifacts/<stage>/<fingerprint>/    what the stages computed; the only part that must be backed up, with runs/
     runs/<run_id>.json                  one record a run
@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,7 +32,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, Timeout
 
 from blockpruner.errors import ArtifactError
-from blockpruner.paths import naming, user_path
+from blockpruner.paths import user_path
 
 Warn = Callable[[str], None]
 """How something that a person should know is said: one line, no trailing newline."""
@@ -151,29 +150,3 @@ def checked_name(name: str) -> str:
     if not is_name(name):
         raise ArtifactError(f"{name!r} cannot name a folder of the workspace; use a-z, 0-9, '-' and '_' only")
     return name
-
-
-def write_durably(path: Path, content: bytes, temporary: Path) -> None:
-    """Write a file so that a reader, or a power cut, sees the old content or the new and nothing between.
-
-    `temporary` lies beside `path`, belongs to this call alone, and is gone afterwards.
-    """
-    try:
-        with naming(path), temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from blockpruner.durable import write_durably
 from flows.reporter import LOADING
-from stages.workspace import write_durably
 from tests.integration.command_line import Outcome, as_anybody, blockpruner, in_a_process, with_files_of
 from tests.tiny_models import tiny_rows
 

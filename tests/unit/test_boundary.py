@@ -142,7 +142,7 @@ def test_the_run_that_was_stopped_is_named_with_its_workspace_where_that_is_not_
     monkeypatch.setenv("BLOCKPRUNER_WORKSPACE", workspace if "environment" in workspace else "")
 
     def command() -> None:
-        can_be_resumed("20261128-072815-a43d7c", tmp_path / workspace)
+        can_be_resumed("blockpruner resume 20261128-072815-a43d7c", tmp_path / workspace)
         os.kill(os.getpid(), signal.SIGTERM)
 
     said = outcome_of(command).stderr

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -121,22 +121,26 @@ def test_a_run_id_cannot_escape(runs: Runs, run_id: str) -> None:
         runs.store.load(run_id)
 
 
-def test_readers_never_see_a_torn_record(runs: Runs) -> None:
-    record = runs.add("one", config={"x": "y" * 200_000})
-    stop = threading.Event()
+def test_who_reads_a_record_while_it_is_written_reads_the_old_one_whole(runs: Runs) -> None:
+    old = runs.add("one", config={"x": "y" * 10_000})
+    with (runs.workspace / "runs" / "one.json").open("rb") as reader:
+        beginning = reader.read(100)
+        runs.add("one", config={"x": "z" * 20_000})
+        assert RunRecord.model_validate_json(beginning + reader.read()) == old
+    assert runs.store.load("one").config == {"x": "z" * 20_000}
 
-    def write() -> None:
-        while not stop.is_set():
-            runs.store.save(record)
 
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        for _ in range(50):
-            assert runs.store.load("one").config == record.config
-    finally:
-        stop.set()
-        writer.join()
+def test_a_record_that_cannot_be_written_leaves_the_old_one(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = runs.add("one")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        runs.add("one", config={"x": 1})
+    assert runs.store.load("one") == old
+    assert [path.name for path in (runs.workspace / "runs").iterdir()] == ["one.json"]
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------
