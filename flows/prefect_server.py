@@ -34,11 +34,11 @@ _NOT_FOR_THE_SERVER = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 def start_shielded_server() -> None:
     """Start the temporary server that flows of this process will use, unless PREFECT_API_URL names one.
 
-    Raises:
-        ConfigurationError: if it cannot start, or the one that is named cannot be used.
-
     A signal that is blocked stays blocked in a child, whatever handler it installs. Blocked in this thread alone, it
     still reaches the command itself, also while that waits for the server.
+
+    Raises:
+        ConfigurationError: if it cannot start, or the one that is named cannot be used.
     """
     if determine_server_type() is not ServerType.EPHEMERAL:
         require_server()
