@@ -22,9 +22,9 @@ from typing import IO, Literal, Self
 from pydantic import BaseModel, ConfigDict
 
 from blockpruner.progress import Progress, ProgressCallback
-from flows.boundary import Terminated, watched_interruptions
 from flows.eta import RemainingTime
 from flows.grid import External
+from flows.interruptions import INTERRUPTIONS, Terminated
 from flows.recipe import Recipe
 from flows.reporter import Reporter, describe
 from flows.wording import cancelled, in_plain_words, one_line
@@ -176,7 +176,7 @@ def main() -> int:
     """Serve until there are no more requests."""
     channel, workspace = _Channel.take_standard_output(), Path(json.loads(sys.argv[1]))
     try:
-        with watched_interruptions():
+        with INTERRUPTIONS.watched():
             requests = _Requests(sys.stdin)
             for request in requests:
                 reporter = _SendingReporter(channel, requests.are_over)

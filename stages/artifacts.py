@@ -397,10 +397,15 @@ def _full_disk(stage_name: str, unfinished: Path, workspace: Path, error: BaseEx
         written = sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
         need = f" (the stage needs more than the {written + shutil.disk_usage(workspace).free:,} bytes that it had)"
     return ArtifactError(
-        f"stage {stage_name}: {getattr(error, 'filename', None) or workspace} cannot be written "
+        f"stage {stage_name}: {_what_was_written(error) or workspace} cannot be written "
         f"({getattr(error, 'strerror', None) or error}); free some space{need} and give the same command again: "
         "all that was finished is kept"
     )
+
+
+def _what_was_written(error: BaseException) -> str | None:
+    """The file that the operating system names; of a copy or a rename the second one."""
+    return getattr(error, "filename2", None) or getattr(error, "filename", None)
 
 
 def _remove(path: Path) -> None:

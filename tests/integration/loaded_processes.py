@@ -12,14 +12,15 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
-from blockpruner.export import verify
+from blockpruner import fresh_process
 from tests.integration.command_line import Outcome
 
 _LOADED = ("flows.plan", "flows.runner", "flows.summary", "flows.cli_output", "flows.prune_flow", "stages.store")
@@ -110,23 +111,33 @@ def commands() -> Iterator[Callable[[Command], Command]]:
 
 def load_exports_in_forks() -> None:
     """In a process about to begin: what loads an export is forked from it."""
-    verify.subprocess = SimpleNamespace(run=_run_in_a_fork)  # type: ignore[assignment]
+    fresh_process.subprocess = SimpleNamespace(run=_run_in_a_fork)  # type: ignore[assignment]
 
 
-def _run_in_a_fork(command: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
+def _run_in_a_fork(command: Sequence[str], input: str = "", **_: object) -> subprocess.CompletedProcess[str]:
     """What loads an export is a process of its own here as well, without loading all libraries once more."""
+    with tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+") as said:
+        asked.write(input)
+        asked.seek(0)
+        status = _status_of_a_fork(command, asked, said)
+        said.seek(0)
+        return subprocess.CompletedProcess(command, status, said.read(), "")
+
+
+def _status_of_a_fork(command: Sequence[str], stdin: IO[str], stdout: IO[str]) -> int:
     child = os.fork()
     if child == 0:
+        sys.stdin, sys.stdout = stdin, stdout  # type: ignore[assignment]
         status = 1
         try:
-            sys.argv = list(command[2:])
+            sys.argv = list(command[4:])  # without the interpreter and the lifeline
             runpy.run_path(sys.argv[0], run_name="__main__")
+            stdout.flush()
             status = 0
         except BaseException:  # noqa: BLE001  # it must not go on as its parent
             traceback.print_exc()
         os._exit(status)
-    _, status = os.waitpid(child, 0)
-    return subprocess.CompletedProcess(command, status, "", "")
+    return os.waitpid(child, 0)[1]
 
 
 def _be_the_command(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
 import io
 import json
 import os
+import pty
 import resource
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -280,12 +283,16 @@ def test_the_environment_names_the_workspace(
 def _started_search(folder: Path, *arguments: object, command: str = "search") -> subprocess.Popen[str]:
     """A search in a process of its own, caught after its first removal or within it."""
     process = start(command, *arguments)
+    _wait_for_a_search(process, folder)
+    return process
+
+
+def _wait_for_a_search(process: subprocess.Popen[Any], folder: Path) -> None:
     deadline = time.monotonic() + 90
     while not any(path.stat().st_size for path in folder.glob("state/search/*/*") if path.is_file()):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    return process
 
 
 @pytest.fixture
@@ -368,6 +375,33 @@ def test_what_every_process_of_a_terminal_or_job_hears_spares_prefects_server(
 
 
 @pytest.mark.slow
+def test_a_terminal_that_is_closed_ends_a_search_as_ctrl_c_does(
+    long_search: Callable[[Path], list[object]], tmp_path: Path
+) -> None:
+    """Or a connection that is lost: SIGHUP, and no line can be written any more."""
+    terminal, its_side = pty.openpty()
+    program = "from flows.cli import app; app(prog_name='blockpruner')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "search", *map(str, long_search(tmp_path / "ws"))],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=its_side,
+        stdout=its_side,
+        stderr=its_side,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    try:
+        os.close(its_side)
+        _wait_for_a_search(process, tmp_path / "ws")
+        os.close(terminal)
+        assert process.wait(30) == 128 + signal.SIGHUP
+    finally:
+        process.kill()
+    (run,) = blockpruner("runs", "--workspace", tmp_path / "ws", "--json").json
+    assert run["status"] == "cancelled"
+
+
+@pytest.mark.slow
 def test_an_order_to_end_while_prefect_starts_leaves_nothing_behind(
     long_search: Callable[[Path], list[object]], tmp_path: Path
 ) -> None:
@@ -420,7 +454,7 @@ def _members(group: int) -> list[int]:
 def _is_the_server(pid: int) -> bool:
     """Prefect's import starts short-lived programs of its own, which are not meant."""
     with contextlib.suppress(OSError):
-        return b"prefect_lifeline.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"uvicorn" in Path(f"/proc/{pid}/cmdline").read_bytes()
     return False
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration import test_baichuan as baichuan
 from tests.integration.command_line import Outcome, blockpruner
 from tests.integration.file_changes import on_change
 from tests.integration.loaded_processes import Command, load_exports_in_forks
@@ -39,12 +40,18 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def arguments(tmp_path: Path, tiny_folder: Callable[[str], Path], disk: Path) -> Callable[[str], list[object]]:
-    """The command line for each command."""
+    """The command line for each command; "fold" is a search in a model that has to be folded first."""
     (tmp_path / "cal.txt").write_text("\n".join(tiny_rows(40)))
     text = ["--calibration", tmp_path / "cal.txt", "--sequence-length", 16, "--num-samples", "all"]
-    whole = ["--model", tiny_folder("llama"), *text]
-    given: dict[str, list[object]] = {"search": [*whole, "--num-blocks", 2], "baseline": whole}
-    return lambda command: [command, *given.get(command, ["latest"]), "--workspace", disk / "ws", "--json"]
+    whole = [*text, "--model", tiny_folder("llama")]
+    published = baichuan.written(tmp_path / "baichuan")
+    given: dict[str, list[object]] = {
+        "search": ["search", *whole, "--num-blocks", 2],
+        "baseline": ["baseline", *whole],
+        "fold": ["search", *text, "--model", published, "--num-blocks", 2],
+        "speed": ["speed", "latest", *("--batch-sizes", 1, "--prompt-tokens", 4, "--new-tokens", 1, "--repeats", 1)],
+    }
+    return lambda command: [*given.get(command, [command, "latest"]), "--workspace", disk / "ws", "--json"]
 
 
 def fill_at(stage: str, disk: str) -> None:
@@ -76,6 +83,8 @@ CASES = [
     ("search", "search", ["baseline"]),
     ("export", "export", ["search"]),
     ("evaluate", "evaluate", ["search", "export"]),
+    ("speed", "speed", ["search", "export"]),
+    ("fold", "fold", ["search"]),
 ]
 
 
