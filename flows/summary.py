@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from blockpruner.errors import ArtifactError
+from flows.wording import as_json_escapes
 from stages.accuracy import AVERAGE_TASK
 from stages.runs import RunRecord
 from stages.store_rows import RunRows, rows_of
@@ -133,8 +134,8 @@ def finite(value: Any) -> Any:
 
 
 def dump_json(value: object) -> str:
-    """JSON on one line."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
+    """JSON on one line, fit to be shown."""
+    return as_json_escapes(json.dumps(value, ensure_ascii=False, allow_nan=False, default=str))
 
 
 def _step(step: StepRow) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -298,3 +299,76 @@ def test_answers_outside_of_the_workspace_are_not_those_of_a_run(foreign: Lab, o
         changed = {**record, "stages": [*record["stages"], {**stage, "artifact_path": path}]}
         (foreign.workspace / f"runs/{record['run_id']}.json").write_text(json.dumps(changed))
         assert foreign.call("show", "latest", "--json").json["samples"] == {}
+
+
+STEERING = "[/red][red]\x1b[2J\x1b]0;pwned\x07\u202e"
+
+
+def in_the_trace(workspace: Path) -> None:
+    (artifact,) = workspace.glob("artifacts/search/*")
+    steps = [json.loads(line) for line in (artifact / "trace.jsonl").read_text().splitlines()]
+    for step in steps:
+        step["block"]["block_kind"] = STEERING
+    (artifact / "trace.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    signed(artifact)
+
+
+def in_the_export(workspace: Path) -> None:
+    (artifact,) = workspace.glob("artifacts/export/*")
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    manifest["manifest"] |= {"format": STEERING, "verified_with": STEERING}
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    signed(artifact)
+
+
+def in_the_evaluation(workspace: Path) -> None:
+    """Which is the baseline's artifact with other words."""
+    (artifact,) = workspace.glob("artifacts/search/*")
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    metric = {"task": STEERING, "metric": STEERING, "value": 0.5, "stderr": None, "num_examples": 3}
+    manifest["manifest"] = {"texts": [{"text": STEERING, "num_tokens": 2, "perplexity": 3.0}], "metrics": [metric]}
+    copy = workspace / "artifacts/evaluate" / artifact.name
+    copy.mkdir(parents=True)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    signed(copy)
+    stage = {"stage": "evaluate", "label": "evaluate", "status": "completed"}
+    stage["artifact_path"] = copy.relative_to(workspace).as_posix()
+    in_record(workspace, lambda record: record["stages"].append({**stage, "role": "evaluate:dense"}))
+
+
+def in_the_record(workspace: Path) -> None:
+    def change(record: dict[str, Any]) -> None:
+        for stage in record["stages"]:
+            stage |= {"fingerprint": STEERING, "error": STEERING, "label": STEERING}
+        for name in ("model", "name", "host", "calibration", "strategy", "metric", "dtype", "device", "error"):
+            record[name] = STEERING
+        record["config"] |= {"task_dir": STEERING, "ray_address": STEERING}
+
+    in_record(workspace, change)
+
+
+def in_record(workspace: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    (path,) = workspace.glob("runs/*.json")
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("forge", [in_the_trace, in_the_export, in_the_evaluation, in_the_record])
+def test_nothing_in_a_workspace_of_others_steers_a_terminal(forge: Callable[[Path], None], foreign: Lab) -> None:
+    forge(foreign.workspace)
+    (foreign.workspace / "results.duckdb").unlink()
+    tables = ("search_steps", "evaluations", "exports", "runs", "stage_runs")
+    commands = [
+        *(("show", "latest", *form) for form in ((), ("--csv",), ("--markdown",), ("--latex",), ("--json",))),
+        *(("runs", *form) for form in ((), ("--csv",), ("--json",))),
+        *(("sql", f"FROM {table}", *form) for table in tables for form in ((), ("--csv",), ("--json",))),
+        ("cache", "list"),
+        ("resume", "latest"),
+    ]
+    said = [foreign.call(*command) for command in commands]
+    assert [outcome.status for outcome in said] == [0] * len(commands), said
+    for outcome in said:
+        shown = outcome.stdout + outcome.stderr
+        assert all(character.isprintable() or character == "\n" for character in shown), shown
+    assert "[/red][red]\\x1b[2J" in said[0].stdout
