@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, Posit
 from transformers import PreTrainedModel
 
 from blockpruner.errors import CheckpointError, ConfigurationError
+from blockpruner.fresh_process import run_fresh
 from blockpruner.loading import DtypeName
 from blockpruner.positions import num_positions
 from blockpruner.progress import Progress, ProgressCallback, silent
@@ -131,9 +130,7 @@ def _answer(
         "num_repeats": num_repeats,
         "trust_remote_code": model.trust_remote_code,
     }
-    # -P: the script's own folder must not be searched for modules.
-    command = [sys.executable, "-P", str(_PROBE)]
-    finished = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
+    finished = run_fresh(_PROBE, given=json.dumps(request))
     if finished.returncode != 0:
         reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
         raise CheckpointError(f"the speed of {model.path} cannot be measured: {reason}")

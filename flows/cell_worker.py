@@ -22,9 +22,9 @@ from typing import IO, Literal, Self
 from pydantic import BaseModel, ConfigDict
 
 from blockpruner.progress import Progress, ProgressCallback
-from flows.boundary import Terminated, watched_interruptions
 from flows.eta import RemainingTime
 from flows.grid import External
+from flows.interruptions import INTERRUPTIONS, Terminated
 from flows.recipe import Recipe
 from flows.reporter import Reporter, describe
 from flows.wording import cancelled, in_plain_words, one_line
@@ -165,7 +165,7 @@ def _carry_out(workspace: Path, request: Request, reporter: Reporter, is_over: t
         begun = runner.begun if runner else None
         if is_over.is_set():  # what native code (DuckDB's, for one) made of the order to end
             if runner and begun and begun.status == "failed":
-                runner.runs.finish(begun, "cancelled", cancelled(begun.run_id), at=begun.finished_at)
+                runner.runs.finish(begun, "cancelled", cancelled(begun.resume_command), at=begun.finished_at)
             raise Terminated from error
         words = in_plain_words(error) or one_line(f"{type(error).__name__}: {error}")
         return Event(kind="end", text=words, run_id=begun.run_id if begun else None)
@@ -176,7 +176,7 @@ def main() -> int:
     """Serve until there are no more requests."""
     channel, workspace = _Channel.take_standard_output(), Path(json.loads(sys.argv[1]))
     try:
-        with watched_interruptions():
+        with INTERRUPTIONS.watched():
             requests = _Requests(sys.stdin)
             for request in requests:
                 reporter = _SendingReporter(channel, requests.are_over)

@@ -85,7 +85,8 @@ def sql(
 ) -> None:
     """Ask the results database in SQL; without a query at a prompt.
 
-    Reads only, and works while a search is running.
+    Reads only, and works while a search is running. A terminal shows what fits its width: long values are cut, and
+    columns in the middle left out; --json, --csv and a pipe give everything.
     """
     from stages.store import ResultStore
 
@@ -100,7 +101,7 @@ def sql(
 
 def _put_answer(answer: QueryResult, as_json: bool, as_csv: bool) -> None:
     from flows.cli_output import put, put_view
-    from flows.render import query_table
+    from flows.render import Answer
     from flows.summary import dump_json, finite
     from flows.table_formats import csv_text
 
@@ -110,7 +111,7 @@ def _put_answer(answer: QueryResult, as_json: bool, as_csv: bool) -> None:
     elif as_csv:
         put(csv_text(columns, rows), newline=False)
     else:
-        put_view(query_table(columns, rows))
+        put_view(Answer(columns, rows))
 
 
 def _ask_for_queries(results: ResultStore, answer: Callable[[str], None]) -> None:

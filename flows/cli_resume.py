@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -18,14 +19,17 @@ if TYPE_CHECKING:
     from stages.runs import RunRecord
 
 
+@options.of_recipe(*options.CONSENTS)
 def resume(
+    context: typer.Context,
     run: options.Run,
     workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE,
     as_json: options.Json = False,
 ) -> None:
     """Go on with a run that was stopped, failed or crashed.
 
-    With the settings that it was begun with, wherever it was begun. What it finished is taken as it is.
+    With the settings that it was begun with, wherever it was begun, but for those that let code of others run: these
+    are to be given again. What it finished is taken as it is.
     """
     from flows.cli_output import print_result
 
@@ -36,9 +40,10 @@ def resume(
         )
     if record.status == "completed":
         typer.echo(f"run {record.run_id} is completed: there is nothing left to go on with", err=True)
-    print_result(
-        _as_it_is(record, workspace) if record.status == "completed" else _on(record, workspace), as_json=as_json
-    )
+        summary = _as_it_is(record, workspace)
+    else:
+        summary = _on(record, workspace, options.given_settings(context))
+    print_result(summary, as_json=as_json)
 
 
 def _as_it_is(record: RunRecord, workspace: Path) -> RunSummary:
@@ -49,12 +54,12 @@ def _as_it_is(record: RunRecord, workspace: Path) -> RunSummary:
     return RunSummary.of(record, Workspace(workspace), Reporter().warn)
 
 
-def _on(record: RunRecord, workspace: Path) -> RunSummary:
+def _on(record: RunRecord, workspace: Path, given: Mapping[str, Any]) -> RunSummary:
     """Carry out what the record asks for: as a flow if it was one, else in this process."""
     from flows.cli_pipeline import run_flow
+    from flows.consent import Consent, recipe_of
     from flows.goals import known_goal
     from flows.grid import External
-    from flows.recipe import make_recipe
     from flows.reporter import Reporter
 
     goal = known_goal(record.goal)
@@ -63,9 +68,7 @@ def _on(record: RunRecord, workspace: Path) -> RunSummary:
             f"the record of run {record.run_id} does not say how far it was to go, for another version of BlockPruner "
             "wrote it; give its command again, which takes what it finished"
         )
-    recipe = make_recipe(record.config)
-    if record.flow_run_id is not None:
-        return run_flow(recipe, workspace)
+    recipe, consent = recipe_of(record, given), Consent.of(record, given)
     with redirect_stdout(sys.stderr):  # whoever else prints does not mean it as a result
         reporter = Reporter()
         with reporter.loading():
@@ -73,4 +76,8 @@ def _on(record: RunRecord, workspace: Path) -> RunSummary:
 
         external = External(path=record.external, label=record.strategy or "external") if record.external else None
         runner = Runner(workspace, reporter)
-        return _as_it_is(runner.run(recipe, goal, comparison=record.comparison, external=external), workspace)
+        execute = consent.checked(runner, recipe, goal, external)
+        if record.flow_run_id is None or consent.is_guarded:
+            run = runner.run(recipe, goal, execute, comparison=record.comparison, external=external)
+            return _as_it_is(run, workspace)
+    return run_flow(recipe, workspace)

@@ -14,6 +14,7 @@ from flows import cli_options as options
 from flows.model_copy import copy_models, require_new_folder
 
 if TYPE_CHECKING:
+    from flows.consent import Consent
     from flows.goals import Goal
     from flows.recipe import Recipe
     from flows.summary import RunSummary
@@ -102,12 +103,12 @@ def export(
         from stages.workspace import Workspace
 
         require_new_folder(output, Workspace(workspace))
-    asked = _recipe_of_run(context, run, workspace)
+    asked, consent = _recipe_of_run(context, run, workspace)
     if push_to_hub is not None:
         from blockpruner.hub import check_repositories
 
         check_repositories(push_to_hub, asked.export_format)
-    summary = _run_here(asked, "export", workspace, output)
+    summary = _run_here(asked, "export", workspace, consent, output)
     if push_to_hub is not None:
         _push(summary, push_to_hub, several=_are_several(asked))
     from flows.cli_output import print_result
@@ -129,12 +130,14 @@ def evaluate(
 
     Of a run's dense and pruned model; or with --model, of one model as it is.
     """
-    recipe = _recipe_of_run(context, run, workspace)
+    recipe, consent = _recipe_of_run(context, run, workspace)
     prunes = run is not None or recipe.num_blocks is not None or recipe.ratio is not None
-    _run_and_print(recipe, "evaluate" if prunes else "measure", workspace, as_json)
+    _run_and_print(recipe, "evaluate" if prunes else "measure", workspace, as_json, consent)
 
 
-@options.of_recipe("num_blocks", "export_format", *options.SPEED, "device", "dtype", "name")
+@options.of_recipe(
+    "num_blocks", "export_format", *options.SPEED, "device", "dtype", "ray_address", "name", "trust_remote_code"
+)
 def speed(
     context: typer.Context,
     run: options.Run,
@@ -145,7 +148,8 @@ def speed(
 
     Size, prefill, decoding, peak memory and KV cache, in transformers; each model in processes of its own, in turn.
     """
-    _run_and_print(_recipe_of_run(context, run, workspace), "speed", workspace, as_json)
+    recipe, consent = _recipe_of_run(context, run, workspace)
+    _run_and_print(recipe, "speed", workspace, as_json, consent)
 
 
 def _recipe(context: typer.Context, source: str | None) -> Recipe:
@@ -154,13 +158,14 @@ def _recipe(context: typer.Context, source: str | None) -> Recipe:
     return load_recipe(source, options.given_settings(context))
 
 
-def _recipe_of_run(context: typer.Context, run: str | None, workspace: Path) -> Recipe:
+def _recipe_of_run(context: typer.Context, run: str | None, workspace: Path) -> tuple[Recipe, Consent]:
     """The recipe of an earlier run with the options that were given; without a run, of the options alone."""
+    from flows.consent import ALL_GIVEN, Consent, recipe_of
     from flows.recipe import make_recipe
 
     given = options.given_settings(context)
     if run is None:
-        return make_recipe(given)
+        return make_recipe(given), ALL_GIVEN
     from stages.runs import RunStore
     from stages.store_rows import rows_of
     from stages.workspace import log_warning
@@ -169,7 +174,7 @@ def _recipe_of_run(context: typer.Context, run: str | None, workspace: Path) -> 
     store.workspace.require()
     record = store.resolve(run, to_go_on=True)
     num_searched = len(rows_of(record, store.workspace, log_warning).search_steps)
-    return make_recipe(record.config).going_on(given, num_searched)
+    return recipe_of(record, given).going_on(given, num_searched), Consent.of(record, given)
 
 
 def _are_several(recipe: Recipe) -> bool:
@@ -186,24 +191,27 @@ def _push(summary: RunSummary, repo_id: str, *, several: bool) -> None:
         typer.echo(f"pushed to {address}", err=True)
 
 
-def _run_and_print(recipe: Recipe, goal: Goal, workspace: Path, as_json: bool, output: Path | None = None) -> None:
+def _run_and_print(recipe: Recipe, goal: Goal, workspace: Path, as_json: bool, consent: Consent | None = None) -> None:
     from flows.cli_output import print_result
 
-    print_result(_run_here(recipe, goal, workspace, output), as_json=as_json)
+    print_result(_run_here(recipe, goal, workspace, consent), as_json=as_json)
 
 
-def _run_here(recipe: Recipe, goal: Goal, workspace: Path, output: Path | None) -> RunSummary:
-    """Carry out a recipe as far as a stage, in this process."""
+def _run_here(
+    recipe: Recipe, goal: Goal, workspace: Path, consent: Consent | None, output: Path | None = None
+) -> RunSummary:
+    """Carry out a recipe as far as a stage, in this process; one that goes on from a run, as far as it is allowed."""
     from flows.reporter import Reporter
 
     reporter = Reporter()
     with redirect_stdout(sys.stderr):  # whoever else prints does not mean it as a result
         with reporter.loading():
+            from flows.consent import ALL_GIVEN
             from flows.runner import Runner
             from flows.summary import RunSummary
 
         runner = Runner(workspace, reporter)
-        record = runner.run(recipe, goal)
+        record = runner.run(recipe, goal, (consent or ALL_GIVEN).checked(runner, recipe, goal))
         summary = RunSummary.of(record, runner.workspace, reporter.warn)
         return summary if output is None else _copied(summary, output, several=_are_several(recipe))
 

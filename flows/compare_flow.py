@@ -32,6 +32,7 @@ from flows.comparison_table import comparison_text, full_table
 from flows.flow_artifacts import table
 from flows.flow_hooks import close_cells
 from flows.grid import Cell, Comparison, in_families, load_comparison
+from flows.interruptions import INTERRUPTIONS
 from flows.plan import Plan
 from flows.prune_flow import LoggingReporter, quieten_user_errors
 from flows.reporter import Reporter
@@ -76,7 +77,7 @@ def compare(
     comparison = load_comparison(recipe, {}, {}) if isinstance(recipe, str) else recipe
     reporter = LoggingReporter()
     check_comparison(comparison, parallel)
-    with whatever_becomes_of_its_slot():
+    with whatever_becomes_of_its_slot(), INTERRUPTIONS.kept():
         outcomes = _Comparing(comparison, Path(workspace), reporter).run(parallel)
     store = Workspace(Path(workspace))
     rows = rows_of(comparison, outcomes, store, reporter.warn)

@@ -65,7 +65,7 @@ def _status(state: State[Any]) -> RunStatus:
 
 
 def _reason(record: RunRecord, status: RunStatus, state: State[Any]) -> str:
-    return cancelled(record.run_id) if status == "cancelled" else one_line(state.message or status)
+    return cancelled(record.resume_command) if status == "cancelled" else one_line(state.message or status)
 
 
 def _description(parameters: Mapping[str, Any]) -> RunDescription:

@@ -1,8 +1,9 @@
-"""The server that Prefect starts for a single command, out of the terminal's reach, and no longer there than that is.
+"""The server that Prefect starts for a single command: deaf to signals, and no longer there than that command is.
 
-Ctrl-C goes to every process of the terminal. A server that it ends takes no report any more, and Prefect tries to
-reach it for more than a minute before a command ends. A command that is killed (`kill -9`, out of memory) stops
-nothing itself, so the server watches it. Knows no flow, and starts nothing where a server is named.
+Ctrl-C goes to every process of a terminal, and the SIGTERM of `timeout`, systemd or Slurm to every process of a group
+or a job. A server that it ends takes no report any more, and Prefect tries to reach it for more than two minutes before
+a command ends. A command that is killed (`kill -9`, out of memory) stops nothing itself, so the server watches it.
+Knows no flow, and starts nothing where a server is named.
 """
 
 from __future__ import annotations
@@ -10,9 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from concurrent.futures import Future
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -24,27 +23,30 @@ from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_HOME, get_current_settings
 
 from blockpruner.errors import ConfigurationError
+from blockpruner.fresh_process import Lifeline
+from flows.server_contact import require_server
 from flows.wording import one_line
 
 _TRIES = 3
-_LIFELINE = Path(__file__).with_name("prefect_lifeline.py")
+_NOT_FOR_THE_SERVER = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 def start_shielded_server() -> None:
     """Start the temporary server that flows of this process will use, unless PREFECT_API_URL names one.
 
-    Raises:
-        ConfigurationError: if it cannot start.
-
     A signal that is blocked stays blocked in a child, whatever handler it installs. Blocked in this thread alone, it
     still reaches the command itself, also while that waits for the server.
+
+    Raises:
+        ConfigurationError: if it cannot start, or the one that is named cannot be used.
     """
     if determine_server_type() is not ServerType.EPHEMERAL:
+        require_server()
         return
     started: Future[None] = Future()
 
     def start() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_THE_SERVER)
         try:
             _WatchingServer().start()
         except RuntimeError as error:  # Prefect's, when it has waited long enough
@@ -68,8 +70,7 @@ def _no_server(reason: str) -> ConfigurationError:
 class _WatchingServer(SubprocessASGIServer):
     """Prefect's server with a lifeline. Prefect keeps one server a process, and finds this one for its flows."""
 
-    _lifeline: int | None = None
-    """The end of the pipe that closes with this process; no child inherits it."""
+    _lifeline: Lifeline | None = None
     _num_started = 0
 
     def _run_uvicorn_command(self) -> subprocess.Popen[Any]:
@@ -80,31 +81,28 @@ class _WatchingServer(SubprocessASGIServer):
         self._num_started += 1
         if self._num_started > _TRIES:
             raise _no_server(f"ended {_TRIES} times at its start")
-        watched, lifeline = os.pipe()
-        try:
-            server = subprocess.Popen(
-                [
-                    *(sys.executable, "-P", str(_LIFELINE), str(watched)),
-                    *("--app-dir", str(prefect.__module_path__.parent)),
-                    *("--factory", "prefect.server.api.server:create_app"),
-                    *("--host", "127.0.0.1", "--port", str(self.port)),
-                    *("--log-level", "error", "--lifespan", "on"),
-                ],
-                env={
-                    **os.environ,
-                    "PREFECT_UI_ENABLED": "0",
-                    "PREFECT__SERVER_EPHEMERAL": "1",
-                    "PREFECT__SERVER_FINAL": "1",
-                    **get_current_settings().to_environment_variables(exclude_unset=True),
-                },
-                pass_fds=(watched,),
-            )
-        except BaseException:
-            os.close(lifeline)
-            raise
-        finally:
-            os.close(watched)
         if self._lifeline is not None:  # of a try on a port that was taken meanwhile
-            os.close(self._lifeline)
-        self._lifeline = lifeline
-        return server
+            self._lifeline.close()
+        self._lifeline = Lifeline()
+        return subprocess.Popen(
+            self._lifeline.command(
+                *("-m", "uvicorn", "--app-dir", str(prefect.__module_path__.parent)),
+                *("--factory", "prefect.server.api.server:create_app"),
+                *("--host", "127.0.0.1", "--port", str(self.port)),
+                *("--log-level", "error", "--lifespan", "on"),
+            ),
+            env={
+                **os.environ,
+                "PREFECT_UI_ENABLED": "0",
+                "PREFECT__SERVER_EPHEMERAL": "1",
+                "PREFECT__SERVER_FINAL": "1",
+                **get_current_settings().to_environment_variables(exclude_unset=True),
+            },
+            pass_fds=(self._lifeline.watched,),
+        )
+
+    def stop(self) -> None:
+        """As Prefect has it, and by the lifeline: the signal that Prefect sends is not heard."""
+        if self._lifeline is not None:
+            self._lifeline.close()
+        super().stop()

@@ -27,6 +27,8 @@ from blockpruner.errors import BlockPrunerError
 from blockpruner.progress import Progress, ProgressCallback, silent
 from flows.flow_artifacts import publish_run
 from flows.flow_hooks import note_end
+from flows.interruptions import INTERRUPTIONS
+from flows.prefect_signals import take_note_of_prefects_signals
 from flows.recipe import Recipe
 from flows.reporter import Reporter
 from flows.runner import Runner, StageCall
@@ -41,6 +43,8 @@ _RETRIES = 2
 _RETRY_DELAY_S = 10
 _ARTIFACT_EVERY_S = 5.0
 """How often Prefect hears of a search's progress."""
+
+take_note_of_prefects_signals()
 
 
 def _fingerprint(_: TaskRunContext, parameters: dict[str, Any]) -> str:
@@ -86,7 +90,7 @@ def prune(recipe: Recipe, workspace: str = "data") -> dict[str, Any]:
     quieten_user_errors()
     reporter = LoggingReporter()
     runner = Runner(Path(workspace), reporter)
-    with whatever_becomes_of_its_slot(), _saying_how_to_go_on(runner, reporter):
+    with whatever_becomes_of_its_slot(), INTERRUPTIONS.kept(), _saying_how_to_go_on(runner, reporter):
         record = runner.run(
             recipe,
             "evaluate",
@@ -106,7 +110,7 @@ def _saying_how_to_go_on(runner: Runner, reporter: Reporter) -> Iterator[None]:
     except BaseException:
         begun = runner.begun
         if begun is not None and begun.status == "cancelled" and not is_quiet():
-            command = f"blockpruner resume {begun.run_id} --workspace {runner.workspace.path}"
+            command = f"{begun.resume_command} --workspace {runner.workspace.path}"
             reporter.say(f"stopped; what was finished is kept, and `{command}` goes on with it")
         raise
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -26,6 +29,11 @@ _FLAT = 1e-9
 _KINDS = ("mha", "mlp")
 _WITHOUT_END = 1_000_000
 """Characters on a line that is never broken."""
+_GAP = 2
+"""Columns of the terminal between two columns of a table."""
+_NARROW = 22
+"""To no fewer columns of the terminal is a query's column cut: the id of a run stays whole."""
+_LEFT_OUT = "…"
 
 
 def on_stdout() -> Console:
@@ -175,8 +183,68 @@ def query_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     ):
         column.justify = "right" if is_number else "left"
     for row in rows:
-        table.add_row(*(_cell(f"{value:.6g}" if isinstance(value, float) else value) for value in row))
+        table.add_row(*map(_answered, row))
     return table
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A query's answer, on a terminal cut to its width; a file or a pipe has it all.
+
+    Much as DuckDB's own shell does it: first long cells are cut, then columns in the middle are left out.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """See rich."""
+        if not console.is_terminal:
+            yield query_table(self.columns, self.rows)
+            return
+        shown, widest = _fitting([self._width(index) for index in range(len(self.columns))], options.max_width)
+        order = list(_with_gap(shown, len(self.columns)))
+        names = [_LEFT_OUT if index is None else self.columns[index] for index in order]
+        cut = [[_LEFT_OUT if index is None else row[index] for index in order] for row in self.rows]
+        table = query_table(names, cut)
+        for column in table.columns:
+            column.max_width, column.no_wrap, column.overflow = widest, True, "ellipsis"
+        yield table
+        if len(shown) < len(self.columns):
+            left_out = f"{len(self.columns)} columns, {len(shown)} shown; --csv and --json give them all"
+            yield Text(left_out, style="dim")
+
+    def _width(self, index: int) -> int:
+        cells = (_answered(row[index]).plain for row in self.rows)
+        return max(cell_len(line) for cell in (self.columns[index], *cells) for line in cell.splitlines() or [""])
+
+
+def _fitting(widths: Sequence[int], room: int) -> tuple[list[int], int]:
+    """Which columns of these widths have room, and how wide the widest may be."""
+    shown = list(range(len(widths)))
+
+    def fits(widest: int) -> bool:
+        total = sum(min(widths[index], widest) + _GAP for index in shown) - _GAP
+        return total + (len(_LEFT_OUT) + _GAP if len(shown) < len(widths) else 0) <= room
+
+    for widest in range(min(room, max(widths)), _NARROW, -1):
+        if fits(widest):
+            return shown, widest
+    while len(shown) > 1 and not fits(_NARROW):
+        del shown[len(shown) // 2]
+    return shown, _NARROW
+
+
+def _with_gap(indices: Sequence[int], end: int) -> Iterator[int | None]:
+    """The numbers, and None after one that is not followed by the next, up to the end."""
+    for index, following in pairwise((*indices, end)):
+        yield index
+        if following != index + 1:
+            yield None
+
+
+def _answered(value: Any) -> Text:
+    return _cell(f"{value:.6g}" if isinstance(value, float) else value)
 
 
 def number(value: float | None) -> str:

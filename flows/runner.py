@@ -16,9 +16,10 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from blockpruner.progress import Progress, ProgressCallback, silent
-from flows.boundary import can_be_resumed, was_interrupted
+from flows.boundary import can_be_resumed
 from flows.goals import Goal
 from flows.grid import External
+from flows.interruptions import INTERRUPTIONS
 from flows.plan import Job, Plan, PlannedStage
 from flows.recipe import Recipe
 from flows.reporter import Reporter
@@ -29,7 +30,8 @@ from stages.runs import RunDescription, RunRecord, RunStatus, RunStore, StageRun
 from stages.store import ResultStore
 
 _BRIEF_WAIT_S = 1.0
-"""How long a run in progress waits for a database that somebody has open; at its end it waits longer."""
+"""How long a run in progress, or one that is stopped, waits for a database that somebody has open; at its end it waits
+longer."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Runner:
         for record in self.runs.close_dead():
             self._warn(
                 f"run {record.run_id} had died; it is now closed as crashed, and what it finished is kept: "
-                f"`blockpruner resume {record.run_id}` goes on with it"
+                f"`{record.resume_command}` goes on with it"
             )
 
     def run(
@@ -128,16 +130,33 @@ class Runner:
         done = [each for each in self.runs.list() if each.comparison == comparison and each.status == "completed"]
         if not done:
             return None
-        plan, artifacts = Plan.make(recipe, goal, external), dict[str, Artifact[Any]]()
-        for planned in plan.stages:
-            if (job := planned.job(artifacts)) is None:
-                continue
-            if (found := self._artifacts.lookup(job.stage, job.fingerprint)) is None:
+        wanted: dict[str, str | None] = {}
+        for role, artifact in self._looked_up(Plan.make(recipe, goal, external)):
+            if artifact is None:
                 return None
-            artifacts[planned.role] = found
-        wanted = {role: artifact.fingerprint for role, artifact in artifacts.items()}
+            wanted[role] = artifact.fingerprint
         label = external.label if external else None
         return next((each for each in done if _did(each) == wanted and (not label or each.strategy == label)), None)
+
+    def missing(self, plan: Plan) -> list[str]:
+        """The roles of the stages that are yet to be computed, as far as can be told before the first of them is."""
+        return [role for role, artifact in self._looked_up(plan) if artifact is None]
+
+    def _looked_up(self, plan: Plan) -> Iterator[tuple[str, Artifact[Any] | None]]:
+        """A plan's stages, by role, with their artifacts; behind the first that is not there, none is known."""
+        artifacts: dict[str, Artifact[Any]] = {}
+        are_known = True
+        for planned in plan.stages:
+            found = None
+            if are_known:
+                if (job := planned.job(artifacts)) is None:
+                    continue
+                found = self._artifacts.lookup(job.stage, job.fingerprint)
+            if found is None:
+                are_known = False
+            else:
+                artifacts[planned.role] = found
+            yield planned.role, found
 
     def refuse(self, recipe: Recipe, goal: Goal, reason: str) -> None:
         """Record a run that could not begin."""
@@ -148,13 +167,11 @@ class Runner:
     def _recorded(self, record: RunRecord) -> Iterator[None]:
         """Close the record with what becomes of the body."""
         try:
-            yield
+            with INTERRUPTIONS.kept():
+                yield
         except Exception as error:
-            if was_interrupted():  # native code and broken imports make other errors of it
-                self._cancel(record)
-            else:
-                words = in_plain_words(error) or one_line(f"{type(error).__name__}: {error}")
-                self._end_early(record, "failed", words)
+            words = in_plain_words(error) or one_line(f"{type(error).__name__}: {error}")
+            self._end_early(record, "failed", words)
             raise
         except BaseException:  # Ctrl-C, or an order to end
             self._cancel(record)
@@ -162,20 +179,20 @@ class Runner:
         self._end(record, "completed", None)
 
     def _cancel(self, record: RunRecord) -> None:
-        can_be_resumed(record.run_id, self.workspace.path)
-        self._end_early(record, "cancelled", cancelled(record.run_id))
+        can_be_resumed(record.resume_command, self.workspace.path)
+        self._end_early(record, "cancelled", cancelled(record.resume_command), self._results_in_passing)
 
-    def _end_early(self, record: RunRecord, status: RunStatus, error: str) -> None:
+    def _end_early(self, record: RunRecord, status: RunStatus, error: str, results: ResultStore | None = None) -> None:
         """Also where the record itself cannot be written: that must not take the place of what went wrong first."""
         try:
-            self._end(record, status, error)
+            self._end(record, status, error, results)
         except OSError as failure:
             reason = failure.strerror or failure
             self._warn(f"the record of run {record.run_id} cannot be written ({reason}); a later command closes it")
 
-    def _end(self, record: RunRecord, status: RunStatus, error: str | None) -> None:
+    def _end(self, record: RunRecord, status: RunStatus, error: str | None, results: ResultStore | None = None) -> None:
         self.runs.finish(record, status, error)
-        self._results.ingest(record)
+        (results or self._results).ingest(record)
 
     def _stage(self, record: RunRecord, plan: Plan, planned: PlannedStage, job: Job, execute: Execute) -> Artifact[Any]:
         entry = StageRun(
@@ -189,9 +206,10 @@ class Runner:
         self.runs.save(record)
 
         def compute(listener: ProgressCallback) -> Artifact[Any]:
-            with self._reporter.working(planned.label) as show:
+            with INTERRUPTIONS.kept(), self._reporter.working(planned.label) as show:
 
                 def both(progress: Progress) -> None:
+                    INTERRUPTIONS.heed()
                     show(progress)
                     listener(progress)
 
@@ -200,8 +218,9 @@ class Runner:
 
         started = time.monotonic()
         try:
-            found = self._artifacts.lookup(job.stage, job.fingerprint)
-            artifact = execute(StageCall(planned, job, found, compute))
+            with INTERRUPTIONS.kept():
+                found = self._artifacts.lookup(job.stage, job.fingerprint)
+                artifact = execute(StageCall(planned, job, found, compute))
         except Exception as error:
             entry.status, entry.error = "failed", in_plain_words(error) or one_line(str(error))
             raise

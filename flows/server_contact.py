@@ -12,20 +12,45 @@ from contextlib import contextmanager
 import flows.prefect_settings  # noqa: F401  # isort: skip  # before Prefect is imported
 
 import httpx
+from prefect import get_client
 from prefect._internal.concurrency.cancellation import shield
 from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from blockpruner.errors import BlockPrunerError
+from blockpruner.errors import BlockPrunerError, ConfigurationError
 from flows.reporter import Reporter
 from flows.wording import one_line
 
 _SERVER_ERRORS = (httpx.HTTPError, PrefectException, OSError)
+_PATIENCE_S = 10.0
+"""For a server's first answer."""
 _HERE = ("127.0.0.1", "localhost", "::1")
 
 
 class ServerLostError(BlockPrunerError):
     """Prefect's server does not answer any more."""
+
+
+def require_server() -> None:
+    """Make sure that the server which Prefect's settings name answers, and is of a version that fits.
+
+    Prefect's cloud is not asked: it fits any version.
+
+    Raises:
+        ConfigurationError: if it does not, or none is named.
+    """
+    try:
+        with (
+            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+            get_client({"timeout": _PATIENCE_S}, sync_client=True) as client,
+        ):
+            client.raise_for_api_version_mismatch()
+    except (*_SERVER_ERRORS, RuntimeError, ValueError) as error:  # the last two are Prefect's own
+        cause = f" ({one_line(str(error.__cause__))})" if error.__cause__ else ""
+        raise ConfigurationError(
+            f"Prefect's server cannot be used: {one_line(str(error))}{cause}; start it, or correct PREFECT_API_URL in "
+            "the environment or Prefect's profile; where it is not set, the command starts a server for itself"
+        ) from error
 
 
 def shown(reporter: Reporter, what: str, *actions: Callable[[], object]) -> bool:

@@ -16,8 +16,8 @@ from pathlib import Path
 import typer
 
 from blockpruner.errors import ConfigurationError, nearest
-from flows.boundary import Terminated
 from flows.cli_output import put
+from flows.interruptions import Terminated
 from flows.wording import in_plain_words
 from stages.store_statements import is_blank, split_statements
 

@@ -65,9 +65,9 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
-def cancelled(run_id: str) -> str:
+def cancelled(resume_command: str) -> str:
     """Why a run ended that was stopped, and how to go on."""
-    return f"cancelled; give the same command again, or `blockpruner resume {run_id}`, to go on"
+    return f"cancelled; give the same command again, or `{resume_command}`, to go on"
 
 
 def in_units(number: float) -> str:

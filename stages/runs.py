@@ -23,6 +23,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 import blockpruner
 from blockpruner.durable import write_durably
 from blockpruner.errors import ArtifactError, nearest
+from stages.consent import as_options
 from stages.workspace import Warn, Workspace, is_name, log_warning
 
 RunStatus = Literal["running", "completed", "failed", "crashed", "cancelled"]
@@ -131,6 +132,11 @@ class RunRecord(RunDescription):
     def ended_at(self) -> datetime:
         """When it ended; for one that did not, when it began."""
         return self.finished_at or self.created_at
+
+    @property
+    def resume_command(self) -> str:
+        """The command that goes on with it, with the options that it does not take from the record."""
+        return " ".join(filter(None, ("blockpruner resume", self.run_id, as_options(self.config))))
 
     @property
     def was_refused(self) -> bool:
@@ -330,7 +336,7 @@ class RunStore:
             record = self.load(record.run_id)
             if record.status != "running":  # closed by someone else since it was listed
                 return False
-            how = f"`blockpruner resume {record.run_id}` goes on with it"
+            how = f"`{record.resume_command}` goes on with it"
             gone = f"the process of this run (pid {record.pid} on {record.host}) is gone; {how}"
             ended_at = max(last_sign_of_life, record.created_at)  # clocks may be apart
             self.finish(record, status, error or gone, at=ended_at)

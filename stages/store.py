@@ -25,6 +25,7 @@ from blockpruner.errors import ArtifactError, StoreError
 from stages.runs import RunRecord, RunStore
 from stages.store_rows import RunRows, record_digest, rows_of
 from stages.store_schema import (
+    COLUMNS,
     CREATE,
     INFO_TABLE,
     SCHEMA_DIGEST,
@@ -35,7 +36,7 @@ from stages.store_schema import (
 )
 from stages.workspace import Warn, Workspace, log_warning
 
-_READ_ONLY_CONFIG: dict[str, str | bool | int | float | list[str]] = {
+_CONFIG: dict[str, str | bool | int | float | list[str]] = {
     "enable_external_access": "false",
     "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false",
@@ -43,6 +44,13 @@ _READ_ONLY_CONFIG: dict[str, str | bool | int | float | list[str]] = {
 }
 _THEN_LOCKED = "SET enable_progress_bar = false; SET lock_configuration = true"
 """A bar would be drawn among the results; it can be set only once connected."""
+_TABLES_HERE = """
+SELECT table_name, column_name, data_type || if(is_nullable, '', ' NOT NULL')
+FROM system.main.duckdb_columns() WHERE column_default IS NULL AND table_oid IN (
+    SELECT table_oid FROM system.main.duckdb_tables() WHERE database_name = current_database() AND schema_name = 'main'
+) AND database_name = current_database() AND schema_name = 'main'
+"""
+"""The columns of the tables that are tables: a view computes what it gives, and so does a column with a default."""
 _READING = frozenset({duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI})
 """SELECT includes FROM, VALUES, SHOW, DESCRIBE and SUMMARIZE; MULTI is a PIVOT."""
 _BUSY_WORDS = ("Could not set lock on file", "different configuration than existing connections")
@@ -212,9 +220,7 @@ class ResultStore:
             if not self.path.is_file():
                 raise _MissingError("is missing")
             with _translated():
-                if not read_only:
-                    return duckdb.connect(self.path)
-                return duckdb.connect(self.path, read_only=True, config=_READ_ONLY_CONFIG).execute(_THEN_LOCKED)
+                return _locked(self.path, read_only=read_only)
 
         retrying = Retrying(
             retry=retry_if_exception_type(_BusyError),
@@ -257,7 +263,7 @@ class ResultStore:
         for stale in self.path.parent.glob(f"{self.path.name}.tmp-*"):
             stale.unlink()
         temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
-        with _translated(), closing(duckdb.connect(temporary)) as connection:
+        with _translated(), closing(_locked(temporary)) as connection:
             connection.execute(CREATE)
             connection.execute(f"CREATE TABLE {INFO_TABLE} AS SELECT ? AS schema_digest", [SCHEMA_DIGEST])
             for record in records:
@@ -281,6 +287,11 @@ class ResultStore:
 
     def _records(self) -> list[RunRecord]:
         return RunStore(self._workspace.path, self._warn).list()
+
+
+def _locked(path: Path, *, read_only: bool = False) -> duckdb.DuckDBPyConnection:
+    """A connection that reaches nothing but the database, which can be somebody else's, whoever asks it to."""
+    return duckdb.connect(path, read_only=read_only, config=_CONFIG).execute(_THEN_LOCKED)
 
 
 def _answer(connection: duckdb.DuckDBPyConnection, statement: duckdb.Statement) -> QueryResult:
@@ -341,6 +352,8 @@ def _check_schema(connection: duckdb.DuckDBPyConnection) -> None:
         found = None
     if found != (SCHEMA_DIGEST,):
         raise _UnusableError("has the tables of another version")
+    if not set(connection.execute(_TABLES_HERE).fetchall()) >= COLUMNS:
+        raise _UnusableError("has other tables than BlockPruner makes")
 
 
 def _check_text(sql: str) -> None:

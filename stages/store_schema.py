@@ -142,10 +142,15 @@ SKIPPED_TABLE = "skipped_runs"
 
 _SKIPPED_COLUMNS = {"run_id": "VARCHAR NOT NULL", "record_digest": "VARCHAR NOT NULL", "reason": "VARCHAR NOT NULL"}
 
+_ALL_TABLES = {**TABLES, SKIPPED_TABLE: _SKIPPED_COLUMNS}
+
+COLUMNS = frozenset((table, name, kind) for table, columns in _ALL_TABLES.items() for name, kind in columns.items())
+"""Table, column and SQL type of everything that is written."""
+
 DEFINITIONS: Mapping[str, str] = {
     **{
         table: f"CREATE TABLE {table} (\n    " + ",\n    ".join(map(" ".join, columns.items())) + "\n);"
-        for table, columns in {**TABLES, SKIPPED_TABLE: _SKIPPED_COLUMNS}.items()
+        for table, columns in _ALL_TABLES.items()
     },
     **{view: f"CREATE VIEW {view} AS\n{query.strip()};" for view, query in VIEWS.items()},
 }

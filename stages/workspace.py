@@ -49,8 +49,13 @@ class Workspace:
     """Paths and locks inside one workspace folder. Making this object touches nothing."""
 
     def __init__(self, path: Path) -> None:
-        """A workspace at `path`, which may itself be a symbolic link and need not exist yet."""
+        """A workspace at `path`, which may itself be a symbolic link and need not exist yet.
+
+        Raises:
+            ArtifactError: if its name is no text, which the database's path must be.
+        """
         self.path = user_path(path).resolve()
+        _require_text(self.path)
         self.artifacts = self.path / "artifacts"
         self.state = self.path / "state"
         self.runs = self.path / "runs"
@@ -123,6 +128,16 @@ class Workspace:
         if not resolved.is_relative_to(self.path):
             raise ArtifactError(f"{path} leads out of the workspace {self.path}; only what lies inside is used")
         return resolved
+
+
+def _require_text(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ArtifactError(
+            f"the path of the workspace {path} is not UTF-8, and the results database cannot lie there; "
+            "give another with --workspace DIR or the environment variable BLOCKPRUNER_WORKSPACE"
+        ) from error
 
 
 def _prove_locks(descriptor: int, workspace: Path) -> None:

@@ -6,8 +6,6 @@ where wrongly packed models go wrong in silence. The masked original answers bot
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from transformers import PreTrainedModel
 from blockpruner.architectures import Architecture
 from blockpruner.blocks import Block
 from blockpruner.errors import ExportError
+from blockpruner.fresh_process import run_fresh
 from blockpruner.loading import DtypeName
 from blockpruner.masking import masked
 
@@ -173,9 +172,7 @@ def ask(program: Path, export_dir: Path, request: dict[str, Tensor], *options: s
     with tempfile.TemporaryDirectory(prefix=".asked-", dir=export_dir.parent) as folder:
         asked, answered = Path(folder, "request.safetensors"), Path(folder, "answer.safetensors")
         save_file(request, asked)
-        # -P: the script's own folder must not be searched for modules.
-        command = [sys.executable, "-P", str(program), str(export_dir), str(asked), str(answered), *options]
-        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        finished = run_fresh(program, str(export_dir), str(asked), str(answered), *options)
         if finished.returncode != 0:
             reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
             raise ExportError(f"the export cannot be loaded in a fresh process: {reason}")

@@ -20,8 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
-from blockpruner import speed
-from blockpruner.export import verify
+from blockpruner import fresh_process
 from tests.integration.command_line import Outcome
 
 _LOADED = ("flows.plan", "flows.runner", "flows.summary", "flows.cli_output", "flows.prune_flow", "stages.store")
@@ -111,8 +110,8 @@ def commands() -> Iterator[Callable[[Command], Command]]:
 
 
 def load_exports_in_forks() -> None:
-    """In a process about to begin: what loads an export, to check or to time it, is forked from it."""
-    verify.subprocess = speed.subprocess = SimpleNamespace(run=_run_in_a_fork)  # type: ignore[assignment]
+    """In a process about to begin: what loads an export is forked from it."""
+    fresh_process.subprocess = SimpleNamespace(run=_run_in_a_fork)  # type: ignore[assignment]
 
 
 def _run_in_a_fork(command: Sequence[str], input: str = "", **_: object) -> subprocess.CompletedProcess[str]:
@@ -131,7 +130,7 @@ def _status_of_a_fork(command: Sequence[str], stdin: IO[str], stdout: IO[str]) -
         sys.stdin, sys.stdout = stdin, stdout  # type: ignore[assignment]
         status = 1
         try:
-            sys.argv = list(command[2:])
+            sys.argv = list(command[4:])  # without the interpreter and the lifeline
             runpy.run_path(sys.argv[0], run_name="__main__")
             stdout.flush()
             status = 0

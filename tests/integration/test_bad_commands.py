@@ -10,6 +10,7 @@ import pytest
 import typer
 
 from flows.cli import app
+from flows.reporter import LOADING
 from tests.integration.bad_input_commands import LINES
 from tests.integration.bad_input_lab import Lab, refused
 from tests.integration.command_line import Outcome, blockpruner, in_a_process
@@ -69,10 +70,25 @@ def test_every_command_is_tried_and_explains_itself() -> None:
         ("BLOCKPRUNER_WORKSPACE", "~nobody-here/x", "runs", "the home folder of a user who is not known here"),
         ("BLOCKPRUNER_WORKSPACE", "gone\x1b[2J", "show latest", r"gone\x1b[2J is not there"),
         ("PREFECT_LOGGING_LEVEL", "loud", "run --num-blocks 1", "PREFECT_LOGGING_LEVEL is 'LOUD'"),
+        ("PREFECT_PROFILE", "lokal", "run --num-blocks 1", "PREFECT_PROFILE is 'lokal', and there is no such profile"),
+        ("PREFECT_HOME", "{folder}", "run --num-blocks 1", "profiles.toml cannot be read: "),
+        (
+            "PREFECT_API_URL",
+            "http://127.0.0.1:9/api",
+            "run --num-blocks 1",
+            "Failed to reach API at http://127.0.0.1:9",
+        ),
+        ("PREFECT_API_URL", "127.0.0.1:9", "compare {folder}/c.yaml", "missing an 'http://' or 'https://' protocol"),
     ],
 )
 def test_an_environment_that_is_wrong(name: str, value: str, command: str, said: str, lab: Lab) -> None:
     given = lab.good if command.startswith("run ") else []
     workspace = [] if name == "BLOCKPRUNER_WORKSPACE" else ["--workspace", lab.workspace]
-    outcome: Outcome = in_a_process(*command.split(), *given, *workspace, **{name: value})
+    (lab.path / "profiles.toml").write_text("no toml [")
+    grid = f"grid: {{model: {lab.model}, calibration: {lab.path}/cal.txt, num_samples: all, num_blocks: 1}}"
+    (lab.path / "c.yaml").write_text(f"base: {{sequence_length: 16}}\n{grid}\n")
+    words = [word.replace("{folder}", str(lab.path)) for word in (*command.split(), value)]
+    outcome: Outcome = in_a_process(*words[:-1], *given, *workspace, **{name: words[-1]})
     assert said in refused(outcome)
+    waited_for = [f"{LOADING} ...", "starting Prefect ..."]
+    assert outcome.stderr.splitlines()[:-1] == [line for line in waited_for if name.startswith("PREFECT")]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
 import io
 import json
 import os
+import pty
 import resource
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -280,12 +283,16 @@ def test_the_environment_names_the_workspace(
 def _started_search(folder: Path, *arguments: object, command: str = "search") -> subprocess.Popen[str]:
     """A search in a process of its own, caught after its first removal or within it."""
     process = start(command, *arguments)
+    _wait_for_a_search(process, folder)
+    return process
+
+
+def _wait_for_a_search(process: subprocess.Popen[Any], folder: Path) -> None:
     deadline = time.monotonic() + 90
     while not any(path.stat().st_size for path in folder.glob("state/search/*/*") if path.is_file()):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    return process
 
 
 @pytest.fixture
@@ -338,24 +345,60 @@ def test_an_interrupted_search_says_how_to_go_on(
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_terminal_spares_prefects_server(
-    long_search: Callable[[Path], list[object]], tmp_path: Path
+@pytest.mark.parametrize(
+    ("sent", "status", "said"),
+    [(signal.SIGINT, 130, ["", "Interrupted."]), (signal.SIGTERM, 143, ["Terminated."])],
+)
+def test_what_every_process_of_a_terminal_or_job_hears_spares_prefects_server(
+    sent: signal.Signals,
+    status: int,
+    said: list[str],
+    long_search: Callable[[Path], list[object]],
+    tmp_path: Path,
 ) -> None:
-    """A terminal interrupts the temporary server as well, and without it Prefect goes on trying for a minute."""
+    """Ctrl-C, and the SIGTERM of `timeout` and others: without its server Prefect goes on trying for two minutes."""
     process = _started_search(tmp_path / "ws", *long_search(tmp_path / "ws"), command="run")
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, sent)
     stdout, stderr = process.communicate(timeout=45)
-    assert process.returncode == 130
+    assert process.returncode == status
     assert stdout == ""
-    *stages, blank, last = stderr.splitlines()
-    assert stages[:2] == [f"{LOADING} ...", "starting Prefect ..."]
-    assert {line.split()[0] for line in stages[2:]} <= {"calibrate", "baseline"}
-    assert blank == ""
+    first, second, *stages = stderr.splitlines()
+    assert [first, second] == [f"{LOADING} ...", "starting Prefect ..."]
+    stages, ended = stages[: -len(said)], stages[-len(said) :]
+    assert {line.split()[0] for line in stages} <= {"calibrate", "baseline"}
+    assert [line.split(" ")[0] for line in ended] == said
+    last = ended[-1]
     (run,) = blockpruner("runs", "--workspace", tmp_path / "ws", "--json").json
-    assert last.startswith("Interrupted. ")
     assert f"`blockpruner resume {run['run_id']} --workspace {tmp_path / 'ws'}`" in last
     assert run["status"] == "cancelled"
     assert not _is_any_left(process)
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_ends_a_search_as_ctrl_c_does(
+    long_search: Callable[[Path], list[object]], tmp_path: Path
+) -> None:
+    """Or a connection that is lost: SIGHUP, and no line can be written any more."""
+    terminal, its_side = pty.openpty()
+    program = "from flows.cli import app; app(prog_name='blockpruner')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "search", *map(str, long_search(tmp_path / "ws"))],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=its_side,
+        stdout=its_side,
+        stderr=its_side,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    try:
+        os.close(its_side)
+        _wait_for_a_search(process, tmp_path / "ws")
+        os.close(terminal)
+        assert process.wait(30) == 128 + signal.SIGHUP
+    finally:
+        process.kill()
+    (run,) = blockpruner("runs", "--workspace", tmp_path / "ws", "--json").json
+    assert run["status"] == "cancelled"
 
 
 @pytest.mark.slow
@@ -411,7 +454,7 @@ def _members(group: int) -> list[int]:
 def _is_the_server(pid: int) -> bool:
     """Prefect's import starts short-lived programs of its own, which are not meant."""
     with contextlib.suppress(OSError):
-        return b"prefect_lifeline.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"uvicorn" in Path(f"/proc/{pid}/cmdline").read_bytes()
     return False
 
 

@@ -5,7 +5,9 @@ What had to wait comes with the next run, or with `db rebuild`.
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +19,8 @@ import duckdb
 import pytest
 
 from flows import runner
+from flows.reporter import Reporter
+from stages.runs import RunRecord
 from stages.store import ResultStore
 from tests.integration.command_line import Outcome, blockpruner
 from tests.tiny_models import tiny_rows
@@ -82,6 +86,36 @@ def steps(tmp_path: Path) -> dict[str, int]:
     query = "SELECT run_id, count(step) AS steps FROM runs LEFT JOIN search_steps USING (run_id) GROUP BY ALL"
     rows = blockpruner("sql", query, "--workspace", tmp_path / "ws", "--json").json
     return {row["run_id"]: row["steps"] for row in rows}
+
+
+def test_a_run_that_is_stopped_does_not_wait_for_the_database(
+    search: Callable[..., Outcome],
+    hold: Callable[[bool], Callable[[], None]],
+    short_waits: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its rows come with the next run; whoever stops it (Prefect's worker, systemd) kills it after some seconds."""
+    search(1)
+    let_go = hold(False)
+    waits: list[tuple[str, float]] = []
+    ingest = ResultStore.ingest
+
+    def noting(self: ResultStore, record: RunRecord) -> bool:
+        waits.append((record.status, self._wait))
+        return ingest(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResultStore, "ingest", noting)
+        patch.setattr(Reporter, "stage_ended", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+        stopped = search(2)
+    assert stopped.status == 143
+    assert stopped.stderr.count("they wait in the artifacts, and the next run") == 1
+    assert waits[-1] == ("cancelled", _PASSING_S)
+    let_go()
+    search(2)
+    rows = blockpruner("sql", "SELECT status FROM runs ORDER BY created_at", "--workspace", tmp_path / "ws", "--json")
+    assert [row["status"] for row in rows.json] == ["completed", "cancelled", "completed"]
 
 
 @pytest.mark.usefixtures("short_waits")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,20 @@ def workspace(tmp_path: Path) -> Path:
 def test_before_anything_heavy_is_imported_it_is_said(command: str, workspace: Path) -> None:
     done = up_to_the_first_heavy_import(*command.split(), "--workspace", workspace)
     assert (done.returncode, done.stdout, done.stderr) == (77, "", f"{LOADING} ...\n")
+
+
+@pytest.mark.parametrize(("chosen", "reports"), [({}, False), ({"DO_NOT_TRACK": "0"}, True)])
+def test_prefect_reports_to_nobody_unless_that_is_chosen(chosen: dict[str, str], reports: bool) -> None:
+    """Its client says on a terminal that it would, the first time that it is imported there."""
+    clean = {name: os.environ[name] for name in ("PATH", "HOME", "PREFECT_HOME") if name in os.environ}
+    code = (
+        "import flows.prefect_settings; from prefect._internal.analytics.enabled import is_telemetry_enabled; "
+        "print(is_telemetry_enabled())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**clean, **chosen}, capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout == f"{reports}\n"
 
 
 @pytest.mark.parametrize("command", [["--help"], ["runs"], ["show", "flow"], ["sql", "FROM runs"]], ids=" ".join)

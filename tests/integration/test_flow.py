@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.testing.utilities import prefect_test_harness
 from prefect.utilities.schema_tools import validate
+from pydantic import BaseModel, model_serializer
 
 from blockpruner.errors import TextSourceError
 from blockpruner.progress import Progress
@@ -177,6 +180,33 @@ def test_a_slot_that_is_lost_stops_no_stage(
     (record,) = RunStore(tmp_path / "ws").list()
     assert record.status == "completed"
     assert [stage.status for stage in record.stages] == ["completed"] * 5
+
+
+class _Interrupted(BaseModel):
+    """What is being put into words for the server when SIGTERM comes: pydantic makes an error of its own of it."""
+
+    @model_serializer
+    def in_words(self) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return ""
+
+
+def test_an_order_to_end_that_becomes_another_error_cancels_the_flow(
+    options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        prune_flow, "create_progress_artifact", lambda *_, **__: print(_Interrupted().model_dump_json())
+    )
+    outcome = blockpruner("run", *options)
+    assert outcome.status == 143
+    assert outcome.stderr.splitlines()[-1].startswith("Terminated. What was finished is kept: ")
+    assert "Traceback" not in outcome.stderr
+    (record,) = RunStore(tmp_path / "ws").list()
+    assert (record.status, record.stages[-1].role) == ("cancelled", "search")
+    flow_run = newest_flow_run()
+    assert flow_run.state is not None
+    assert flow_run.state.is_crashed()  # Prefect's word for an end by a signal
+    assert task_states(flow_run)["search"] == "Crashed"
 
 
 def test_only_a_hub_out_of_reach_is_worth_another_try() -> None:

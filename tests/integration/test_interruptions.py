@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import signal
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import duckdb
 import pytest
 
+from flows import reporter
 from stages import store
 from tests.integration.command_line import blockpruner
 from tests.integration.loaded_processes import Command, commands
@@ -106,6 +108,27 @@ def test_an_order_to_end_that_becomes_another_error_cancels_the_run(
     wait_for(marker.exists)
     time.sleep(0.1)
     command.send(signal.SIGTERM)
+    check_cancelled(command, 143, search, tmp_path / "ws")
+
+
+def swallow_it(marker: str) -> None:
+    """In a process about to become a command: a library that is told to end while it reports, and goes on."""
+    progress = reporter._LineProgress.__call__
+
+    def swallow(self: Any, report: Any) -> None:
+        progress(self, report)
+        if not Path(marker).exists():
+            with contextlib.suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+            Path(marker).touch()
+
+    reporter._LineProgress.__call__ = swallow  # type: ignore[method-assign]
+
+
+def test_an_order_to_end_that_a_library_swallows_is_heeded(
+    search: Sequence[object], start: Callable[[Command], Command], tmp_path: Path
+) -> None:
+    command = start(Command(search, tmp_path / "said", [(swallow_it, [tmp_path / "swallowed"])]))
     check_cancelled(command, 143, search, tmp_path / "ws")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import os
@@ -18,6 +19,8 @@ import typer
 from typer.testing import CliRunner, Result
 
 from flows.boundary import OneLineErrors, can_be_resumed
+from flows.interruptions import INTERRUPTIONS
+from tests.unit.child_processes import child
 
 GO_ON = "What was finished is kept: give the same command again to go on."
 
@@ -61,6 +64,12 @@ def native_code() -> None:
     raise ValueError("the schema could not be built")
 
 
+def swallowed() -> None:
+    """A library goes on as if nothing had come; our own work notices it when it next reports or ends."""
+    with INTERRUPTIONS.kept(), contextlib.suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def in_a_callback(signal_number: signal.Signals) -> Callable[[], None]:
     """Where Python drops it, as it does with any error in a destructor; the command has long to go."""
 
@@ -85,15 +94,44 @@ def in_a_callback(signal_number: signal.Signals) -> Callable[[], None]:
         (broken_import, 143, f"Terminated. {GO_ON}\n"),
         (lost_server, 130, f"\nInterrupted. {GO_ON}\n"),
         (native_code, 143, f"Terminated. {GO_ON}\n"),
+        (sent(signal.SIGHUP), 129, f"Terminated. {GO_ON}\n"),
+        (swallowed, 143, f"Terminated. {GO_ON}\n"),
         (in_a_callback(signal.SIGTERM), 143, f"Terminated. {GO_ON}\n"),
         (in_a_callback(signal.SIGINT), 130, f"\nInterrupted. {GO_ON}\n"),
     ],
 )
 def test_an_interruption_says_how_to_go_on(command: Callable[[], None], status: int, said: str) -> None:
-    before = (signal.getsignal(signal.SIGTERM), sys.unraisablehook)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = (*map(signal.getsignal, numbers), sys.unraisablehook)
     outcome = outcome_of(command)
     assert (outcome.exit_code, outcome.stdout, outcome.stderr) == (status, "", said)
-    assert (signal.getsignal(signal.SIGTERM), sys.unraisablehook) == before
+    assert (*map(signal.getsignal, numbers), sys.unraisablehook) == before
+    INTERRUPTIONS.heed()  # it is forgotten with the command
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    """As `nohup` has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        outcome = outcome_of(sent(signal.SIGHUP))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (outcome.exit_code, outcome.stderr) == (0, "")
+
+
+def interrupted_and_complaining() -> None:
+    """In a process of its own: what native code does whose objects are still held, as Python ends."""
+    atexit.register(os.write, 2, b"nanobind: leaked 12 instances!\n")
+    app = typer.Typer(cls=OneLineErrors, pretty_exceptions_enable=False)
+    app.callback()(lambda: None)
+    app.command("do")(sent(signal.SIGTERM))
+    app(["do"])
+
+
+def test_nothing_follows_the_line_of_an_interruption() -> None:
+    with child(interrupted_and_complaining) as process:
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (143, "", f"Terminated. {GO_ON}\n")
 
 
 @pytest.mark.parametrize("workspace", ["data", "named by the environment", "it's another"])
@@ -104,7 +142,7 @@ def test_the_run_that_was_stopped_is_named_with_its_workspace_where_that_is_not_
     monkeypatch.setenv("BLOCKPRUNER_WORKSPACE", workspace if "environment" in workspace else "")
 
     def command() -> None:
-        can_be_resumed("20261128-072815-a43d7c", tmp_path / workspace)
+        can_be_resumed("blockpruner resume 20261128-072815-a43d7c", tmp_path / workspace)
         os.kill(os.getpid(), signal.SIGTERM)
 
     said = outcome_of(command).stderr

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from blockpruner.progress import Progress, Throughput
 from flows.demo import unigram_perplexity
 from flows.eta import RemainingTime
-from flows.render import number, on_stdout, order_line, query_table, run_view, runs_table, strip, task_table
+from flows.render import Answer, number, on_stdout, order_line, query_table, run_view, runs_table, strip, task_table
 from flows.reporter import Reporter, describe
 from flows.summary import RunSummary, dump_json
 from flows.wording import count, one_line, size, spell_out
@@ -129,8 +131,54 @@ def test_numbers_stand_to_the_right() -> None:
 
 
 def test_a_pipe_has_no_width(capsys: pytest.CaptureFixture[str]) -> None:
-    on_stdout().print(query_table(["a", "b"], [["x " * 2000, "y" * 4000]]))
+    on_stdout().print(Answer(["a", "b"], [["x " * 2000, "y" * 4000]]))
     assert capsys.readouterr().out.splitlines()[1].split() == ["x"] * 2000 + ["y" * 4000]
+
+
+def on_terminal(answer: Answer, width: int) -> list[str]:
+    console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=width)
+    console.print(answer)
+    assert isinstance(console.file, io.StringIO)
+    return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", console.file.getvalue()).splitlines()]
+
+
+def test_on_a_terminal_only_the_long_cells_of_an_answer_are_cut() -> None:
+    config = json.dumps({f"setting{number}": number for number in range(100)})
+    lines = on_terminal(Answer(["run_id", "config", "n"], [["20261128-072815-a43d7c", config, 1]] * 2), 60)
+    assert lines[0].split() == ["run_id", "config", "n"]
+    assert lines[1] == lines[2] == f"20261128-072815-a43d7c  {config[: 60 - 28]}…  1"
+
+
+@pytest.mark.parametrize("width", [60, 72, 73, 80, 120, 200])
+def test_what_has_no_room_on_a_terminal_is_left_out_in_the_middle(width: int) -> None:
+    names = [f"column{number}" for number in range(31)]
+    lines = on_terminal(Answer(names, [[f"a long value of {name}" for name in names], ["好" * 40] * 31]), width)
+    assert len(lines) == 4
+    assert max(map(cell_len, lines)) <= width
+    before, after = (part.split() for part in lines[0].split("…"))
+    assert [*before, *after] == [*names[: len(before)], *names[31 - len(after) :]]
+    assert abs(len(before) - len(after)) <= 1
+    cut = [f"a long value of {name}"[:21] + "…" for name in (*before, *after)]
+    assert lines[1] == "  ".join([*cut[: len(before)], "…", *cut[len(before) :]])
+    assert cell_len(lines[2]) + 26 > width, "there was room for one more"
+    assert lines[3] == f"31 columns, {len(before) + len(after)} shown; --csv and --json give them all"
+
+
+def test_on_a_very_narrow_terminal_the_first_column_is_left() -> None:
+    lines = on_terminal(Answer(["run_id", "b"], [["20261128-072815-a43d7c", "x" * 40]]), 30)
+    assert lines[:2] == [f"{'run_id':<22}  …", "20261128-072815-a43d7c  …"]
+
+
+def test_nothing_is_cut_where_there_is_no_terminal() -> None:
+    shown = text_of(Answer(["a", "b"], [["x" * 100, "y" * 100]]), width=60)
+    assert "…" not in shown
+    assert (shown.count("x"), shown.count("y")) == (100, 100)
+
+
+def test_an_answer_that_fits_a_terminal_is_whole() -> None:
+    answer = Answer(["a", "b"], [["x" * 40, "y" * 18], [None, 0.5]])
+    assert on_terminal(answer, 60)[1] == f"{'x' * 40}  {'y' * 18}"
+    assert "…" in on_terminal(answer, 59)[1]
 
 
 def test_what_a_user_named_steers_no_terminal() -> None:

@@ -11,8 +11,10 @@ from threading import Thread
 import httpx
 import pytest
 from prefect.artifacts import create_markdown_artifact
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE, temporary_settings
 
+from blockpruner.errors import ConfigurationError
+from flows.prefect_server import start_shielded_server
 from flows.reporter import Reporter
 from flows.server_contact import ServerLostError, losing_server_in_one_line, lost_server, shown
 
@@ -35,6 +37,20 @@ def dying() -> Iterator[str]:
 
 def refused(url: str) -> httpx.ConnectError:
     return httpx.ConnectError("Connection\nrefused", request=httpx.Request("POST", url))
+
+
+def test_a_named_server_that_does_not_answer_is_refused_before_anything(dying: str) -> None:
+    began_at = time.monotonic()
+    with pytest.raises(ConfigurationError, match=f"cannot be used: Failed to reach API at {dying}/? ") as caught:
+        start_shielded_server()
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - began_at < 15  # with Prefect's own patience it is a minute
+
+
+def test_where_no_server_is_named_and_none_may_be_started_it_is_said() -> None:
+    neither = {PREFECT_API_URL: None, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: False}
+    with temporary_settings(neither), pytest.raises(ConfigurationError, match="cannot be used: No Prefect API URL"):
+        start_shielded_server()
 
 
 @pytest.mark.filterwarnings("ignore:Artifact creation outside of a flow:FutureWarning")

@@ -323,7 +323,7 @@ def test_what_reads_is_locked_in(filled: Lab) -> None:
 
 
 def test_a_query_larger_than_the_memory_is_one_line_and_fills_no_disk(filled: Lab, monkeypatch: Any) -> None:
-    monkeypatch.setitem(store._READ_ONLY_CONFIG, "memory_limit", "50MB")
+    monkeypatch.setitem(store._CONFIG, "memory_limit", "50MB")
     before = set(filled.workspace.iterdir())
     with pytest.raises(StoreError, match="more memory than there is; ask for less"):
         filled.results.query("SELECT count(*) FROM (SELECT DISTINCT md5(range::VARCHAR) FROM range(5_000_000))")

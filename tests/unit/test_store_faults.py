@@ -13,7 +13,7 @@ from typing import Any
 import duckdb
 import pytest
 
-from blockpruner.errors import StoreError
+from blockpruner.errors import ArtifactError, StoreError
 from tests.unit.child_processes import child, succeed, wait_for
 from tests.unit.store_lab import Lab
 
@@ -296,3 +296,99 @@ def test_the_run_itself_may_be_the_one_that_cannot_be_stored(lab: Lab) -> None:
     assert [record.run_id in line for line in lab.said] == [True]
     lab.results.ingest(lab.run("after"))
     assert lab.names() == {"after"}
+
+
+# --- somebody else made it --------------------------------------------------------------------------------------------
+
+
+def forged(lab: Lab, *statements: str) -> None:
+    with duckdb.connect(lab.results.path) as connection:
+        views = connection.execute("SELECT view_name FROM duckdb_views() WHERE NOT internal").fetchall()
+        for statement in [*(f"DROP VIEW IF EXISTS {view} CASCADE" for (view,) in views), *statements]:
+            connection.execute(statement)
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        ("ALTER TABLE skipped_runs RENAME TO kept", "CREATE VIEW skipped_runs AS FROM kept"),
+        ("ALTER TABLE runs RENAME TO kept", "CREATE VIEW runs AS FROM kept"),
+        ("ALTER TABLE exports DROP COLUMN verified",),
+        ("ALTER TABLE exports ALTER COLUMN bytes TYPE VARCHAR",),
+        ("ALTER TABLE exports ALTER COLUMN verified_with SET DEFAULT 'x'",),
+        ("ALTER TABLE runs RENAME TO kept", "CREATE SCHEMA other", "CREATE TABLE other.runs AS FROM kept"),
+    ],
+)
+@pytest.mark.parametrize("reads", [True, False])
+def test_tables_that_are_not_ours_are_made_anew(statements: tuple[str, ...], reads: bool, lab: Lab) -> None:
+    before, late = lab.run("before"), lab.run("late")
+    lab.results.rebuild()
+    expected = lab.dump()
+    lab.results.rebuild([before])
+    forged(lab, *statements)
+    lab.said.clear()
+    if not reads:
+        assert lab.results.ingest(late)
+    assert lab.dump() == expected
+    (said,) = lab.said
+    assert said.startswith("results.duckdb has other tables than BlockPruner makes: made anew from ")
+
+
+def test_nothing_but_the_database_is_within_reach_of_any_connection(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a view, a macro or a default of somebody else's asks for."""
+    run = lab.run()
+    (lab.workspace / "secret").write_text("s")
+    connect, reached = duckdb.connect, list[str]()
+
+    class Probing:
+        """What is connected, tried out before it closes."""
+
+        def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
+            self.connection = connection
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.connection, name)
+
+        def execute(self, *asked: Any) -> Any:
+            found = self.connection.execute(*asked)
+            return self if found is self.connection else found
+
+        def close(self) -> None:
+            for attempt in (
+                f"FROM read_text('{lab.workspace / 'secret'}')",
+                f"COPY (SELECT 1) TO '{lab.workspace / 'copy'}'",
+                f"ATTACH '{lab.workspace / 'other'}'",
+                "INSTALL httpfs",
+                "LOAD httpfs",
+                "SET enable_external_access = true",
+                "SET autoload_known_extensions = true",
+                "SET threads = 1",
+            ):
+                try:
+                    self.connection.execute(attempt)
+                except (duckdb.PermissionException, duckdb.InvalidInputException):
+                    continue
+                except duckdb.Error as error:
+                    reached.append(f"{attempt}: {error}")
+                else:
+                    reached.append(attempt)
+            self.connection.close()
+
+    made = list[object]()
+
+    def probed(*given: Any, **named: Any) -> Any:
+        made.append(given)
+        return Probing(connect(*given, **named))
+
+    monkeypatch.setattr(duckdb, "connect", probed)
+    assert lab.results.ingest(run)
+    assert lab.names() == {"night"}
+    lab.results.forget([run.run_id])
+    lab.results.rebuild()
+    assert len(made) >= 5
+    assert reached == []
+
+
+def test_a_path_that_the_database_cannot_have_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="is not UTF-8"):
+        Lab(tmp_path / os.fsdecode(b"w\xff"))
