@@ -24,6 +24,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from blockpruner.errors import BlockPrunerError, ConfigurationError
+from blockpruner.paths import user_path
 from flows.cell_pool import CellPool
 from flows.cell_worker import Event, Request
 from flows.compare_progress import CompareProgress
@@ -35,6 +36,7 @@ from flows.grid import Cell, Comparison, in_families, load_comparison
 from flows.interruptions import INTERRUPTIONS
 from flows.plan import Plan
 from flows.prune_flow import LoggingReporter, quieten_user_errors
+from flows.report.place import check_place
 from flows.reporter import Reporter
 from flows.server_contact import shown, whatever_becomes_of_its_slot
 from flows.table_formats import in_markdown
@@ -76,14 +78,17 @@ def compare(
     quieten_user_errors()
     comparison = load_comparison(recipe, {}, {}) if isinstance(recipe, str) else recipe
     reporter = LoggingReporter()
+    page = user_path(report) if report is not None else None
+    if page is not None:
+        check_place(page)
     check_comparison(comparison, parallel)
     with whatever_becomes_of_its_slot(), INTERRUPTIONS.kept():
         outcomes = _Comparing(comparison, Path(workspace), reporter).run(parallel)
     store = Workspace(Path(workspace))
     rows = rows_of(comparison, outcomes, store, reporter.warn)
     _publish(comparison, rows, reporter)
-    if report is not None:
-        write_report(comparison, outcomes, store, Path(report), reporter)
+    if page is not None:
+        write_report(comparison, outcomes, store, page, reporter)
     return {"comparison": comparison.name, "outcomes": [each.model_dump(mode="json") for each in outcomes]}
 
 
