@@ -121,7 +121,7 @@ def _run_flow(comparison: Comparison, workspace: Path, parallel: int, report: Pa
         be_quiet()
         with reporter.loading():
             require_valid_settings()
-            from flows.compare_flow import check_comparison, compare
+            from flows.compare_flow import CellsFailedError, check_comparison, compare
             from flows.comparison import Outcome
             from flows.runner import Runner
 
@@ -133,7 +133,10 @@ def _run_flow(comparison: Comparison, workspace: Path, parallel: int, report: Pa
 
             start_shielded_server()
         with losing_server_in_one_line():
-            result = compare(comparison, str(workspace), parallel, str(report) if report else None)
+            try:
+                result = compare(comparison, str(workspace), parallel, str(report) if report else None)
+            except CellsFailedError as error:
+                return list(error.outcomes)
         return [Outcome.model_validate(each) for each in result["outcomes"]]
 
 
