@@ -30,6 +30,7 @@ from flows.compare_progress import CompareProgress
 from flows.comparison import Outcome, Row, rows_of
 from flows.comparison_table import comparison_text, full_table
 from flows.flow_artifacts import table
+from flows.flow_here import handed_over
 from flows.flow_hooks import close_cells
 from flows.grid import Cell, Comparison, in_families, load_comparison
 from flows.interruptions import INTERRUPTIONS
@@ -84,7 +85,7 @@ def compare(
     _publish(comparison, rows, reporter)
     if report is not None:
         write_report(comparison, outcomes, store, Path(report), reporter)
-    return {"comparison": comparison.name, "outcomes": [each.model_dump(mode="json") for each in outcomes]}
+    return handed_over({"comparison": comparison.name, "outcomes": [each.model_dump(mode="json") for each in outcomes]})
 
 
 def check_comparison(comparison: Comparison, parallel: int) -> None:
