@@ -12,6 +12,7 @@ import typer
 from blockpruner.errors import ConfigurationError
 from flows import cli_options as options
 from flows.completion import complete_comparison
+from flows.wording import one_line
 
 if TYPE_CHECKING:
     from flows.comparison import Outcome
@@ -144,4 +145,4 @@ def _run_flow(comparison: Comparison, workspace: Path, parallel: int, report: Pa
 
 
 def _warn(line: str) -> None:
-    typer.echo(f"Warning: {line}", err=True)
+    typer.echo(f"Warning: {one_line(line)}", err=True)

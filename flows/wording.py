@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import unicodedata
 
 from blockpruner.errors import BlockPrunerError, is_disk_full
@@ -52,7 +53,16 @@ def one_line(text: str) -> str:
 
 def printable(text: str) -> str:
     """The text with an escape for every character that would steer a terminal; line breaks and tabs stay."""
+    if text.isprintable():  # which most are, and says it at once
+        return text
     return "".join(_escaped(character) if _steers(character) else character for character in text)
+
+
+def as_json_escapes(text: str) -> str:
+    """JSON with its own escape for every such character: the same JSON."""
+    if text.isprintable():
+        return text
+    return "".join(json.dumps(character)[1:-1] if _steers(character) else character for character in text)
 
 
 def _steers(character: str) -> bool:

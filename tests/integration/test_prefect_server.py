@@ -57,6 +57,11 @@ class Works:
     def begin(self, deployment: str, recipe: dict[str, object]) -> str:
         return self.lab.begin(deployment, recipe=recipe, workspace=str(self.workspace))
 
+    def by_command(self, deployment: str, **parameters: object) -> str:
+        """Have a deployment run, as a user does it in a terminal."""
+        given = ["--params", json.dumps(parameters)] if parameters else []
+        return self.lab.prefect("deployment", "run", deployment, *given).partition("UUID: ")[2].split()[0]
+
     def record(self, flow_run_id: str) -> RunRecord:
         (record,) = [each for each in RunStore(self.workspace).list() if each.flow_run_id == flow_run_id]
         return record
@@ -115,9 +120,7 @@ def works(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Works]:
 
 
 def run_from_the_command_line(works: Works) -> str:
-    parameters = {"recipe": works.recipe(), "workspace": str(works.workspace)}
-    said = works.lab.prefect("deployment", "run", "prune/local", "--params", json.dumps(parameters))
-    return said.partition("UUID: ")[2].split()[0]
+    return works.by_command("prune/local", recipe=works.recipe(), workspace=str(works.workspace))
 
 
 def other_run(works: Works) -> str:
@@ -199,6 +202,25 @@ def test_killed_cancelled_queued_and_from_the_cache(works: Works) -> None:
     wait_until(lambda: lab.task_states(again).keys() == _STAGES, 30)
     assert set(lab.task_states(again).values()) == {"Cached"}
     assert all(stage.cached for stage in works.record(again).stages)
+
+
+def test_without_parameters_it_is_the_demo(works: Works) -> None:
+    """By README's own command, twice: the second takes everything from the cache, as does the demo's recipe here."""
+    first, second = (works.by_command("prune/local") for _ in range(2))
+    for flow_run_id in (first, second):
+        works.lab.state_becomes(flow_run_id, "Completed", 300)
+    workspace = works.lab.repository / "data"
+    runs = {each.flow_run_id: each for each in RunStore(workspace).list()}
+    assert [runs[each].status for each in (first, second)] == ["completed", "completed"]
+    labels = [stage.label for stage in runs[first].stages]
+    wait_until(lambda: works.lab.task_states(second).keys() == {*labels}, 30)
+    assert set(works.lab.task_states(first).values()) == {"Completed"}
+    assert set(works.lab.task_states(second).values()) == {"Cached"}
+    found = blockpruner("search", "demo", "--workspace", workspace, "--json").json
+    assert [stage["cached"] for stage in found["stages"]] == [True, True]
+    query = "SELECT count(*) AS rows FROM accuracies WHERE task = 'demo_facts' AND variant = 'pruned'"
+    stored = blockpruner("sql", query, "--workspace", workspace, "--json").json
+    assert stored[0]["rows"] > 0
 
 
 def test_a_run_that_cannot_begin_leaves_a_record(works: Works) -> None:
