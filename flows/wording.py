@@ -80,6 +80,17 @@ def cancelled(resume_command: str) -> str:
     return f"cancelled; give the same command again, or `{resume_command}`, to go on"
 
 
+def ended_by_library(exit_call: SystemExit, resume_command: str) -> str:
+    """Why a run ended that a library ended with the whole process, as rich does where a line of its finds no reader."""
+    nobody_reads = isinstance(exit_call.__context__, BrokenPipeError)
+    why = (
+        "nobody reads any more what the run says: its terminal, its pipe or its worker of Prefect's is gone"
+        if nobody_reads
+        else f"a library ended the process (status {exit_call.code})"
+    )
+    return f"{why}; `{resume_command}` goes on with it"
+
+
 def in_units(number: float) -> str:
     """The number in the unit that fits, which the word for what it counts follows: '12.5 M', '314 G', '87 '."""
     power = next((power for power in (4, 3, 2, 1) if abs(number) >= 1000**power), 0)

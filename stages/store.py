@@ -234,13 +234,15 @@ class ResultStore:
 
     @contextmanager
     def _writing(self, deadline: float) -> Iterator[None]:
-        """Be the only one of our processes that writes."""
+        """Be the only one of our processes that writes; what one that was killed has left of a new database goes."""
         lock = self._workspace.lock("results")
         try:
             lock.acquire(timeout=max(0.0, deadline - time.monotonic()))
         except Timeout as error:
             raise _BusyError("another run is writing to the results database; try again later") from error
         try:
+            for stale in self.path.parent.glob(f"{self.path.name}.tmp-*"):
+                stale.unlink(missing_ok=True)
             yield
         finally:
             lock.release()
@@ -262,8 +264,6 @@ class ResultStore:
 
     def _build(self, records: Iterable[RunRecord]) -> None:
         """Write a whole new database beside the old one and rename it into place. Only with the writers' lock."""
-        for stale in self.path.parent.glob(f"{self.path.name}.tmp-*"):
-            stale.unlink()
         temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
         with _translated(), closing(_locked(temporary)) as connection:
             connection.execute(CREATE)

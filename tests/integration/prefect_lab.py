@@ -1,5 +1,7 @@
 """A real Prefect server and workers of its own, on 127.0.0.1, with everything that is in prefect.yaml deployed.
 
+It is deployed from a folder like a clone of the repository, so that the workspace `data` is none of the user's.
+
 Whatever was started is ended with the lab: the server, the workers and what they started, each known by a mark in its
 environment. It is spoken to over HTTP, for this process may have another Prefect server at the same time.
 """
@@ -25,6 +27,8 @@ import yaml
 from tests.integration.command_line import ROOT
 
 _START_S = 120.0
+_ANSWER_S = 90.0
+"""For the server to answer on a machine that has other work."""
 _TRIES = 20
 _MARK = "BLOCKPRUNER_PREFECT_LAB"
 _QUICK = {
@@ -55,9 +59,11 @@ class PrefectLab:
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             _MARK: self._mark,
         }
-        self._prefect_yaml = folder / "repository" / "prefect.yaml"
-        self._prefect_yaml.parent.mkdir(parents=True)
-        self._client = httpx.Client(base_url=self.environment["PREFECT_API_URL"], timeout=30.0, trust_env=False)
+        self.repository = folder / "repository"
+        """What a clone has: prefect.yaml and the demo's files."""
+        self.repository.mkdir(parents=True)
+        self._prefect_yaml = self.repository / "prefect.yaml"
+        self._client = httpx.Client(base_url=self.environment["PREFECT_API_URL"], timeout=_ANSWER_S, trust_env=False)
 
     # --- starting and ending ------------------------------------------------------------------------------------------
 
@@ -78,7 +84,7 @@ class PrefectLab:
         """Call Prefect's command line from the folder of the deployments, with nobody to answer its questions."""
         done = subprocess.run(
             [sys.executable, "-m", "prefect", *map(str, arguments)],
-            cwd=self._prefect_yaml.parent,
+            cwd=self.repository,
             env=self.environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -92,6 +98,7 @@ class PrefectLab:
     def deploy(self) -> None:
         """Deploy everything that is in prefect.yaml."""
         shutil.copy(ROOT / "prefect.yaml", self._prefect_yaml)
+        shutil.copytree(ROOT / "data/demo", self.repository / "data/demo")  # which its parameters name
         self.prefect("work-pool", "create", "--type", "process", "blockpruner")
         self.prefect("deploy", "--all", "--no-prompt")
 

@@ -57,6 +57,11 @@ class Works:
     def begin(self, deployment: str, recipe: dict[str, object]) -> str:
         return self.lab.begin(deployment, recipe=recipe, workspace=str(self.workspace))
 
+    def by_command(self, deployment: str, **parameters: object) -> str:
+        """Have a deployment run, as a user does it in a terminal."""
+        given = ["--params", json.dumps(parameters)] if parameters else []
+        return self.lab.prefect("deployment", "run", deployment, *given).partition("UUID: ")[2].split()[0]
+
     def record(self, flow_run_id: str) -> RunRecord:
         (record,) = [each for each in RunStore(self.workspace).list() if each.flow_run_id == flow_run_id]
         return record
@@ -115,9 +120,7 @@ def works(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Works]:
 
 
 def run_from_the_command_line(works: Works) -> str:
-    parameters = {"recipe": works.recipe(), "workspace": str(works.workspace)}
-    said = works.lab.prefect("deployment", "run", "prune/local", "--params", json.dumps(parameters))
-    return said.partition("UUID: ")[2].split()[0]
+    return works.by_command("prune/local", recipe=works.recipe(), workspace=str(works.workspace))
 
 
 def other_run(works: Works) -> str:
@@ -201,6 +204,52 @@ def test_killed_cancelled_queued_and_from_the_cache(works: Works) -> None:
     assert all(stage.cached for stage in works.record(again).stages)
 
 
+def test_a_comparison_takes_what_is_in_the_workspace(works: Works) -> None:
+    """`compare/weekly`, with two cells: one has been run by `prune/local`, and both share its search."""
+    base = {name: value for name, value in works.recipe().items() if name != "num_blocks"}
+    asked = {"name": "small", "base": base, "grid": [{"num_blocks": [1, 2]}]}
+    page = works.folder / "page.html"
+    flow_run_id = works.lab.begin("compare/weekly", recipe=asked, workspace=str(works.workspace), report=str(page))
+    works.lab.state_becomes(flow_run_id, "Completed")
+    records = {each.name: each for each in RunStore(works.workspace).list() if str(each.name).startswith("small: ")}
+    assert {name: record.status for name, record in records.items()} == {
+        "small: num_blocks=1": "completed",
+        "small: num_blocks=2": "completed",
+    }
+    cached = {name: {stage.stage for stage in record.stages if stage.cached} for name, record in records.items()}
+    assert cached["small: num_blocks=2"] == {stage.stage for stage in records["small: num_blocks=2"].stages}
+    assert cached["small: num_blocks=1"] == {"calibrate", "baseline"}  # its search reads the other's checkpoints
+    rows = works.sql("SELECT name, status, num_blocks_removed AS removed FROM runs WHERE name LIKE 'small: %'")
+    assert {(row["name"], row["status"], row["removed"]) for row in rows} == {
+        (f"small: num_blocks={number}", "completed", number) for number in (1, 2)
+    }
+    wait_until(lambda: works.lab.task_states(flow_run_id).keys() == {"num_blocks=1", "num_blocks=2"}, 30)
+    assert set(works.lab.task_states(flow_run_id).values()) == {"Completed"}
+    assert {"comparison", "comparison-numbers"} <= works.lab.artifact_keys(flow_run_id)
+    assert "num_blocks=1" in page.read_text()
+
+
+def test_without_parameters_it_is_the_demo(works: Works) -> None:
+    """By README's own command, twice: the second takes everything from the cache, as does the demo's recipe here."""
+    first, second = (works.by_command("prune/local") for _ in range(2))
+    for flow_run_id in (first, second):
+        works.lab.state_becomes(flow_run_id, "Completed", 300)
+    workspace = works.lab.repository / "data"
+    runs = {each.flow_run_id: each for each in RunStore(workspace).list()}
+    assert [runs[each].status for each in (first, second)] == ["completed", "completed"]
+    labels = [stage.label for stage in runs[first].stages]
+    wait_until(lambda: works.lab.task_states(second).keys() == {*labels}, 30)
+    assert set(works.lab.task_states(first).values()) == {"Completed"}
+    assert set(works.lab.task_states(second).values()) == {"Cached"}
+    found = blockpruner("search", "demo", "--workspace", workspace, "--json").json
+    assert [stage["cached"] for stage in found["stages"]] == [True, True]
+    query = "SELECT DISTINCT run_id, variant FROM evaluations WHERE task = 'demo_facts'"
+    stored = {
+        (row["run_id"], row["variant"]) for row in blockpruner("sql", query, "--workspace", workspace, "--json").json
+    }
+    assert stored == {(runs[each].run_id, variant) for each in (first, second) for variant in ("dense", "pruned")}
+
+
 def test_a_run_that_cannot_begin_leaves_a_record(works: Works) -> None:
     """Both targets: the form allows either, and the two together are refused where the flow begins."""
     refused = works.begin("prune/local", works.recipe(ratio=0.5))
@@ -242,7 +291,7 @@ def test_a_server_that_disappears_costs_no_stage(works: Works) -> None:
     options = ["--model", works.folder / "model", "--calibration", works.folder / "long.txt", "--num-samples", "all"]
     command = [*options, "--sequence-length", 64, "--num-blocks", 2, "--workspace", workspace, "--json"]
     api = works.lab.environment["PREFECT_API_URL"]
-    process = start("run", *command, PREFECT_API_URL=api, PREFECT_CLIENT_MAX_RETRIES="1")
+    process = start("run", *command, PREFECT_API_URL=api)
     try:
         wait_until(lambda: any(workspace.glob("state/search/*/*")) or process.poll() is not None, 120)
         works.lab.kill_server()
@@ -250,11 +299,11 @@ def test_a_server_that_disappears_costs_no_stage(works: Works) -> None:
     finally:
         process.kill()
     outcome = Outcome(process.returncode, stdout, stderr)
-    assert (outcome.status, outcome.stdout) == (2, "")
-    assert outcome.stderr.splitlines()[-1].startswith("Error: Prefect's server does not answer any more (")
-    assert outcome.stderr.count("Error: ") == 1
-    assert "Traceback" not in outcome.stderr
     (record,) = RunStore(workspace).list()
+    assert outcome.json["run_id"] == record.run_id
     assert record.status == "completed"
+    (line,) = [line for line in stderr.splitlines() if "server" in line]
+    assert line.startswith("Warning: Prefect's server does not answer any more (")
+    assert "Traceback" not in stderr
     found = blockpruner("search", *command).json
     assert [stage["cached"] for stage in found["stages"]] == [True, True]

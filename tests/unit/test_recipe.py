@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from blockpruner.errors import ConfigurationError
+from flows.cli_options import DEFAULT_WORKSPACE
 from flows.recipe import Recipe, load_recipe, make_recipe, recipe_names
 from flows.settings_text import SETTINGS
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_defaults_are_the_papers() -> None:
@@ -165,6 +169,16 @@ def test_the_projects_recipes_are_valid(name: str) -> None:
     recipe = load_recipe(name, {})
     recipe.require_target()
     assert (recipe.num_blocks is None) != (recipe.ratio is None)
+
+
+@pytest.mark.parametrize("name", ["local", "nightly"])
+def test_a_deployment_without_parameters_is_the_demo(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every field, for what `blockpruner demo` has computed is to be `Cached` there."""
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    (parameters,) = [each["parameters"] for each in deployments if each["name"] == name]
+    monkeypatch.chdir(ROOT)
+    assert make_recipe(parameters["recipe"]).anchored() == load_recipe("demo", {}).anchored()
+    assert Path(parameters["workspace"]) == DEFAULT_WORKSPACE
 
 
 @pytest.mark.parametrize(
