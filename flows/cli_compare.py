@@ -75,13 +75,14 @@ def compare(
     from flows.cli_output import put, put_view
     from flows.comparison import rows_of
     from flows.comparison_table import comparison_text, comparison_view, standing
+    from flows.report.place import check_place
     from flows.table_formats import chosen_format
     from stages.workspace import Workspace
 
     form = chosen_format(as_json=as_json, as_csv=as_csv, as_markdown=as_markdown, as_latex=as_latex)
     comparison = _comparison(recipe, options.given_settings(context), external or [], label or [], with_speed)
     if report is not None:
-        _require_place(report)
+        check_place(report)
     outcomes = _run_flow(comparison, workspace, parallel, report)
     rows = rows_of(comparison, outcomes, Workspace(workspace), _warn)
     if form is None:
@@ -111,13 +112,6 @@ def _comparison(
     return load_comparison(source, given, more)
 
 
-def _require_place(report: Path) -> None:
-    """Before hours of computing, make sure that the report has somewhere to go."""
-    if report.is_dir() or not report.absolute().parent.is_dir():
-        problem = "is a folder" if report.is_dir() else f"cannot be written: there is no folder {report.parent}"
-        raise ConfigurationError(f"{report} {problem}; give --report a file in a folder that is there")
-
-
 def _run_flow(comparison: Comparison, workspace: Path, parallel: int, report: Path | None) -> list[Outcome]:
     """Run the Prefect flow in this process. What can be refused is refused before Prefect's server is started."""
     from flows.prefect_settings import be_quiet, require_valid_settings
@@ -128,7 +122,7 @@ def _run_flow(comparison: Comparison, workspace: Path, parallel: int, report: Pa
         be_quiet()
         with reporter.loading():
             require_valid_settings()
-            from flows.compare_flow import check_comparison, compare
+            from flows.compare_flow import CellsFailedError, check_comparison, compare
             from flows.comparison import Outcome
             from flows.runner import Runner
 
@@ -140,7 +134,10 @@ def _run_flow(comparison: Comparison, workspace: Path, parallel: int, report: Pa
 
             start_shielded_server()
         place = str(report) if report else None
-        result = run_here(compare, comparison, str(workspace), parallel, place, warn=reporter.warn)
+        try:
+            result = run_here(compare, comparison, str(workspace), parallel, place, warn=reporter.warn)
+        except CellsFailedError as error:
+            return list(error.outcomes)
         return [Outcome.model_validate(each) for each in result["outcomes"]]
 
 

@@ -24,11 +24,12 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from blockpruner.errors import BlockPrunerError, ConfigurationError
+from blockpruner.paths import user_path
 from flows.cell_pool import CellPool
 from flows.cell_worker import Event, Request
 from flows.compare_progress import CompareProgress
 from flows.comparison import Outcome, Row, rows_of
-from flows.comparison_table import comparison_text, full_table
+from flows.comparison_table import comparison_text, full_table, standing
 from flows.flow_artifacts import table
 from flows.flow_here import handed_over
 from flows.flow_hooks import close_cells
@@ -36,6 +37,7 @@ from flows.grid import Cell, Comparison, in_families, load_comparison
 from flows.interruptions import INTERRUPTIONS
 from flows.plan import Plan
 from flows.prune_flow import LoggingReporter, quieten_user_errors
+from flows.report.place import check_place
 from flows.reporter import Reporter
 from flows.server_contact import shown, whatever_becomes_of_its_slot
 from flows.table_formats import in_markdown
@@ -44,6 +46,15 @@ from stages.runs import RunStore
 from stages.workspace import Workspace
 
 _MOST_PARALLEL = 256
+
+
+class CellsFailedError(BlockPrunerError):
+    """A comparison is done, and some of its cells failed; `outcomes` has them all."""
+
+    def __init__(self, message: str, outcomes: Sequence[Outcome]) -> None:
+        """Say what failed."""
+        super().__init__(message)
+        self.outcomes = outcomes
 
 
 @task(persist_result=False, cache_policy=NO_CACHE)
@@ -73,19 +84,29 @@ def compare(
         workspace: the folder where results and everything that was computed are kept.
         parallel: how many cells to run at the same time.
         report: where to write an HTML report of all runs; none: nowhere.
+
+    Raises:
+        CellsFailedError: at the end, if some did: on a server such a run has not `Completed`.
     """
     quieten_user_errors()
     comparison = load_comparison(recipe, {}, {}) if isinstance(recipe, str) else recipe
     reporter = LoggingReporter()
+    page = user_path(report) if report is not None else None
+    if page is not None:
+        check_place(page)
     check_comparison(comparison, parallel)
     with whatever_becomes_of_its_slot(), INTERRUPTIONS.kept():
         outcomes = _Comparing(comparison, Path(workspace), reporter).run(parallel)
     store = Workspace(Path(workspace))
     rows = rows_of(comparison, outcomes, store, reporter.warn)
     _publish(comparison, rows, reporter)
-    if report is not None:
-        write_report(comparison, outcomes, store, Path(report), reporter)
-    return handed_over({"comparison": comparison.name, "outcomes": [each.model_dump(mode="json") for each in outcomes]})
+    if page is not None:
+        write_report(comparison, outcomes, store, page, reporter)
+    result = {"comparison": comparison.name, "outcomes": [each.model_dump(mode="json") for each in outcomes]}
+    handed_over(result)
+    if failed := standing(rows):
+        raise CellsFailedError(failed, outcomes)
+    return result
 
 
 def check_comparison(comparison: Comparison, parallel: int) -> None:

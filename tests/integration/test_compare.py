@@ -19,6 +19,7 @@ import yaml
 from prefect.settings import PREFECT_API_URL
 from prefect.testing.utilities import prefect_test_harness
 
+from blockpruner.errors import ConfigurationError
 from flows import compare_flow
 from flows.cell_pool import CellPool, environment_of
 from flows.cell_worker import Event, Request
@@ -118,6 +119,7 @@ def compared(tiny_folder: TinyFolder, tmp_path_factory: pytest.TempPathFactory, 
     ]
     outcome = blockpruner(*arguments, "--json")
     run = newest_flow_run()
+    assert (run.state_name, "1 of 6 cells failed" in str(run.state and run.state.message)) == ("Failed", True)
     keys = {key for _, key in artifact_keys(run)}
     return Compared(arguments, folder / "ws", model, outcome, task_states(run), keys, folder / "report.html")
 
@@ -387,6 +389,15 @@ def test_what_is_wrong_is_refused_before_anything_runs(
     assert outcome.status == 2
     assert outcome.stdout == ""
     assert said in outcome.stderr.splitlines()[-1]
+    assert not (tmp_path / "ws").exists()
+
+
+def test_a_report_that_can_go_nowhere_is_refused_on_the_server_too(tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    file = write_comparison(tmp_path, tiny_folder("llama"), grid={"num_blocks": 1})
+    comparison = load_comparison(str(file), {}, {})
+    for page, said in ((tmp_path / "gone" / "page.html", "there is no folder"), (tmp_path, "is a folder")):
+        with pytest.raises(ConfigurationError, match=said):
+            compare_flow.compare(comparison, str(tmp_path / "ws"), report=str(page))
     assert not (tmp_path / "ws").exists()
 
 

@@ -189,10 +189,10 @@ def test_names_lead_nowhere_and_steer_nothing(name: str, lab: Lab) -> None:
     assert all(path.name.isascii() and path.name.isprintable() for path in lab.workspace.rglob("*"))
 
 
-DEEP = ["[" * 200_000, '{"a":' * 200_000, "[" * 900 + "]" * 900, '{"identity": ' + "[" * 300 + "]" * 300 + "}"]
+DEEP = ["[" * 200_000, '{"a":' * 200_000]
 
 
-@pytest.mark.parametrize("deep", DEEP, ids=["lists", "objects", "whole", "within"])
+@pytest.mark.parametrize("deep", DEEP, ids=["lists", "objects"])
 @pytest.mark.parametrize("place", ["artifacts/export/*/manifest.json", "artifacts/search/*/manifest.json"])
 def test_a_manifest_that_is_too_deep_is_damaged_as_any_other(place: str, deep: str, foreign: Lab) -> None:
     (manifest,) = foreign.workspace.glob(place)
@@ -207,13 +207,14 @@ def test_a_manifest_that_is_too_deep_is_damaged_as_any_other(place: str, deep: s
     assert foreign.call("show", "latest").stderr == ""
 
 
-@pytest.mark.parametrize("deep", DEEP, ids=["lists", "objects", "whole", "within"])
+@pytest.mark.parametrize("deep", DEEP, ids=["lists", "objects"])
 @pytest.mark.parametrize("name", ["step-0001.json", "plan.json"])
 def test_a_checkpoint_that_is_too_deep_is_computed_again(name: str, deep: str, foreign: Lab) -> None:
     expected = foreign.search("--num-blocks", 2, "--json").json["pruning_order"]
     shutil.rmtree(foreign.workspace / "artifacts/search")
-    (checkpoint,) = foreign.workspace.glob(f"state/search/*/{name}")
-    checkpoint.write_text(deep)
+    (folder,) = foreign.workspace.glob("state/search/*")
+    (folder / "step-0002.json").unlink()
+    (folder / name).write_text(deep)
     found = foreign.search("--num-blocks", 2, "--json").json["pruning_order"]
     assert [(step["layer_index"], step["block_kind"], step["score"]) for step in found] == [
         (step["layer_index"], step["block_kind"], step["score"]) for step in expected

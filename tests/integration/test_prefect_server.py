@@ -204,6 +204,31 @@ def test_killed_cancelled_queued_and_from_the_cache(works: Works) -> None:
     assert all(stage.cached for stage in works.record(again).stages)
 
 
+def test_a_comparison_takes_what_is_in_the_workspace(works: Works) -> None:
+    """`compare/weekly`, with two cells: one has been run by `prune/local`, and both share its search."""
+    base = {name: value for name, value in works.recipe().items() if name != "num_blocks"}
+    asked = {"name": "small", "base": base, "grid": [{"num_blocks": [1, 2]}]}
+    page = works.folder / "page.html"
+    flow_run_id = works.lab.begin("compare/weekly", recipe=asked, workspace=str(works.workspace), report=str(page))
+    works.lab.state_becomes(flow_run_id, "Completed")
+    records = {each.name: each for each in RunStore(works.workspace).list() if str(each.name).startswith("small: ")}
+    assert {name: record.status for name, record in records.items()} == {
+        "small: num_blocks=1": "completed",
+        "small: num_blocks=2": "completed",
+    }
+    cached = {name: {stage.stage for stage in record.stages if stage.cached} for name, record in records.items()}
+    assert cached["small: num_blocks=2"] == {stage.stage for stage in records["small: num_blocks=2"].stages}
+    assert cached["small: num_blocks=1"] == {"calibrate", "baseline"}  # its search reads the other's checkpoints
+    rows = works.sql("SELECT name, status, num_blocks_removed AS removed FROM runs WHERE name LIKE 'small: %'")
+    assert {(row["name"], row["status"], row["removed"]) for row in rows} == {
+        (f"small: num_blocks={number}", "completed", number) for number in (1, 2)
+    }
+    wait_until(lambda: works.lab.task_states(flow_run_id).keys() == {"num_blocks=1", "num_blocks=2"}, 30)
+    assert set(works.lab.task_states(flow_run_id).values()) == {"Completed"}
+    assert {"comparison", "comparison-numbers"} <= works.lab.artifact_keys(flow_run_id)
+    assert "num_blocks=1" in page.read_text()
+
+
 def test_without_parameters_it_is_the_demo(works: Works) -> None:
     """By README's own command, twice: the second takes everything from the cache, as does the demo's recipe here."""
     first, second = (works.by_command("prune/local") for _ in range(2))
@@ -218,9 +243,11 @@ def test_without_parameters_it_is_the_demo(works: Works) -> None:
     assert set(works.lab.task_states(second).values()) == {"Cached"}
     found = blockpruner("search", "demo", "--workspace", workspace, "--json").json
     assert [stage["cached"] for stage in found["stages"]] == [True, True]
-    query = "SELECT count(*) AS rows FROM accuracies WHERE task = 'demo_facts' AND variant = 'pruned'"
-    stored = blockpruner("sql", query, "--workspace", workspace, "--json").json
-    assert stored[0]["rows"] > 0
+    query = "SELECT DISTINCT run_id, variant FROM evaluations WHERE task = 'demo_facts'"
+    stored = {
+        (row["run_id"], row["variant"]) for row in blockpruner("sql", query, "--workspace", workspace, "--json").json
+    }
+    assert stored == {(runs[each].run_id, variant) for each in (first, second) for variant in ("dense", "pruned")}
 
 
 def test_a_run_that_cannot_begin_leaves_a_record(works: Works) -> None:
