@@ -32,6 +32,9 @@ _LONGEST_FOLDER = 40
 _PREFIX, _OWNED = "bp-", "owned"
 """How such folders are called, and the file in them that their owner has locked."""
 
+_VITAL = ("raylet", "gcs_server")
+"""Of Ray's processes."""
+
 _SAYS_LITTLE: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 # Ray would have its workers give way to everything else on the machine; a search without it does not.
@@ -72,6 +75,17 @@ def ray_session(settings: ExecutorSettings) -> Iterator[Any]:
             elif folder is not None:
                 _start(ray, folder)
         yield ray
+
+
+def has_died(ray: Any) -> bool:
+    """Whether the Ray that was started here has ended, or what it cannot be without.
+
+    Ray itself waits some ten seconds for what ended, and then ends this process at once, without a word of its own.
+    What says so is private: look again when Ray is upgraded, and `test_ray` does.
+    """
+    node = ray._private.worker._global_node
+    processes = node.all_processes if node is not None else {}
+    return any(each.process.poll() is not None for name in _VITAL for each in processes.get(name, ()))
 
 
 def _join(ray: Any, address: str) -> None:
