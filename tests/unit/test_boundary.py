@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from flows.boundary import OneLineErrors, can_be_resumed
+from flows.boundary import OneLineErrors, can_be_resumed, leave_threads_behind
 from flows.interruptions import INTERRUPTIONS
 from tests.unit.child_processes import child
 
@@ -132,6 +133,27 @@ def test_nothing_follows_the_line_of_an_interruption() -> None:
     with child(interrupted_and_complaining) as process:
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (143, "", f"Terminated. {GO_ON}\n")
+
+
+def with_a_thread_that_goes_on() -> None:
+    """In a process of its own: a command whose thread Python waits for at its end, as it does for Prefect's."""
+
+    def command() -> None:
+        threading.Thread(target=time.sleep, args=[600]).start()
+        leave_threads_behind()
+        typer.echo("the result")
+        raise typer.Exit(3)
+
+    app = typer.Typer(cls=OneLineErrors, pretty_exceptions_enable=False)
+    app.callback()(lambda: None)
+    app.command("do")(command)
+    app(["do"])
+
+
+def test_threads_that_are_left_behind_are_not_waited_for() -> None:
+    with child(with_a_thread_that_goes_on) as process:
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (3, "the result\n", "")
 
 
 @pytest.mark.parametrize("workspace", ["data", "named by the environment", "it's another"])
