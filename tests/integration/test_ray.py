@@ -222,7 +222,9 @@ def test_an_order_to_end_ends_ray_and_its_workers(tiny_folder: Callable[[str], P
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM, said
     *before, last = said.splitlines()
-    assert last.startswith("Terminated. What was finished is kept: give the same command again, or `blockpruner resume ")
+    assert last.startswith(
+        "Terminated. What was finished is kept: give the same command again, or `blockpruner resume "
+    )
     assert "ray" not in "".join(before).lower().replace("array", ""), "Ray's own reports"
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive
