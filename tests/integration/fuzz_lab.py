@@ -1,14 +1,24 @@
-"""Ways to spoil good files by chance, as hypothesis strategies."""
+"""Ways to spoil good files by chance, as hypothesis strategies; and how a command has to take it.
+
+The same examples on every machine. FUZZ_FACTOR=10 tries ten times as many, other ones each time.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from tests.integration.bad_input_lab import refused
+from tests.integration.command_line import Outcome
+
 Path = tuple[str | int, ...]
+
+FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
 
 _TOKENS = (
     *(
@@ -52,6 +62,18 @@ _TEXTS = st.sampled_from(("", " ", "a", "../x", "\x1b[2J", "a\nb", "x" * 1000, "
 _LEAVES = st.one_of(st.none(), st.booleans(), _NUMBERS, _TEXTS)
 JUNK = st.one_of(_LEAVES, st.lists(_LEAVES, max_size=3), st.dictionaries(_TEXTS, _LEAVES, max_size=2))
 """What stands in JSON where something else should."""
+
+
+def fuzz(num_examples: int) -> settings:
+    """That many examples, or a multiple; a folder that all of them use is what the tests want."""
+    allowed = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+    return settings(max_examples=num_examples * FACTOR, derandomize=FACTOR == 1, suppress_health_check=allowed)
+
+
+def done_or_refused(outcome: Outcome) -> None:
+    """The command did its work, or said in one line why it does not."""
+    if outcome.status != 0:
+        refused(outcome)
 
 
 @st.composite

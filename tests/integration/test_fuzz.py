@@ -1,12 +1,11 @@
 """Files spoiled by chance: a command does its work or refuses in one line. It never breaks, hangs or loses anything.
 
-The same examples on every machine. FUZZ_FACTOR=10 tries ten times as many, other ones each time.
+A workspace's own files are spoiled in test_fuzz_workspace.py.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,29 +13,21 @@ from pathlib import Path
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
 from blockpruner.errors import ConfigurationError
 from flows.grid import load_comparison
-from tests.integration.bad_input_lab import Lab, little_memory, refused
-from tests.integration.command_line import Outcome
-from tests.integration.fuzz_lab import spoiled_bytes, spoiled_json
+from tests.integration.bad_input_lab import Lab, little_memory
+from tests.integration.fuzz_lab import FACTOR, done_or_refused, fuzz, spoiled_bytes, spoiled_json
 from tests.tiny_models import tiny_rows
 
 TinyFolder = Callable[[str], Path]
-FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
 ROWS = tiny_rows(12)
 JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 BYTE_FILES = (*JSON_FILES, "model.safetensors", "model.safetensors")
 pytestmark = [pytest.mark.timeout(300 * FACTOR)]
-
-
-def fuzz(num_examples: int) -> settings:
-    """That many examples, or a multiple; a folder that all of them use is what the tests want."""
-    allowed = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
-    return settings(max_examples=num_examples * FACTOR, derandomize=FACTOR == 1, suppress_health_check=allowed)
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +47,6 @@ def _nothing_is_lost(lab: Lab) -> object:
     with little_memory():
         yield
     assert [stage["cached"] for stage in lab.search("--json").json["stages"]] == [True, True]
-
-
-def done_or_refused(outcome: Outcome) -> None:
-    if outcome.status != 0:
-        refused(outcome)
 
 
 def texts() -> dict[str, bytes]:
