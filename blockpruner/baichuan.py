@@ -10,6 +10,7 @@ Shapes: `D` hidden, `V` vocabulary.
 
 from __future__ import annotations
 
+import filecmp
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -44,6 +45,7 @@ _SAME_SETTINGS = (
     "eos_token_id",
     "tie_word_embeddings",
 )
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
 _WEIGHTS_AND_CODE = ("*.safetensors", "*.index.json", "config.json", "modeling_*.py", "configuration_*.py", "*.bin")
 
 
@@ -89,12 +91,40 @@ def fold(checkpoint: Checkpoint, out_dir: Path, *, shard_bytes: int = SHARD_BYTE
     """
     settings = check(checkpoint)
     out_dir.mkdir(parents=True, exist_ok=True)
-    skipped = {path for pattern in _WEIGHTS_AND_CODE for path in checkpoint.path.glob(pattern)}
-    for path in checkpoint.path.iterdir():
-        if path.is_file() and path not in skipped:
-            shutil.copyfile(path, out_dir / path.name)
+    for path in copied_files(checkpoint):
+        shutil.copyfile(path, out_dir / path.name)
     write_tensors([source for name in checkpoint.tensors for source in _folded(checkpoint, name)], out_dir, shard_bytes)
     (out_dir / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def copied_files(checkpoint: Checkpoint) -> list[Path]:
+    """The tokenizer and whatever else lies beside weights and model code: a fold holds these as they are."""
+    skipped = {path for pattern in _WEIGHTS_AND_CODE for path in checkpoint.path.glob(pattern)}
+    return sorted(path for path in checkpoint.path.iterdir() if path.is_file() and path not in skipped)
+
+
+def check_fold(checkpoint: Checkpoint, folder: Path) -> None:
+    """Make sure that a fold of this checkpoint holds no more than `fold` writes, and no code but the checkpoint's own.
+
+    A tokenizer can bring code, which is run for whoever trusts the checkpoint's. Weights are not looked at.
+
+    Raises:
+        CheckpointError: naming the file that is another.
+    """
+    copied = {path.name: path for path in copied_files(checkpoint)}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name == "config.json":
+            fits = json.loads(path.read_text(encoding="utf-8")) == check(checkpoint)
+        elif name in copied:
+            fits = filecmp.cmp(copied[name], path, shallow=False)
+        else:
+            fits = path.is_file() and path.name == name and name.endswith(_WEIGHTS)
+        if not fits:
+            raise CheckpointError(
+                f"{folder} is no fold of {checkpoint.name} that this program writes: {name} is another file; remove "
+                f"{folder.parent}, and it is made anew"
+            )
 
 
 def check(checkpoint: Checkpoint) -> dict[str, Any]:

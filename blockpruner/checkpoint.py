@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from blockpruner.errors import CheckpointError
+from blockpruner.foreign_files import parsed_json
 from blockpruner.paths import user_path
 
 _VOLATILE_CONFIG_KEYS = frozenset({"_name_or_path", "_commit_hash", "transformers_version"})
@@ -175,8 +176,8 @@ def _read_json(path: Path, hint: str) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; {hint}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        return parsed_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({type(error).__name__}); download the model again") from error
 
 
@@ -251,7 +252,7 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
             raise CheckpointError(f"{path} is truncated: {size} bytes hold no header; download it again")
         raw = file.read(header_size)
     try:
-        header = json.loads(raw)
+        header = parsed_json(raw)
         entries = {
             str(name): TensorEntry(
                 path, str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0]
@@ -264,7 +265,7 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
             + header_size
             + max((entry["data_offsets"][1] for n, entry in header.items() if n != "__metadata__"), default=0)
         )
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{path} has a damaged safetensors header; download it again") from error
     if expected != size:
         state = "truncated" if size < expected else "too long"

@@ -17,12 +17,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from blockpruner.blocks import Block
 from blockpruner.durable import write_durably
 from blockpruner.errors import ArtifactError
+from blockpruner.foreign_files import parsed_json, read_plain_file
 from blockpruner.scoring.table import ScoreTable
 from blockpruner.trace import SearchStep
 
@@ -76,11 +78,11 @@ class SearchJournal:
 
     def dense_nll(self) -> torch.Tensor | None:
         """Each sequence's NLL of the unpruned model (float64 [B]), if it was kept and is intact."""
+        if not _is_there(self._folder / _DENSE_FILE):
+            return None
         try:
             with safe_open(self._folder / _DENSE_FILE, "pt") as file:
                 metadata, nll_B = file.metadata() or {}, file.get_tensor("nll_B")
-        except FileNotFoundError:
-            return None
         except (SafetensorError, OSError) as error:
             logger.warning("the dense model's scores are damaged (%s): computed again", error)
             return None
@@ -97,7 +99,7 @@ class SearchJournal:
     def plan(self) -> str | None:
         """How the search's work was cut, as it was kept; None if it was not, or is damaged."""
         path = self._folder / _PLAN_FILE
-        payload, identity = _opened(path) if path.exists() else (None, None)
+        payload, identity = _opened(path) if _is_there(path) else (None, None)
         return payload if identity == self._identity else None
 
     def keep_plan(self, plan: str) -> None:
@@ -140,14 +142,14 @@ class SearchJournal:
 
     def _read_partial(self, path: Path, identity: str, empty: ScoreTable) -> ScoreTable | None:
         """A kept table of the same shape as an empty one; None if it is another step's, or damaged, which is said."""
+        if not _is_there(path):
+            return None
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("identity") != identity:
                     return None
                 nll_CB, done_CB, divergence_CB = map(file.get_tensor, ("nll_CB", "done_CB", "divergence_CB"))
-        except FileNotFoundError:
-            return None
         except (SafetensorError, OSError) as error:
             logger.warning("the checkpoint within the step is damaged (%s): taking the one before it", error)
             return None
@@ -180,11 +182,16 @@ class SearchJournal:
                 f"{path} belongs to another search ({self._what_differs(path)}); "
                 f"remove the folder {self._folder} to start anew"
             )
-        return SearchStep.model_validate_json(payload) if payload is not None else None
+        try:
+            return SearchStep.model_validate_json(payload) if payload is not None else None
+        except ValidationError:  # sealed as it should be, and no step
+            return None
 
     def _what_differs(self, path: Path) -> str:
         """What a foreign file's search has that this one has not, in words."""
-        theirs = json.loads(path.read_bytes()).get("parts") or {}
+        theirs = parsed_json(read_plain_file(path)).get("parts")
+        if not isinstance(theirs, dict):
+            theirs = {}
         different = [name for name in self._parts if theirs.get(name, self._parts[name]) != self._parts[name]]
         return f"another {' and '.join(different)}" if different else "another model, calibration set or metric"
 
@@ -206,13 +213,20 @@ def _write(path: Path, content: bytes) -> None:
     write_durably(path, content, path.with_name(f".{path.name}.{os.getpid()}.tmp"))
 
 
+def _is_there(path: Path) -> bool:
+    """Whether there is such a file. What else has its name is said and passed over: a pipe would be waited for."""
+    if not path.is_file() and os.path.lexists(path):
+        logger.warning("%s is no file: it is passed over", path)
+    return path.is_file()
+
+
 def _opened(path: Path) -> tuple[str | None, str | None]:
     """A sealed file's payload and the identity of its search; (None, None) if it is torn or changed."""
     try:
-        envelope = json.loads(path.read_bytes())
+        envelope = parsed_json(read_plain_file(path))
         payload, identity = str(envelope["payload"]), str(envelope["identity"])
         intact = envelope["sha256"] == _digest((identity + payload).encode())
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None, None
     return (payload, identity) if intact else (None, None)
 

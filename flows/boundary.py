@@ -11,10 +11,11 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -42,6 +43,7 @@ class OneLineErrors(TyperGroup):
         **extra: Any,
     ) -> Any:
         """Run a command and exit with its status."""
+        _THREADS_ARE_LEFT.clear()
         try:
             with INTERRUPTIONS.watched():
                 status = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
@@ -60,7 +62,7 @@ class OneLineErrors(TyperGroup):
                 status = _say(in_plain_words(broken) or str(broken))
         if not standalone_mode:
             return status
-        sys.exit(status if isinstance(status, int) else 0)
+        _leave(status if isinstance(status, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command; an interruption says how to go on."""
@@ -72,6 +74,23 @@ class OneLineErrors(TyperGroup):
             if interruption is None:
                 raise
             raise typer.Exit(_say_interrupted(interruption, INTERRUPTIONS.resume_command)) from None
+
+
+_THREADS_ARE_LEFT = threading.Event()
+
+
+def leave_threads_behind() -> None:
+    """Have this process end with its command, and not with what threads of libraries still try, for minutes."""
+    _THREADS_ARE_LEFT.set()
+
+
+def _leave(status: int) -> NoReturn:
+    if _THREADS_ARE_LEFT.is_set():
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def can_be_resumed(resume_command: str, workspace: Path) -> None:

@@ -12,6 +12,7 @@ import typer
 from blockpruner.errors import ConfigurationError
 from flows import cli_options as options
 from flows.completion import complete_comparison
+from flows.wording import one_line
 
 if TYPE_CHECKING:
     from flows.comparison import Outcome
@@ -128,17 +129,17 @@ def _run_flow(comparison: Comparison, workspace: Path, parallel: int, report: Pa
             check_comparison(comparison, parallel)
             Runner(workspace, reporter)  # that the workspace can be written, and who died there
         with reporter.waiting("starting Prefect"):
+            from flows.flow_here import run_here
             from flows.prefect_server import start_shielded_server
-            from flows.server_contact import losing_server_in_one_line
 
             start_shielded_server()
-        with losing_server_in_one_line():
-            try:
-                result = compare(comparison, str(workspace), parallel, str(report) if report else None)
-            except CellsFailedError as error:
-                return list(error.outcomes)
+        place = str(report) if report else None
+        try:
+            result = run_here(compare, comparison, str(workspace), parallel, place, warn=reporter.warn)
+        except CellsFailedError as error:
+            return list(error.outcomes)
         return [Outcome.model_validate(each) for each in result["outcomes"]]
 
 
 def _warn(line: str) -> None:
-    typer.echo(f"Warning: {line}", err=True)
+    typer.echo(f"Warning: {one_line(line)}", err=True)

@@ -11,15 +11,16 @@ from rich.console import RenderableType
 from blockpruner.paths import naming
 from flows.render import on_stdout, run_view
 from flows.summary import RunSummary, dump_json
+from flows.wording import printable
 
 View = Callable[[RunSummary], RenderableType]
 _STDOUT = Path("standard output")
 
 
 def put(text: str, *, newline: bool = True) -> None:
-    """Write text to standard output."""
+    """Write text to standard output; what would steer a terminal is shown as an escape."""
     with naming(_STDOUT):
-        typer.echo(text, nl=newline)
+        typer.echo(printable(text), nl=newline)
 
 
 def put_view(view: RenderableType) -> None:

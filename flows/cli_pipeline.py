@@ -77,11 +77,10 @@ def run_flow(recipe: Recipe, workspace: Path) -> RunSummary:
         be_quiet()
         with reporter.waiting("starting Prefect"):
             require_valid_settings()
+            from flows.flow_here import run_here
             from flows.prefect_server import start_shielded_server
             from flows.prune_flow import prune
-            from flows.server_contact import losing_server_in_one_line
 
             start_shielded_server()
-        with losing_server_in_one_line():
-            outcome = prune(recipe, str(workspace))
+        outcome = run_here(prune, recipe, str(workspace), warn=reporter.warn)
         return RunSummary.of(runner.runs.load(outcome["run_id"]), runner.workspace, reporter.warn)

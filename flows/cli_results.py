@@ -45,7 +45,7 @@ def runs(
         columns = list(listed[0]) if listed else ["run_id"]
         put(csv_text(columns, [list(row.values()) for row in listed]), newline=False)
     elif not records:
-        typer.echo(f"no runs in {workspace} yet; `blockpruner demo` makes one", err=True)
+        typer.echo(one_line(f"no runs in {workspace} yet; `blockpruner demo` makes one"), err=True)
     else:
         put_view(runs_table(records))
 

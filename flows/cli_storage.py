@@ -143,7 +143,7 @@ def list_(
     else:
         put_view(query_table(_COLUMNS, [_cells(entry) for entry in listed]))
         total = sum(entry.bytes for entry in listed)
-        typer.echo(f"{size(total)} in {count(len(listed), 'folder')} of {runs.workspace.path}", err=True)
+        typer.echo(one_line(f"{size(total)} in {count(len(listed), 'folder')} of {runs.workspace.path}"), err=True)
 
 
 @cache.command(cls=options.Command)

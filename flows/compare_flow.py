@@ -31,6 +31,7 @@ from flows.compare_progress import CompareProgress
 from flows.comparison import Outcome, Row, rows_of
 from flows.comparison_table import comparison_text, full_table, standing
 from flows.flow_artifacts import table
+from flows.flow_here import handed_over
 from flows.flow_hooks import close_cells
 from flows.grid import Cell, Comparison, in_families, load_comparison
 from flows.interruptions import INTERRUPTIONS
@@ -101,9 +102,11 @@ def compare(
     _publish(comparison, rows, reporter)
     if page is not None:
         write_report(comparison, outcomes, store, page, reporter)
+    result = {"comparison": comparison.name, "outcomes": [each.model_dump(mode="json") for each in outcomes]}
+    handed_over(result)
     if failed := standing(rows):
         raise CellsFailedError(failed, outcomes)
-    return {"comparison": comparison.name, "outcomes": [each.model_dump(mode="json") for each in outcomes]}
+    return result
 
 
 def check_comparison(comparison: Comparison, parallel: int) -> None:

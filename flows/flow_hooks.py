@@ -15,7 +15,8 @@ from prefect import Flow, State
 from prefect.client.schemas.objects import FlowRun
 from prefect.logging.loggers import flow_run_logger
 
-from blockpruner.errors import BlockPrunerError
+from blockpruner.errors import BlockPrunerError, ConfigurationError
+from blockpruner.paths import user_path
 from flows.recipe import make_recipe
 from flows.wording import cancelled, in_plain_words, one_line
 from stages.runs import RunDescription, RunRecord, RunStatus, RunStore
@@ -39,12 +40,20 @@ def close_cells(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> N
 def _in_workspace(flow: Flow[..., Any], flow_run: FlowRun, close: Callable[[RunStore], list[RunRecord]]) -> None:
     """Close runs in the workspace of a flow run, and bring their rows up to date. What cannot be done is said."""
     warn = flow_run_logger(flow_run, flow).warning
-    runs = RunStore(Path(flow_run.parameters.get("workspace", _DEFAULT_WORKSPACE)), lambda line: warn("%s", line))
     try:
+        runs = RunStore(_workspace(flow_run.parameters), lambda line: warn("%s", line))
         for record in close(runs):
             ResultStore(runs.workspace.database, lambda line: warn("%s", line)).ingest(record)
     except (BlockPrunerError, OSError) as error:
         warn("the end of this run is not in the workspace: %s", in_plain_words(error) or one_line(str(error)))
+
+
+def _workspace(parameters: Mapping[str, Any]) -> Path:
+    """The workspace that a flow's parameters name, which may be what the run was refused for."""
+    given = parameters.get("workspace", _DEFAULT_WORKSPACE)
+    if not isinstance(given, str):
+        raise ConfigurationError(f"the parameter workspace is {given!r}; give the path of a folder")
+    return user_path(given)
 
 
 def _closed_run(runs: RunStore, flow_run: FlowRun, state: State[Any]) -> list[RunRecord]:

@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from blockpruner.baichuan import is_foldable
+from blockpruner.baichuan import check_fold, is_foldable
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import ConfigurationError
 from blockpruner.export.formats import FORMATS, check_code
@@ -257,7 +257,9 @@ class Plan:
         """The model that the stages work on: the user's, or what it was folded into."""
         if _FOLDED not in artifacts:
             return self.checkpoint
-        return folded_model(artifacts[_FOLDED].path / fold.MODEL_FOLDER, self.checkpoint.name, self.checkpoint.hub_id)
+        folder = artifacts[_FOLDED].path / fold.MODEL_FOLDER
+        check_fold(self.checkpoint, folder)
+        return folded_model(folder, self.checkpoint.name, self.checkpoint.hub_id)
 
     def _calibration(self, artifacts: Artifacts) -> Job:
         return self._calibration_by(self._model(artifacts))

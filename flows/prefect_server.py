@@ -11,11 +11,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import nullcontext, suppress
 from threading import Thread
-from typing import Any
+from typing import IO, Any
 
-import flows.prefect_settings  # noqa: F401  # isort: skip  # before Prefect is imported
+from flows.prefect_settings import is_quiet  # isort: skip  # before Prefect is imported
 
 import prefect
 from prefect.client.base import ServerType, determine_server_type
@@ -28,6 +30,8 @@ from flows.server_contact import require_server
 from flows.wording import one_line
 
 _TRIES = 3
+_STARTED_AGAIN = 3
+"""The status with which uvicorn ends where the server's own start fails."""
 _NOT_FOR_THE_SERVER = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
@@ -47,14 +51,21 @@ def start_shielded_server() -> None:
 
     def start() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_THE_SERVER)
+        server = _WatchingServer()
+        server.ended = lambda reason: fail(_no_server(reason))
         try:
-            _WatchingServer().start()
+            server.start()
         except RuntimeError as error:  # Prefect's, when it has waited long enough
-            started.set_exception(_no_server(one_line(str(error))))
+            fail(_no_server(one_line(str(error))))
         except Exception as error:  # noqa: BLE001  # raised where it is waited for
-            started.set_exception(error)
+            fail(error)
         else:
-            started.set_result(None)
+            with suppress(InvalidStateError):
+                started.set_result(None)
+
+    def fail(error: Exception) -> None:
+        with suppress(InvalidStateError):  # of what has started, or failed before
+            started.set_exception(error)
 
     Thread(target=start, name="prefect-server-start", daemon=True).start()
     started.result()
@@ -72,6 +83,8 @@ class _WatchingServer(SubprocessASGIServer):
 
     _lifeline: Lifeline | None = None
     _num_started = 0
+    ended: Callable[[str], None]
+    """Called with the reason when the server has ended and Prefect does not start another."""
 
     def _run_uvicorn_command(self) -> subprocess.Popen[Any]:
         """As Prefect 3.8 has it, with our program in uvicorn's place.
@@ -84,7 +97,7 @@ class _WatchingServer(SubprocessASGIServer):
         if self._lifeline is not None:  # of a try on a port that was taken meanwhile
             self._lifeline.close()
         self._lifeline = Lifeline()
-        return subprocess.Popen(
+        server = subprocess.Popen(
             self._lifeline.command(
                 *("-m", "uvicorn", "--app-dir", str(prefect.__module_path__.parent)),
                 *("--factory", "prefect.server.api.server:create_app"),
@@ -99,7 +112,23 @@ class _WatchingServer(SubprocessASGIServer):
                 **get_current_settings().to_environment_variables(exclude_unset=True),
             },
             pass_fds=(self._lifeline.watched,),
+            stderr=subprocess.PIPE if is_quiet() else None,
+            text=True,
         )
+        # Prefect would read what this one reads, and wait for ever.
+        says, server.stderr = server.stderr, None
+        Thread(target=self._watch, args=(server, says), name="prefect-server-watch", daemon=True).start()
+        return server
+
+    def _watch(self, server: subprocess.Popen[str], says: IO[str] | None) -> None:
+        """To its end. For one that ends at its start with any other status than this Prefect waits all the same."""
+        last = ""
+        with says or nullcontext(()) as lines:
+            for line in lines:
+                last = one_line(line) or last
+        status = server.wait()
+        if status != _STARTED_AGAIN:
+            self.ended(last or f"it ended with status {status}")
 
     def stop(self) -> None:
         """As Prefect has it, and by the lifeline: the signal that Prefect sends is not heard."""

@@ -26,6 +26,7 @@ from prefect.tasks import Task
 from blockpruner.errors import BlockPrunerError
 from blockpruner.progress import Progress, ProgressCallback, silent
 from flows.flow_artifacts import publish_run
+from flows.flow_here import handed_over
 from flows.flow_hooks import note_end
 from flows.interruptions import INTERRUPTIONS
 from flows.prefect_signals import take_note_of_prefects_signals
@@ -99,7 +100,7 @@ def prune(recipe: Recipe, workspace: str = "data") -> dict[str, Any]:
         )
         summary = RunSummary.of(record, Workspace(Path(workspace)), reporter.warn)
         publish_run(summary, reporter)
-        return {"run_id": record.run_id, "export_path": str(summary.export_path)}
+        return handed_over({"run_id": record.run_id, "export_path": str(summary.export_path)})
 
 
 @contextmanager

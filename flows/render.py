@@ -11,12 +11,13 @@ from itertools import pairwise
 from typing import Any
 
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult  # noqa: TID251
 from rich.table import Table
 from rich.text import Text
 
 from flows.summary import RunSummary
 from flows.table_formats import DataTable
+from flows.terminal import Terminal
 from flows.wording import count, one_line, printable, size, spell_out
 from stages.accuracy import AVERAGE_TASK
 from stages.runs import RunRecord
@@ -36,9 +37,9 @@ _NARROW = 22
 _LEFT_OUT = "…"
 
 
-def on_stdout() -> Console:
+def on_stdout() -> Terminal:
     """The console for results. A file or a pipe has no width: there, lines are as long as they need."""
-    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _WITHOUT_END)
+    return Terminal(sys.stdout, width=None if sys.stdout.isatty() else _WITHOUT_END)
 
 
 def strip(num_layers: int, removed: Iterable[StepRow]) -> Text:

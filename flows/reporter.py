@@ -10,14 +10,15 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.spinner import Spinner
+from rich.text import Text
 
 from blockpruner.progress import Progress, ProgressCallback, Throughput
 from flows.eta import RemainingTime
+from flows.terminal import Terminal
 from flows.wording import in_units, printable, spell_out
 
 LOADING = "loading torch and transformers"
@@ -29,13 +30,13 @@ _LINE_EVERY_S = 15.0
 class Reporter:
     """Speaks to the terminal, or in plain lines to whatever standard error is."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Terminal | None = None) -> None:
         """Report on a console; by default on standard error as it is now."""
-        self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self.console = console or Terminal(sys.stderr, soft_wrap=True)
 
     def say(self, line: str, style: str | None = None) -> None:
         """One line of information."""
-        self.console.print(printable(line), style=style, markup=False)
+        self.console.print(line, style=style)
 
     def warn(self, line: str) -> None:
         """One line that a person should know."""
@@ -60,7 +61,7 @@ class Reporter:
             self.say(f"{what} ...")
             yield
             return
-        spinner = Spinner("line", f"{what} ...")
+        spinner = Spinner("line", Text(f"{what} ..."))
         with Live(spinner, console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False):
             yield
 
@@ -99,10 +100,10 @@ class _BarProgress:
 
     def __init__(self, bar: Bar, label: str) -> None:
         self._bar, self._remaining = bar, RemainingTime()
-        self._task = bar.add_task(label, total=None, what="")
+        self._task = bar.add_task(printable(label), total=None, what="")
 
     def __call__(self, progress: Progress) -> None:
-        what = describe(progress, self._remaining.seconds(progress))
+        what = printable(describe(progress, self._remaining.seconds(progress)))
         self._bar.update(self._task, completed=progress.done, total=progress.total, what=what)
 
 

@@ -23,7 +23,7 @@ from flows.interruptions import INTERRUPTIONS
 from flows.plan import Job, Plan, PlannedStage
 from flows.recipe import Recipe
 from flows.reporter import Reporter
-from flows.wording import cancelled, in_plain_words, one_line
+from flows.wording import cancelled, ended_by_library, in_plain_words, one_line
 from stages.artifacts import Artifact, ArtifactStore
 from stages.contract import Runtime
 from stages.runs import RunDescription, RunRecord, RunStatus, RunStore, StageRun
@@ -172,6 +172,9 @@ class Runner:
         except Exception as error:
             words = in_plain_words(error) or one_line(f"{type(error).__name__}: {error}")
             self._end_early(record, "failed", words)
+            raise
+        except SystemExit as error:  # nobody asked for that: an order to end is another one
+            self._end_early(record, "crashed", ended_by_library(error, record.resume_command), self._results_in_passing)
             raise
         except BaseException:  # Ctrl-C, or an order to end
             self._cancel(record)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import flows.prefect_settings  # noqa: F401  # isort: skip  # before Prefect is imported
 
@@ -29,6 +32,13 @@ _HERE = ("127.0.0.1", "localhost", "::1")
 
 class ServerLostError(BlockPrunerError):
     """Prefect's server does not answer any more."""
+
+    def __init__(self, what: str) -> None:
+        """Say it, and how to go on. `what`: without that."""
+        super().__init__(
+            f"{what}; what was finished is kept: see that it runs, and give the same command again to go on"
+        )
+        self.what = what
 
 
 def require_server() -> None:
@@ -53,6 +63,19 @@ def require_server() -> None:
         ) from error
 
 
+@dataclass
+class Contact:
+    """That of a command with the server, while a flow of its own runs."""
+
+    results: list[Any] = field(default_factory=list)
+    """What the flow's body has handed over: nothing yet, or one."""
+    is_loss_said: bool = False
+
+
+CONTACT: ContextVar[Contact | None] = ContextVar("contact", default=None)
+"""None: no command runs the flow, but a worker of Prefect's."""
+
+
 def shown(reporter: Reporter, what: str, *actions: Callable[[], object]) -> bool:
     """Show things on the server, each tried once; at the first that it does not take this is said, and False."""
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
@@ -60,9 +83,21 @@ def shown(reporter: Reporter, what: str, *actions: Callable[[], object]) -> bool
             try:
                 action()
             except _SERVER_ERRORS as error:
-                reporter.warn(f"Prefect's server does not take {what}: {one_line(str(error))}")
+                _say_not_shown(reporter, what, error)
                 return False
     return True
+
+
+def _say_not_shown(reporter: Reporter, what: str, error: Exception) -> None:
+    """A command says of a server that is gone no more than that, and once."""
+    contact, lost = CONTACT.get(), _lost(error)
+    if contact is None or lost is None:
+        reporter.warn(f"Prefect's server does not take {what}: {one_line(str(error))}")
+    elif not contact.is_loss_said:
+        contact.is_loss_said = True
+        reporter.warn(
+            f"{lost}: the run goes on here, to its end, and there it stays `Running` unless the server is back by then"
+        )
 
 
 @contextmanager
@@ -86,19 +121,20 @@ def losing_server_in_one_line() -> Iterator[None]:
     try:
         yield
     except httpx.TransportError as error:
-        if (words := lost_server(error)) is None:
+        if (what := _lost(error)) is None:
             raise
-        raise ServerLostError(words) from error
+        raise ServerLostError(what) from error
 
 
 def lost_server(error: BaseException) -> str | None:
     """What to say where an error is a request to Prefect's server that was not answered; None for any other."""
+    return str(ServerLostError(what)) if (what := _lost(error)) else None
+
+
+def _lost(error: BaseException) -> str | None:
     if not isinstance(error, httpx.TransportError) or not _was_for_server(error):
         return None
-    return (
-        f"Prefect's server does not answer any more ({one_line(str(error)) or type(error).__name__}); what was "
-        "finished is kept: see that it runs, and give the same command again to go on"
-    )
+    return f"Prefect's server does not answer any more ({one_line(str(error)) or type(error).__name__})"
 
 
 def _was_for_server(error: httpx.TransportError) -> bool:

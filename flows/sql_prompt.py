@@ -18,7 +18,7 @@ import typer
 from blockpruner.errors import ConfigurationError, nearest
 from flows.cli_output import put
 from flows.interruptions import Terminated
-from flows.wording import in_plain_words
+from flows.wording import in_plain_words, one_line
 from stages.store_statements import is_blank, split_statements
 
 PROMPT, CONTINUED = "blockpruner> ", "        ...> "
@@ -107,7 +107,7 @@ def run_script(session: Session, lines: Iterable[str]) -> None:
 
 def converse(session: Session, names: Sequence[str], banner: str) -> None:
     """Answer what a person types, until they leave; `names` are offered at a tab."""
-    typer.echo(banner, err=True)
+    typer.echo(one_line(banner), err=True)
     with _line_editing(names) as remember, _plain_ctrl_c():
         while True:
             try:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blockpruner.errors import ArtifactError
+from flows.wording import as_json_escapes
 from stages.accuracy import AVERAGE_TASK
 from stages.runs import RunRecord
 from stages.store_rows import RunRows, rows_of
@@ -77,12 +80,12 @@ class RunSummary:
     @property
     def samples(self) -> dict[str, Path]:
         """Where the answers to the tasks' questions lie, by variant, where they were kept."""
-        stages = {variant: self.record.stage(f"evaluate:{variant}") for variant in ("dense", "pruned")}
-        paths = {
-            variant: self.workspace.path / stage.artifact_path / _SAMPLES_FILE
-            for variant, stage in stages.items()
-            if stage is not None and stage.artifact_path is not None
-        }
+        paths = {}
+        for variant in ("dense", "pruned"):
+            stage = self.record.stage(f"evaluate:{variant}")
+            if stage is not None and stage.artifact_path is not None:
+                with suppress(ArtifactError):  # which was said of its rows
+                    paths[variant] = self.workspace.inside(Path(stage.artifact_path, _SAMPLES_FILE))
         return {variant: path for variant, path in paths.items() if path.is_file()}
 
     @property
@@ -131,8 +134,8 @@ def finite(value: Any) -> Any:
 
 
 def dump_json(value: object) -> str:
-    """JSON on one line."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
+    """JSON on one line, fit to be shown."""
+    return as_json_escapes(json.dumps(value, ensure_ascii=False, allow_nan=False, default=str))
 
 
 def _step(step: StepRow) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import unicodedata
 
 from blockpruner.errors import BlockPrunerError, is_disk_full
@@ -52,7 +53,16 @@ def one_line(text: str) -> str:
 
 def printable(text: str) -> str:
     """The text with an escape for every character that would steer a terminal; line breaks and tabs stay."""
+    if text.isprintable():  # which most are, and says it at once
+        return text
     return "".join(_escaped(character) if _steers(character) else character for character in text)
+
+
+def as_json_escapes(text: str) -> str:
+    """JSON with its own escape for every such character: the same JSON."""
+    if text.isprintable():
+        return text
+    return "".join(json.dumps(character)[1:-1] if _steers(character) else character for character in text)
 
 
 def _steers(character: str) -> bool:
@@ -68,6 +78,17 @@ def _escaped(character: str) -> str:
 def cancelled(resume_command: str) -> str:
     """Why a run ended that was stopped, and how to go on."""
     return f"cancelled; give the same command again, or `{resume_command}`, to go on"
+
+
+def ended_by_library(exit_call: SystemExit, resume_command: str) -> str:
+    """Why a run ended that a library ended with the whole process, as rich does where a line of its finds no reader."""
+    nobody_reads = isinstance(exit_call.__context__, BrokenPipeError)
+    why = (
+        "nobody reads any more what the run says: its terminal, its pipe or its worker of Prefect's is gone"
+        if nobody_reads
+        else f"a library ended the process (status {exit_call.code})"
+    )
+    return f"{why}; `{resume_command}` goes on with it"
 
 
 def in_units(number: float) -> str:

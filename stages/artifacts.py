@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import blockpruner
 from blockpruner.durable import sync_folder
 from blockpruner.errors import ArtifactError, is_disk_full
+from blockpruner.foreign_files import parsed_json, read_plain_file
 from blockpruner.paths import naming
 from stages.contract import (
     ArtifactRef,
@@ -150,7 +151,7 @@ class ArtifactStore:
         """Remove the unfinished folders of processes that are gone. A folder whose lock can be had has no owner."""
         for unfinished in self.workspace.artifacts.glob("*/.tmp-*"):
             lock = lock_name(unfinished.parent.name, unfinished.name.split("-")[1])
-            if is_name(lock):
+            if is_name(lock) and not unfinished.parent.is_symlink():  # which leads out of the workspace
                 with self.workspace.trying(lock) as ours:
                     if ours:
                         shutil.rmtree(unfinished, ignore_errors=True)
@@ -264,11 +265,11 @@ def read_envelope(folder: Path) -> Envelope:
     if path.is_symlink() or not path.is_file():
         raise DamagedArtifactError(f"has no {MANIFEST_FILE}")
     try:
-        text = path.read_bytes()
-        content = json.loads(text)
+        text = read_plain_file(path)
+        content = parsed_json(text)
         intact = text == _encoded(content) and content.pop("sha256") == canonical_digest(content)
         envelope = Envelope.model_validate(content)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:  # not UTF-8, not JSON, not an object, not ours
+    except (ValueError, RecursionError, TypeError, AttributeError, KeyError) as error:  # not JSON, or not ours
         raise DamagedArtifactError(f"has a changed file {MANIFEST_FILE}") from error
     if not intact:
         raise DamagedArtifactError(f"has a changed file {MANIFEST_FILE}")

@@ -5,6 +5,7 @@ None of it changes a number, so none of it is part of a fingerprint. Imports not
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from importlib.util import find_spec
@@ -18,6 +19,10 @@ ExecutorName = Literal["local", "ray"]
 
 _ANSWER_S = 3.0
 """For a cluster's address to take a connection."""
+_HTTP2_SETTINGS = 4
+_FRAME_HEAD_BYTES = 9
+_HTTP2_OPENING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, _HTTP2_SETTINGS, 0, 0, 0, 0, 0))
+"""The connection preface of RFC 9113, 3.4: a fixed text and a frame of settings, which each side sends first."""
 _ADDRESS = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(?P<port>\d{1,5})")
 
 
@@ -64,9 +69,30 @@ def require_ray(settings: ExecutorSettings) -> None:
     if settings.ray_address is not None:
         host, port = check_address(settings.ray_address)
         try:
-            socket.create_connection((host, port), timeout=_ANSWER_S).close()
+            with socket.create_connection((host, port), timeout=_ANSWER_S) as connection:
+                speaks_ray = _may_speak_grpc(connection)
         except OSError as error:
             raise ConfigurationError(
                 f"no Ray cluster answers at {settings.ray_address} ({error.strerror or error}); start one with "
                 "`ray start --head`, or leave --ray-address out to use this machine alone"
             ) from error
+        if not speaks_ray:
+            raise ConfigurationError(
+                f"what answers at {settings.ray_address} is no Ray cluster; give HOST:PORT as `ray start --head` "
+                "prints it, such as 127.0.0.1:6379"
+            )
+
+
+def _may_speak_grpc(connection: socket.socket) -> bool:
+    """Whether the other side opens as HTTP/2 does, over which Ray speaks; or is silent, or would have TLS first.
+
+    Ray itself tries for half a minute and says so in twenty lines.
+    """
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return True
+    connection.sendall(_HTTP2_OPENING)
+    try:
+        frame = connection.recv(_FRAME_HEAD_BYTES)
+    except TimeoutError:  # busy
+        return True
+    return len(frame) == _FRAME_HEAD_BYTES and frame[3] == _HTTP2_SETTINGS

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from blockpruner.baichuan import fold
+from blockpruner.baichuan import copied_files, fold
 from blockpruner.checkpoint import Checkpoint
 from stages.contract import Runtime, Stage, StageConfig, StageManifest
 
@@ -24,8 +24,9 @@ class FoldInputs:
     model: Checkpoint
 
     def fingerprints(self) -> Mapping[str, str]:
-        """The model, by content."""
-        return {"model": self.model.fingerprint}
+        """The model, and what is copied from beside its weights, by content."""
+        copied = self.model.files_fingerprint(path.name for path in copied_files(self.model))
+        return {"model": self.model.fingerprint, "copied": copied}
 
 
 class FoldManifest(StageManifest):

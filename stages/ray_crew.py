@@ -95,14 +95,17 @@ class RayCrew:
         token_ids_BT: Tensor,
         share: Share,
         environment: Mapping[str, str] | None = None,
+        has_died: Callable[[], bool] = lambda: False,
     ) -> None:
         """Let `share` workers of a connected Ray score the calibration set [B, T].
 
         `environment` has variables for the workers' processes, beside what these have from whoever started Ray.
+        `has_died` says that Ray itself is no more; it is asked every second.
         """
         self._ray, self._job, self._share = ray, job, share
         _ = job.model.fingerprint  # goes with the job: what a worker would read is its own files, which it compares
         self._environment = {"runtime_env": {"env_vars": dict(environment)}} if environment else {}
+        self._has_died = has_died
         self._token_ids = ray.put(token_ids_BT)
         self._actor_class = ray.remote(RayWorker)
         self._members: dict[str, _Member] = {}
@@ -304,6 +307,11 @@ class RayCrew:
         Raises:
             ExecutorError: if there is none.
         """
+        if self._has_died():
+            raise ExecutorError(
+                "Ray on this machine has ended: it was killed, or there was too little memory. What was finished is "
+                "kept: give the same command again, with any executor"
+            )
         placed = any(member.state != "arriving" or member.node for member in self._members.values())
         if placed or (self._members and not self._are_late()):
             return

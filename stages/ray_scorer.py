@@ -13,7 +13,7 @@ from blockpruner.scoring.spread import SpreadScorer
 from blockpruner.scoring.work import Meter
 from stages.executor import ExecutorSettings
 from stages.ray_crew import RayCrew, Share
-from stages.ray_session import ray_session, workers_environment
+from stages.ray_session import has_died, ray_session, workers_environment
 from stages.search_scorer import ScoringJob
 
 
@@ -41,7 +41,7 @@ def ray_scorer(
     with ray_session(settings) as ray:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         share = Share.of(nodes, job.device, settings.workers)
-        crew = RayCrew(ray, job, token_ids_BT, share, workers_environment(settings))
+        crew = RayCrew(ray, job, token_ids_BT, share, workers_environment(settings), lambda: has_died(ray))
         try:
             purpose, cut = crew.assemble(cut_so_far)
             keep_cut(purpose, cut)

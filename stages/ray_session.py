@@ -6,14 +6,16 @@ files in a folder that goes when the search ends. A cluster that is joined liste
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import secrets
+import shutil
 import signal
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,11 @@ _OBJECT_STORE_BYTES = 100 * 2**20
 """For token ids and scores; Ray would take a third of the machine's memory."""
 _LONGEST_FOLDER = 40
 """Characters. Ray's sockets lie about sixty deeper, and the system takes 107 in all."""
+_PREFIX, _OWNED = "bp-", "owned"
+"""How such folders are called, and the file in them that their owner has locked."""
+
+_VITAL = ("raylet", "gcs_server")
+"""Of Ray's processes."""
 
 _SAYS_LITTLE: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -66,8 +73,19 @@ def ray_session(settings: ExecutorSettings) -> Iterator[Any]:
             if settings.ray_address is not None:
                 _join(ray, settings.ray_address)
             elif folder is not None:
-                _start(ray, Path(folder))
+                _start(ray, folder)
         yield ray
+
+
+def has_died(ray: Any) -> bool:
+    """Whether the Ray that was started here has ended, or what it cannot be without.
+
+    Ray itself waits some ten seconds for what ended, and then ends this process at once, without a word of its own.
+    What says so is private: look again when Ray is upgraded, and `test_ray` does.
+    """
+    node = ray._private.worker._global_node
+    processes = node.all_processes if node is not None else {}
+    return any(each.process.poll() is not None for name in _VITAL for each in processes.get(name, ()))
 
 
 def _join(ray: Any, address: str) -> None:
@@ -101,12 +119,32 @@ def _start(ray: Any, folder: Path) -> None:
         raise ExecutorError(f"Ray listens on {', '.join(sorted(addresses))} and not on {_LOOPBACK}; it is ended again")
 
 
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder of its own for Ray's files, with a short path."""
-    parent = tempfile.gettempdir()
-    return tempfile.TemporaryDirectory(
-        prefix="bp-", dir=parent if len(parent) < _LONGEST_FOLDER else "/tmp", ignore_cleanup_errors=True
-    )
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """A folder of its own for Ray's files, with a short path; those that killed processes have left go first.
+
+    Ray's own processes watch one another, and end some time after who started them.
+    """
+    usual = tempfile.gettempdir()
+    parent = Path(usual if len(usual) < _LONGEST_FOLDER else "/tmp")
+    for owned in parent.glob(f"{_PREFIX}*/{_OWNED}"):
+        _remove_if_left(owned)
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent, ignore_cleanup_errors=True) as made:
+        folder = Path(made)
+        with (folder / f"{_OWNED}.new").open("wb") as file:  # which Ray's processes do not inherit
+            fcntl.flock(file, fcntl.LOCK_EX)
+            (folder / f"{_OWNED}.new").rename(folder / _OWNED)  # so that it is never seen without its lock
+            yield folder
+
+
+def _remove_if_left(owned: Path) -> None:
+    """Remove a folder of ours whose owner is gone, and with it the lock: no process id or clock says it as surely."""
+    with suppress(OSError):  # somebody else's, held, or just gone
+        if owned.parent.lstat().st_uid != os.getuid():
+            return
+        with owned.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(owned.parent, ignore_errors=True)
 
 
 @contextmanager

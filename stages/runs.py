@@ -23,6 +23,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 import blockpruner
 from blockpruner.durable import write_durably
 from blockpruner.errors import ArtifactError, nearest
+from blockpruner.foreign_files import read_plain_file
 from stages.consent import as_options
 from stages.workspace import Warn, Workspace, is_name, log_warning
 
@@ -228,7 +229,7 @@ class RunStore:
         """
         path = self._path(run_id)
         try:
-            record = RunRecord.model_validate_json(path.read_bytes())
+            record = RunRecord.model_validate_json(read_plain_file(path))
         except FileNotFoundError as error:
             raise ArtifactError(f"no run {run_id!r}; `blockpruner runs` lists those that exist") from error
         except (ValidationError, OSError) as error:

@@ -219,6 +219,8 @@ class ResultStore:
         def attempt() -> duckdb.DuckDBPyConnection:
             if not self.path.is_file():
                 raise _MissingError("is missing")
+            if os.path.lexists(log := _log_of(self.path)) and not log.is_file():
+                raise _UnusableError("is damaged")  # a pipe would be waited for
             with _translated():
                 return _locked(self.path, read_only=read_only)
 
@@ -232,13 +234,15 @@ class ResultStore:
 
     @contextmanager
     def _writing(self, deadline: float) -> Iterator[None]:
-        """Be the only one of our processes that writes."""
+        """Be the only one of our processes that writes; what one that was killed has left of a new database goes."""
         lock = self._workspace.lock("results")
         try:
             lock.acquire(timeout=max(0.0, deadline - time.monotonic()))
         except Timeout as error:
             raise _BusyError("another run is writing to the results database; try again later") from error
         try:
+            for stale in self.path.parent.glob(f"{self.path.name}.tmp-*"):
+                stale.unlink(missing_ok=True)
             yield
         finally:
             lock.release()
@@ -260,8 +264,6 @@ class ResultStore:
 
     def _build(self, records: Iterable[RunRecord]) -> None:
         """Write a whole new database beside the old one and rename it into place. Only with the writers' lock."""
-        for stale in self.path.parent.glob(f"{self.path.name}.tmp-*"):
-            stale.unlink()
         temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
         with _translated(), closing(_locked(temporary)) as connection:
             connection.execute(CREATE)
@@ -270,7 +272,7 @@ class ResultStore:
                 self._put(connection, record)
             connection.execute("CHECKPOINT")  # closing would keep to itself that the disk is full
         # The old file's log of changes does not fit the new file, and DuckDB would refuse the two together.
-        self.path.with_name(f"{self.path.name}.wal").unlink(missing_ok=True)
+        _log_of(self.path).unlink(missing_ok=True)
         temporary.replace(self.path)
         sync_folder(self.path.parent)
 
@@ -287,6 +289,11 @@ class ResultStore:
 
     def _records(self) -> list[RunRecord]:
         return RunStore(self._workspace.path, self._warn).list()
+
+
+def _log_of(path: Path) -> Path:
+    """Where DuckDB keeps the changes that are not in a database's file yet."""
+    return path.with_name(f"{path.name}.wal")
 
 
 def _locked(path: Path, *, read_only: bool = False) -> duckdb.DuckDBPyConnection:

@@ -9,7 +9,6 @@ line's number. Importing lm-eval takes seconds, so it waits until a task is made
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -21,6 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from blockpruner.checkpoint import file_digest
 from blockpruner.errors import ConfigurationError
+from blockpruner.foreign_files import parsed_json
 
 _Text = Annotated[str, Field(pattern=r"\S")]
 
@@ -194,14 +194,14 @@ def _row(name: str, line: str, place: str) -> _Row:
     row_type = _FORMATS[name].row
     expected = f"a line has the fields {', '.join(row_type.model_fields)}, as in {_FORMATS[name].dataset}"
     try:
-        fields = json.loads(line)
+        fields = parsed_json(line)
         if not isinstance(fields, dict):
             raise ConfigurationError(f"{place} is no JSON object; {expected}")
         return row_type.model_validate(fields)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigurationError(f"{place} is no JSON ({error}); {expected}") from error
     except ValidationError as error:
         raise ConfigurationError(f"{place}: {_problem(error)}; {expected}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"{place} is no JSON ({error}); {expected}") from error
 
 
 def _problem(error: ValidationError) -> str:

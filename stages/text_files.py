@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from blockpruner.errors import TextSourceError, nearest
+from blockpruner.foreign_files import parsed_json
 
 FileFormat = Literal["txt", "jsonl", "csv", "parquet"]
 
@@ -92,8 +92,8 @@ def _jsonl_rows(text: str, column: str, name: str) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            record = parsed_json(line)
+        except ValueError as error:
             raise TextSourceError(
                 f"{name}, line {number} is not valid JSON ({error}); write one object a line"
             ) from error

@@ -69,6 +69,7 @@ class Workspace:
         Raises:
             ArtifactError: if it cannot.
         """
+        self._refuse_links()
         try:
             self.locks.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.locks) as file:
@@ -80,6 +81,12 @@ class Workspace:
                 "give another with --workspace DIR or the environment variable BLOCKPRUNER_WORKSPACE"
             ) from error
 
+    def _refuse_links(self) -> None:
+        """Whoever makes a workspace does not decide what is written, and removed, elsewhere."""
+        for folder in (self.artifacts, self.state, self.runs, self.locks, self.damaged):
+            if folder.is_symlink():
+                raise ArtifactError(f"{folder} is a symbolic link; link the whole workspace instead")
+
     def owns(self, path: Path) -> bool:
         """Whether a path lies in one of the folders that are this workspace's own business."""
         ours = (self.artifacts, self.state, self.runs, self.locks, self.damaged, self.database)
@@ -89,8 +96,9 @@ class Workspace:
         """Make sure that there is something to look at; makes nothing.
 
         Raises:
-            ArtifactError: if the folder is not there, or is a file.
+            ArtifactError: if the folder is not there, or is a file, or what is in it lies elsewhere.
         """
+        self._refuse_links()
         if not self.path.is_dir():
             problem = "is a file" if self.path.exists() else "is not there"
             raise ArtifactError(
@@ -100,6 +108,7 @@ class Workspace:
 
     def lock(self, name: str) -> BaseFileLock:
         """The lock of this name, not yet taken; any thread may release it."""
+        self._refuse_links()
         self.locks.mkdir(parents=True, exist_ok=True)
         # A soft lock, filelock's own remedy where there is no flock, outlives its holder.
         return FileLock(self.locks / f"{checked_name(name)}.lock", thread_local=False, fallback_to_soft=False)

@@ -78,6 +78,12 @@ def test_every_command_is_tried_and_explains_itself() -> None:
             "run --num-blocks 1",
             "Failed to reach API at http://127.0.0.1:9",
         ),
+        (
+            "PREFECT_API_DATABASE_CONNECTION_URL",
+            "bad",
+            "run --num-blocks 1",
+            "cannot be started (sqlalchemy.exc.ArgumentError: Could not parse SQLAlchemy URL",
+        ),
         ("PREFECT_API_URL", "127.0.0.1:9", "compare {folder}/c.yaml", "missing an 'http://' or 'https://' protocol"),
     ],
 )

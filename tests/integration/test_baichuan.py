@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blockpruner.baichuan import fold, is_foldable
+from blockpruner.baichuan import check_fold, fold, is_foldable
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import CheckpointError, UnsupportedArchitectureError
 from blockpruner.loading import check_tensors, load_model, meta_model
 from flows.recipe import make_recipe
 from flows.reporter import Reporter
 from flows.runner import Runner
+from stages.fold import FoldInputs
 from tests.tiny_models import VOCAB_SIZE, tiny_rows, tiny_token_ids, tiny_tokenizer
 
 HIDDEN, INTERMEDIATE, NUM_LAYERS, NUM_HEADS = 32, 48, 3, 4
@@ -132,6 +133,34 @@ def test_the_folded_model_answers_as_the_forward_by_hand(tmp_path: Path, shard_b
         assert (logits_BTV[row] - expected_TV).abs().max() <= 1e-5
     head = load_file(tmp_path / "llama" / folded.tensors["lm_head.weight"].file.name)["lm_head.weight"]
     torch.testing.assert_close(head.norm(dim=-1), torch.ones(VOCAB_SIZE))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenization_mine.py", "open('mark', 'w')"),
+        ("evil.safetensors.py", "open('mark', 'w')"),
+        ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["tokenization_mine.Mine", null]}}'),
+        ("config.json", json.dumps({**CONFIG, "auto_map": {"AutoConfig": "tokenization_mine.Mine"}})),
+        ("more/tokenization_mine.py", "open('mark', 'w')"),
+    ],
+)
+def test_a_fold_that_others_have_added_to_is_noticed(tmp_path: Path, name: str, content: str) -> None:
+    source, folder = Checkpoint.open(str(written(tmp_path / "baichuan"))), tmp_path / "fold" / "model"
+    fold(source, folder, shard_bytes=4000)
+    check_fold(source, folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(content)
+    with pytest.raises(CheckpointError, match=f"{name.split('/')[0]}.* is another file"):
+        check_fold(source, folder)
+
+
+def test_a_fold_is_made_anew_when_the_tokenizer_has_changed(tmp_path: Path) -> None:
+    path = written(tmp_path / "baichuan")
+    before = FoldInputs(Checkpoint.open(str(path))).fingerprints()
+    assert FoldInputs(Checkpoint.open(str(path))).fingerprints() == before
+    (path / "tokenizer_config.json").write_text("{}")
+    assert FoldInputs(Checkpoint.open(str(path))).fingerprints() != before
 
 
 def test_a_search_and_an_export_of_the_published_layout(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from flows.recipe import make_recipe
 from flows.reporter import LOADING, Reporter
+from flows.terminal import Terminal
 from stages.runs import RunDescription, RunStore
 from tests.integration.command_line import ROOT
 
@@ -97,7 +97,7 @@ def test_a_command_that_looks_loads_nothing_and_says_nothing_of_it(command: list
 def test_what_is_waited_for_goes_away_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     screen = io.StringIO()
-    with Reporter(Console(file=screen, force_terminal=True, width=60)).waiting("loading"):
+    with Reporter(Terminal(screen, force_terminal=True, width=60)).waiting("loading"):
         assert "loading ..." in screen.getvalue()
         assert "\n" not in screen.getvalue()
     one_line_up_and_erased = "\x1b[1A\x1b[2K"
@@ -111,6 +111,6 @@ def test_what_is_waited_for_is_a_line_where_nothing_can_be_taken_back(
 ) -> None:
     monkeypatch.setenv("TERM", term)
     lines = io.StringIO()
-    with Reporter(Console(file=lines, force_terminal=term == "dumb")).waiting("loading"):
+    with Reporter(Terminal(lines, force_terminal=term == "dumb")).waiting("loading"):
         assert lines.getvalue() == "loading ...\n"
     assert lines.getvalue() == "loading ...\n"

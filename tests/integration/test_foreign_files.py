@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -185,3 +187,189 @@ def test_names_lead_nowhere_and_steer_nothing(name: str, lab: Lab) -> None:
     after = {path for path in lab.path.rglob("*") if lab.workspace not in (path, *path.parents)}
     assert after == before
     assert all(path.name.isascii() and path.name.isprintable() for path in lab.workspace.rglob("*"))
+
+
+DEEP = ["[" * 200_000, '{"a":' * 200_000]
+
+
+@pytest.mark.parametrize("deep", DEEP, ids=["lists", "objects"])
+@pytest.mark.parametrize("place", ["artifacts/export/*/manifest.json", "artifacts/search/*/manifest.json"])
+def test_a_manifest_that_is_too_deep_is_damaged_as_any_other(place: str, deep: str, foreign: Lab) -> None:
+    (manifest,) = foreign.workspace.glob(place)
+    manifest.write_text(deep)
+    (foreign.workspace / "results.duckdb").unlink()
+    for command in (("show", "latest"), ("db", "rebuild"), ("sql", "FROM runs")):
+        outcome = foreign.call(*command)
+        assert outcome.status == 0, outcome
+    assert "has a changed file manifest.json: its rows are left out" in foreign.call("show", "latest").stderr
+    assert foreign.call("calibrate", *foreign.good).status == 0  # which has nothing to do with it
+    assert foreign.call("export", *foreign.good, "--num-blocks", 1, "--format", "transformers").status == 0
+    assert foreign.call("show", "latest").stderr == ""
+
+
+@pytest.mark.parametrize("deep", DEEP, ids=["lists", "objects"])
+@pytest.mark.parametrize("name", ["step-0001.json", "plan.json"])
+def test_a_checkpoint_that_is_too_deep_is_computed_again(name: str, deep: str, foreign: Lab) -> None:
+    expected = foreign.search("--num-blocks", 2, "--json").json["pruning_order"]
+    shutil.rmtree(foreign.workspace / "artifacts/search")
+    (folder,) = foreign.workspace.glob("state/search/*")
+    (folder / "step-0002.json").unlink()
+    (folder / name).write_text(deep)
+    found = foreign.search("--num-blocks", 2, "--json").json["pruning_order"]
+    assert [(step["layer_index"], step["block_kind"], step["score"]) for step in found] == [
+        (step["layer_index"], step["block_kind"], step["score"]) for step in expected
+    ]
+
+
+def pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def endless(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [pipe, endless])
+def test_a_record_that_is_no_file_is_said_and_not_waited_for(make: Callable[[Path], None], foreign: Lab) -> None:
+    make(foreign.workspace / "runs/aa.json")
+    for outcome in (foreign.call("runs"), foreign.search()):
+        assert outcome.status == 0
+        assert f"the run record {foreign.workspace / 'runs/aa.json'} is damaged; remove it" in outcome.stderr
+
+
+@pytest.mark.parametrize("make", [pipe, endless])
+@pytest.mark.parametrize(
+    "name", ["step-0001.json", "plan.json", "dense.safetensors", "partial.safetensors", "partial-previous.safetensors"]
+)
+def test_a_checkpoint_that_is_no_file_is_said_and_not_waited_for(
+    name: str, make: Callable[[Path], None], foreign: Lab, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.rmtree(foreign.workspace / "artifacts/search")
+    (folder,) = foreign.workspace.glob("state/search/*")
+    make(folder / name)
+    assert foreign.search("--num-blocks", 2).status == 0
+    assert f"{name} is no file" in caplog.text or "step 1 of the search's checkpoints is damaged" in caplog.text
+
+
+def test_a_databases_log_that_is_no_file_is_not_waited_for(foreign: Lab) -> None:
+    pipe(foreign.workspace / "results.duckdb.wal")
+    assert [row["name"] for row in foreign.call("sql", "SELECT name FROM runs", "--json").json] == [None]
+    pipe(foreign.workspace / "results.duckdb.wal")
+    assert "results.duckdb is damaged: made anew" in foreign.search().stderr
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    """What is none of a workspace's business."""
+    for name in ("precious", ".tmp-ab-1/mine", "search/.tmp-ab-1/mine", "search/ab/mine", "results.lock"):
+        (tmp_path / "outside" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "outside" / name).write_text("x")
+    return tmp_path / "outside"
+
+
+def contents(folder: Path) -> dict[Path, str]:
+    return {path: path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["artifacts", "state", "runs", "locks", "damaged"])
+def test_a_workspaces_folders_do_not_lie_elsewhere(name: str, foreign: Lab, outside: Path) -> None:
+    shutil.rmtree(foreign.workspace / name, ignore_errors=True)
+    (foreign.workspace / name).symlink_to(outside)
+    before = contents(outside)
+    for command in (("runs",), ("show", "latest"), ("cache", "list"), ("search", *foreign.good, "--num-blocks", 2)):
+        assert f"{foreign.workspace / name} is a symbolic link" in refused(foreign.call(*command))
+    assert contents(outside) == before
+
+
+@pytest.mark.parametrize("name", ["artifacts/evil", "artifacts/speed", "state/evil"])
+def test_nothing_is_removed_through_a_link(name: str, foreign: Lab, outside: Path) -> None:
+    (foreign.workspace / name).symlink_to(outside)
+    before = contents(outside)
+    assert foreign.search("--num-blocks", 2).status == 0
+    assert foreign.call("cache", "prune", "--older-than", "0h", "--yes").status == 0
+    assert contents(outside) == before
+
+
+def test_answers_outside_of_the_workspace_are_not_those_of_a_run(foreign: Lab, outside: Path) -> None:
+    (outside / "samples.parquet").touch()
+    (record,) = foreign.records()
+    stage = {**record["stages"][0], "role": "evaluate:dense", "artifact_path": str(outside)}
+    for path in (str(outside), "../../outside"):
+        changed = {**record, "stages": [*record["stages"], {**stage, "artifact_path": path}]}
+        (foreign.workspace / f"runs/{record['run_id']}.json").write_text(json.dumps(changed))
+        assert foreign.call("show", "latest", "--json").json["samples"] == {}
+
+
+STEERING = "[/red][red]\x1b[2J\x1b]0;pwned\x07\u202e"
+
+
+def in_the_trace(workspace: Path) -> None:
+    (artifact,) = workspace.glob("artifacts/search/*")
+    steps = [json.loads(line) for line in (artifact / "trace.jsonl").read_text().splitlines()]
+    for step in steps:
+        step["block"]["block_kind"] = STEERING
+    (artifact / "trace.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    signed(artifact)
+
+
+def in_the_export(workspace: Path) -> None:
+    (artifact,) = workspace.glob("artifacts/export/*")
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    manifest["manifest"] |= {"format": STEERING, "verified_with": STEERING}
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    signed(artifact)
+
+
+def in_the_evaluation(workspace: Path) -> None:
+    """Which is the baseline's artifact with other words."""
+    (artifact,) = workspace.glob("artifacts/search/*")
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    metric = {"task": STEERING, "metric": STEERING, "value": 0.5, "stderr": None, "num_examples": 3}
+    manifest["manifest"] = {"texts": [{"text": STEERING, "num_tokens": 2, "perplexity": 3.0}], "metrics": [metric]}
+    copy = workspace / "artifacts/evaluate" / artifact.name
+    copy.mkdir(parents=True)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    signed(copy)
+    stage = {"stage": "evaluate", "label": "evaluate", "status": "completed"}
+    stage["artifact_path"] = copy.relative_to(workspace).as_posix()
+    in_record(workspace, lambda record: record["stages"].append({**stage, "role": "evaluate:dense"}))
+
+
+def in_the_record(workspace: Path) -> None:
+    def change(record: dict[str, Any]) -> None:
+        for stage in record["stages"]:
+            stage |= {"fingerprint": STEERING, "error": STEERING, "label": STEERING}
+        for name in ("model", "name", "host", "calibration", "strategy", "metric", "dtype", "device", "error"):
+            record[name] = STEERING
+        record["config"] |= {"task_dir": STEERING, "ray_address": STEERING}
+
+    in_record(workspace, change)
+
+
+def in_record(workspace: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    (path,) = workspace.glob("runs/*.json")
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("forge", [in_the_trace, in_the_export, in_the_evaluation, in_the_record])
+def test_nothing_in_a_workspace_of_others_steers_a_terminal(forge: Callable[[Path], None], foreign: Lab) -> None:
+    forge(foreign.workspace)
+    (foreign.workspace / "results.duckdb").unlink()
+    tables = ("search_steps", "evaluations", "exports", "runs", "stage_runs")
+    commands = [
+        *(("show", "latest", *form) for form in ((), ("--csv",), ("--markdown",), ("--latex",), ("--json",))),
+        *(("runs", *form) for form in ((), ("--csv",), ("--json",))),
+        *(("sql", f"FROM {table}", *form) for table in tables for form in ((), ("--csv",), ("--json",))),
+        ("cache", "list"),
+        ("resume", "latest"),
+    ]
+    said = [foreign.call(*command) for command in commands]
+    assert [outcome.status for outcome in said] == [0] * len(commands), said
+    for outcome in said:
+        shown = outcome.stdout + outcome.stderr
+        assert all(character.isprintable() or character == "\n" for character in shown), shown
+    assert "[/red][red]\\x1b[2J" in said[0].stdout

@@ -18,6 +18,7 @@ import pytest
 from flows import reporter
 from stages import store
 from tests.integration.command_line import blockpruner
+from tests.integration.command_line import start as start_process
 from tests.integration.loaded_processes import Command, commands
 from tests.tiny_models import tiny_rows
 from tests.unit.child_processes import child, succeed, wait_for
@@ -149,3 +150,20 @@ def test_the_store_gives_an_interruption_back_as_what_it_is(tmp_path: Path) -> N
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
         assert succeed(process) == "interrupted"
+
+
+def test_a_run_whose_words_find_no_reader_has_crashed_and_was_not_cancelled(
+    search: Sequence[object], tmp_path: Path
+) -> None:
+    """As that of a worker of Prefect's that was killed: rich, which writes the lines, ends the process."""
+    process = start_process(*search)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("loading ")
+    process.stderr.close()
+    assert process.wait(120) == 1
+    process.stdout.close() if process.stdout else None
+    (run,) = blockpruner("runs", "--workspace", tmp_path / "ws", "--json").json
+    assert run["status"] == "crashed"
+    assert run["error"].startswith("nobody reads any more what the run says: ")
+    assert f"`blockpruner resume {run['run_id']}` goes on with it" in run["error"]
+    assert blockpruner("resume", run["run_id"], "--workspace", tmp_path / "ws").status == 0

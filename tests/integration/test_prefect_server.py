@@ -291,7 +291,7 @@ def test_a_server_that_disappears_costs_no_stage(works: Works) -> None:
     options = ["--model", works.folder / "model", "--calibration", works.folder / "long.txt", "--num-samples", "all"]
     command = [*options, "--sequence-length", 64, "--num-blocks", 2, "--workspace", workspace, "--json"]
     api = works.lab.environment["PREFECT_API_URL"]
-    process = start("run", *command, PREFECT_API_URL=api, PREFECT_CLIENT_MAX_RETRIES="1")
+    process = start("run", *command, PREFECT_API_URL=api)
     try:
         wait_until(lambda: any(workspace.glob("state/search/*/*")) or process.poll() is not None, 120)
         works.lab.kill_server()
@@ -299,11 +299,11 @@ def test_a_server_that_disappears_costs_no_stage(works: Works) -> None:
     finally:
         process.kill()
     outcome = Outcome(process.returncode, stdout, stderr)
-    assert (outcome.status, outcome.stdout) == (2, "")
-    assert outcome.stderr.splitlines()[-1].startswith("Error: Prefect's server does not answer any more (")
-    assert outcome.stderr.count("Error: ") == 1
-    assert "Traceback" not in outcome.stderr
     (record,) = RunStore(workspace).list()
+    assert outcome.json["run_id"] == record.run_id
     assert record.status == "completed"
+    (line,) = [line for line in stderr.splitlines() if "server" in line]
+    assert line.startswith("Warning: Prefect's server does not answer any more (")
+    assert "Traceback" not in stderr
     found = blockpruner("search", *command).json
     assert [stage["cached"] for stage in found["stages"]] == [True, True]

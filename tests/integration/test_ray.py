@@ -31,6 +31,7 @@ from blockpruner.scoring.micro_batches import BatchRequest
 from blockpruner.trace import read_trace
 from stages.contract import ArtifactRef, Runtime
 from stages.executor import ExecutorSettings
+from stages.runs import RunStore
 from stages.search import STAGE, SearchConfig, SearchInputs
 from tests.integration.command_line import start
 from tests.tiny_models import tiny_rows, tiny_token_ids
@@ -172,29 +173,42 @@ def test_a_search_goes_on_with_another_executor(tmp_path: Path, inputs: SearchIn
     assert trace == search(tmp_path / "local", inputs)
 
 
+def long_search(model: Path, folder: Path) -> list[object]:
+    """A command that has a Ray of its own for a minute."""
+    text = folder / "text.txt"
+    text.write_text("\n".join(tiny_rows(200)))
+    sequences = ["--calibration", text, "--num-samples", "all", "--sequence-length", 16, "--batch-size", 1]
+    what = ["--num-blocks", 7, "--metric", "js", "--executor", "ray", "--workspace", folder / "workspace"]
+    return ["search", "--model", model, *sequences, *what]
+
+
+def test_a_ray_of_its_own_that_dies_ends_the_command_in_one_line(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Ray would end the process after ten seconds, with nothing said and the run's record as it was."""
+    process = start(*long_search(tiny_folder("llama"), tmp_path))
+    try:
+        family = _family_that_scores(process.pid, tmp_path / "workspace")
+        (raylet,) = [each for each in family if each.name() == "raylet"]
+        raylet.kill()
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 2, said
+    assert said.splitlines()[-1].startswith("Error: Ray on this machine has ended: ")
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive
+    (record,) = RunStore(tmp_path / "workspace").list()
+    assert record.status == "failed"
+
+
 def test_an_order_to_end_ends_ray_and_its_workers(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     """And while it runs nothing of it listens anywhere but on loopback."""
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(tiny_rows(200)))
-    model = tiny_folder("llama")
-    command = ("search", "--model", model, "--calibration", text, "--num-samples", "all", "--sequence-length", 16)
-    more = (
-        "--num-blocks",
-        7,
-        "--metric",
-        "js",
-        "--batch-size",
-        1,
-        "--executor",
-        "ray",
-        "--workspace",
-        tmp_path / "workspace",
-    )
     home = tmp_path / "home"
     home.mkdir()
     files = tempfile.mkdtemp(prefix="bp-tests-", dir="/tmp")  # short: Ray's sockets lie in it
     environment = {"HOME": str(home), "TMPDIR": files}
-    process = start(*command, *more, "--workspace", tmp_path / "workspace", **environment)
+    process = start(*long_search(tiny_folder("llama"), tmp_path), **environment)
     try:
         family = _family_that_scores(process.pid, tmp_path / "workspace")
         (folder,) = Path(files).glob("bp-*")
@@ -207,8 +221,9 @@ def test_an_order_to_end_ends_ray_and_its_workers(tiny_folder: Callable[[str], P
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM, said
-    assert said.splitlines()[-1] == "Terminated. What was finished is kept: give the same command again to go on."
-    assert "ray" not in said.lower().replace("array", ""), "Ray's own reports"
+    *before, last = said.splitlines()
+    assert last.startswith("Terminated. What was finished is kept: give the same command again, or `blockpruner resume ")
+    assert "ray" not in "".join(before).lower().replace("array", ""), "Ray's own reports"
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive
     assert not (home / ".ray").exists()

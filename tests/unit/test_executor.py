@@ -6,12 +6,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 
 from blockpruner.errors import ConfigurationError
 from flows.recipe import make_recipe
+from flows.reporter import LOADING
 from stages.executor import ExecutorSettings, require_ray
 from tests.integration.command_line import ROOT, blockpruner
 
@@ -53,7 +55,7 @@ def test_without_ray_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPat
     model = ROOT / "data/demo/model"
     outcome = blockpruner("search", "--model", model, "--num-blocks", 1, "--executor", "ray", "--workspace", tmp_path)
     assert outcome.status == 2
-    (line,) = outcome.stderr.splitlines()
+    (line,) = [each for each in outcome.stderr.splitlines() if each != f"{LOADING} ..."]  # said by whoever comes first
     assert "needs Ray" in line
     assert 'pip install -c constraints.txt -e ".[ray]"' in line
     assert not list(tmp_path.glob("artifacts/*/*")), "refused before anything is computed"
@@ -68,7 +70,24 @@ def test_a_cluster_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyPat
         with pytest.raises(ConfigurationError, match=f"no Ray cluster answers at {address}"):
             require_ray(settings)
         taken.listen()
-        require_ray(settings)
+        require_ray(settings)  # of one that is silent Ray has to find out
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n", b""])
+def test_what_answers_otherwise_than_ray_is_refused_at_once(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.executor.find_spec", lambda _: "installed")
+
+    def serve() -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(64)
+            connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        Thread(target=serve, daemon=True).start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ConfigurationError, match=f"what answers at {address} is no Ray cluster; give HOST:PORT"):
+            require_ray(ExecutorSettings(executor="ray", ray_address=address))
 
 
 def test_a_search_here_imports_no_ray() -> None:

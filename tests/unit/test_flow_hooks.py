@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,6 +110,17 @@ def test_a_run_that_was_refused_before_it_began_has_a_record_as_well(tmp_path: P
 def test_parameters_of_any_kind_are_no_second_error(recipe: dict[str, object], tmp_path: Path) -> None:
     note_end(stand_in, flow_run(tmp_path, **recipe), Failed(message="not valid"))
     assert (the_record(tmp_path).model, the_record(tmp_path).error) == (None, "not valid")
+
+
+@pytest.mark.parametrize("workspace", ["~nobody-here/x", "\0", "x" * 5000, 5, None, ["data"], os.fsdecode(b"w\xff")])
+@pytest.mark.parametrize("hook", [note_end, close_cells])
+def test_a_workspace_that_is_no_path_is_said(
+    hook: Any, workspace: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hook(stand_in, FlowRun(flow_id=uuid4(), parameters={"workspace": workspace, "recipe": {}}), Failed(message="no"))
+    assert "the end of this run is not in the workspace" in caplog.text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_workspace_that_cannot_be_written_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

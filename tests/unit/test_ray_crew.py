@@ -213,6 +213,17 @@ def test_no_worker_left_and_none_to_come_is_one_clear_line() -> None:
         crew.next_event()
 
 
+def test_a_ray_that_has_ended_is_one_clear_line_at_once() -> None:
+    """Before Ray notices, for then it ends this process."""
+    ray, alive = PlayedRay(Script()), [True]
+    crew = RayCrew(ray, JOB, tiny_token_ids(8, 4), Share(1, 2, 0), has_died=lambda: not alive)
+    crew.assemble(no_cut)
+    crew.give(crew.workers[0], REQUEST)
+    alive.clear()
+    with pytest.raises(ExecutorError, match=r"Ray on this machine has ended: .* give the same command again"):
+        crew.next_event()
+
+
 def test_a_search_begins_with_those_that_found_a_place(caplog: pytest.LogCaptureFixture) -> None:
     late = Script(introduce=None)
     crew, _ = crew_of(Script(), late)

@@ -5,19 +5,25 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
-from rich.console import Console, RenderableType
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from blockpruner.progress import Progress, Throughput
+from flows.cell_worker import Event
+from flows.compare_progress import CompareProgress
 from flows.demo import unigram_perplexity
 from flows.eta import RemainingTime
 from flows.render import Answer, number, on_stdout, order_line, query_table, run_view, runs_table, strip, task_table
 from flows.reporter import Reporter, describe
 from flows.summary import RunSummary, dump_json
+from flows.terminal import Terminal
 from flows.wording import count, one_line, size, spell_out
 from stages.runs import RunRecord, StageRun
 from stages.store_rows import RunRows
@@ -26,7 +32,7 @@ from stages.workspace import Workspace
 
 
 def text_of(view: RenderableType, width: int = 120) -> str:
-    console = Console(file=io.StringIO(), width=width)
+    console = Terminal(io.StringIO(), width=width)
     console.print(view)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -136,7 +142,7 @@ def test_a_pipe_has_no_width(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def on_terminal(answer: Answer, width: int) -> list[str]:
-    console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=width)
+    console = Terminal(io.StringIO(), force_terminal=True, color_system=None, width=width)
     console.print(answer)
     assert isinstance(console.file, io.StringIO)
     return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", console.file.getvalue()).splitlines()]
@@ -192,7 +198,7 @@ def test_what_a_user_named_steers_no_terminal() -> None:
         one_line("family: \U0001f468\u200d\U0001f469, caf\xe9, a\xa0b")
         == "family: \U0001f468\u200d\U0001f469, caf\xe9, a b"
     )
-    console = Console(file=io.StringIO(), width=120)
+    console = Terminal(io.StringIO(), width=120)
     Reporter(console).warn("no file \x1b]0;x\udcff")
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue() == "Warning: no file \\x1b]0;x\\udcff\n"
@@ -243,7 +249,7 @@ def test_no_estimate_without_a_total() -> None:
 
 def test_a_log_hears_of_progress_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flows.reporter._LINE_EVERY_S", 0.0)
-    console = Console(file=io.StringIO(), width=120)
+    console = Terminal(io.StringIO(), width=120)
     with Reporter(console).working("search") as report:
         report(Progress(1, 4, "candidates", "step 1"))
         report(Progress(4, 4, "candidates", "step 1"))
@@ -252,11 +258,55 @@ def test_a_log_hears_of_progress_now_and_then(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_terminal_gets_a_bar() -> None:
-    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    console = Terminal(io.StringIO(), width=120, force_terminal=True)
     with Reporter(console).working("search") as report:
         report(Progress(1, 4, "candidates", "step 1"))
     assert isinstance(console.file, io.StringIO)
     assert "candidates, step 1" in console.file.getvalue()
+
+
+STEERING = "n\x1b]0;PWN\x9b\x1b[2J\u202e[/red]"
+SHOWN = "n\\x1b]0;PWN\\x9b\\x1b[2J\\u202e[/red]"
+
+
+def test_nothing_that_is_named_steers_a_terminal_with_bars() -> None:
+    console = Terminal(io.StringIO(), width=200, force_terminal=True)
+    reporter = Reporter(console)
+    with reporter.working(STEERING) as report:
+        report(Progress(1, 4, "candidates", STEERING))
+    with reporter.waiting(STEERING):
+        pass
+    with CompareProgress(reporter, 1) as progress:
+        listener = progress.begin(STEERING)
+        listener(Event(kind="progress", text=STEERING))
+        progress.end(STEERING, listener, Event(kind="end", text=STEERING), 1.0)
+    assert isinstance(console.file, io.StringIO)
+    drawn = console.file.getvalue()
+    assert drawn.count(SHOWN) >= 6
+    assert not any(part in drawn for part in ("\x1b]0;", "\x9b", "\x1b[2J\\", "\x1b[2J[", "\u202e"))
+
+
+@pytest.mark.parametrize("wrap", [str, Text, lambda text: _in_a_table(text), lambda text: Group(text, Text(text))])
+def test_a_terminal_takes_nothing_for_markup_or_orders(wrap: Callable[[str], RenderableType]) -> None:
+    """Also what somebody forgot to make fit to be shown."""
+    console = Terminal(io.StringIO(), width=200)
+    console.print(wrap(f"{STEERING} :smile: [bold]b"))
+    assert isinstance(console.file, io.StringIO)
+    for line in console.file.getvalue().splitlines():
+        assert line.rstrip() == f"{SHOWN} :smile: [bold]b"
+
+
+def _in_a_table(text: str) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_row(text)
+    return table
+
+
+@pytest.mark.parametrize("text", [STEERING, "\x9b31m\x7f", "\U000e0001\udcff", "plain \u200d caf\xe9"])
+def test_json_is_fit_to_be_shown_and_the_same_json(text: str) -> None:
+    shown = dump_json({text: [text]})
+    assert one_line(shown) == shown
+    assert json.loads(shown) == {text: [text]}
 
 
 def test_unigram_perplexity_of_equal_frequencies_is_their_number() -> None:

@@ -215,11 +215,12 @@ def test_a_lost_database_is_said_and_made_anew_for_an_ingest(lab: Lab, lose: Cal
     assert len(lab.said) == 1
 
 
-def test_what_a_killed_rebuild_left_is_removed(lab: Lab) -> None:
+@pytest.mark.parametrize("write", [lambda lab: lab.results.rebuild(), lambda lab: lab.results.ingest(lab.run("d"))])
+def test_what_a_killed_rebuild_left_is_removed_by_whoever_writes_next(lab: Lab, write: Callable[[Lab], object]) -> None:
     three_runs(lab)
     (lab.workspace / "results.duckdb.tmp-99").write_text("half")
     (lab.workspace / "results.duckdb.tmp-99.wal").write_text("half")
-    lab.results.rebuild()
+    write(lab)
     assert [path.name for path in lab.workspace.glob("*results*")] == ["results.duckdb"]
 
 
