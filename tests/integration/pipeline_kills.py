@@ -2,7 +2,8 @@
 
     python -m tests.integration.pipeline_kills --kills 100 --seed 1
 
-calls `blockpruner run` on a tiny model, in fresh processes, with a Prefect server beside them. Half of the moments are
+calls `blockpruner run` on a tiny model, in fresh processes, with a Prefect server beside them; with `--tasks` some
+questions of the demo's are asked as well, with `--speed` `blockpruner speed latest` follows. Half of the moments are
 shares of the time that an undisturbed call takes, from its first import to its end; the others are shares of all the
 changes that it makes to files of the workspace, for these are a small part of its time and what can be torn. After
 every kill each artifact that is there must be whole and the same as an undisturbed run's; the next call that is not
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,17 @@ from tests.integration.command_line import ROOT, Outcome
 from tests.integration.prefect_lab import PrefectLab
 from tests.tiny_models import save_tiny_model, tiny_rows
 
-_TIMINGS = frozenset({"seconds", "work_saved", "created_at", "sha256", "bytes", "max_logit_difference"})
+_TIMINGS = frozenset(
+    {
+        *("seconds", "work_saved", "created_at", "sha256", "bytes", "max_logit_difference"),
+        *("prefill_ms", "decode_tokens_per_s", "peak_memory_bytes"),
+    }
+)
 """What two runs may say differently in JSON. (The bytes of files are compared themselves.)"""
+_ANSWERS = frozenset({"results", "versions", "n-shot", "n-samples"})
+"""What they must say alike in what lm-eval writes, beside dates, paths and how it finds the machine."""
+SPEED = {"batch_sizes": 1, "prompt_tokens": 4, "new_tokens": 1, "repeats": 1}
+"""Options of `blockpruner speed`."""
 _MOST_KILLS_IN_A_ROW = 3
 
 
@@ -80,6 +90,8 @@ def content_of(file: Path) -> Any:
     if file.suffix not in (".json", ".jsonl"):
         return hashlib.sha256(file.read_bytes()).hexdigest()
     lines = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
+    if file.name == "lm_eval.json":
+        return {key: value for key, value in json.loads(lines[0]).items() if key in _ANSWERS}
     return [_without_timings(json.loads(line)) for line in lines]
 
 
@@ -197,20 +209,36 @@ def prepare(folder: Path) -> dict[str, Any]:
     return {"model": str(folder / "model"), "num_samples": 30, "sequence_length": 16, "num_blocks": 3, **texts}
 
 
-class _FreshCall:
-    """`blockpruner run` in a fresh process."""
+def with_tasks() -> dict[str, Any]:
+    """More of a recipe's fields: a few of the demo's questions."""
+    return {"tasks": "demo_facts", "task_dir": str(ROOT / "data" / "demo" / "tasks"), "limit": 4}
 
-    def __init__(self, fields: dict[str, Any], workspace: Path, said: Path, change: int) -> None:
+
+_COMMANDS = """
+import json, sys
+from tests.integration.file_changes import die_before_change
+change, workspace, notes, *commands = sys.argv[1:]
+die_before_change(int(change), workspace, notes)
+from flows.cli import app
+for command in commands:
+    try:
+        app([*json.loads(command), "--workspace", workspace], prog_name="blockpruner")
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
+"""Commands, as JSON, one after another until one fails. Nothing is imported before that need not be."""
+
+
+class _FreshCall:
+    """Commands in a fresh process."""
+
+    def __init__(self, commands: Sequence[list[str]], workspace: Path, said: Path, change: int) -> None:
         said.mkdir()
-        code = (
-            "import sys; from tests.integration.file_changes import die_before_change as count; "
-            "count(int(sys.argv.pop(1)), sys.argv.pop(1), sys.argv.pop(1)); from flows.cli import app; app()"
-        )
-        options = [part for name, value in fields.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-        counted = [str(change), str(workspace), str(said / "changes")]
+        arguments = [str(change), str(workspace), str(said / "changes"), *map(json.dumps, commands)]
         with (said / "stderr").open("w") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", code, *counted, "run", *options, "--workspace", str(workspace)],
+                [sys.executable, "-c", _COMMANDS, *arguments],
                 env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(_folder_for_the_system(workspace))},
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
@@ -222,11 +250,15 @@ class _FreshCall:
     def is_over(self) -> bool:
         return self._process.poll() is not None
 
-    def outcome(self, timeout: float = 120.0) -> Outcome:
+    def outcome(self, timeout: float = 600.0) -> Outcome:
         return Outcome(self._process.wait(timeout), "", (self._said / "stderr").read_text())
 
     def end(self) -> None:
         self._process.kill()
+
+
+def _options(fields: Mapping[str, Any]) -> list[str]:
+    return [part for name, value in fields.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def _folder_for_the_system(workspace: Path) -> Path:
@@ -257,15 +289,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no more kills after that")
+    parser.add_argument("--tasks", action="store_true", help="evaluate with lm-eval as well")
+    parser.add_argument("--speed", action="store_true", help="time the model as well, in a command of its own")
     asked = parser.parse_args(arguments)
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="blockpruner-kills-") as name, prefect_server(Path(name)):
         folder = Path(name)
-        fields = prepare(folder)
+        fields = prepare(folder) | (with_tasks() if asked.tasks else {})
+        commands = [["run", *_options(fields)], *([["speed", "latest", *_options(SPEED)]] if asked.speed else [])]
 
         def launch(workspace: Path, said: Path, change: int) -> Call:
-            return _FreshCall(fields, workspace, said, change)
+            return _FreshCall(commands, workspace, said, change)
 
         fell = campaign(launch, folder, asked.kills, asked.seed, 60 * asked.minutes)
         left = sorted(path.name for path in (folder / "tmp").iterdir())

@@ -6,6 +6,7 @@ digests were made anew is somebody else's work: it may say what it likes, and br
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -98,15 +99,23 @@ def copy_of(lab: Lab) -> Lab:
 def spoil(data: st.DataObject, file: Path) -> bool:
     """Change the file, if the change drawn is one."""
     good = file.read_bytes()
-    as_json = file.suffix == ".json" and data.draw(st.booleans())
-    file.write_bytes(data.draw(spoiled_json(good) if as_json else spoiled_bytes(good)))
+    ways = ["bytes", *(["json"] if file.suffix == ".json" else []), *(["payload"] * 3 if "step-" in file.name else [])]
+    match data.draw(st.sampled_from(ways)):
+        case "bytes":
+            file.write_bytes(data.draw(spoiled_bytes(good)))
+        case "json":
+            file.write_bytes(data.draw(spoiled_json(good)))
+        case _:  # a step that could be one, under the old digest
+            sealed = json.loads(good)
+            sealed["payload"] = data.draw(spoiled_json(sealed["payload"].encode())).decode()
+            file.write_text(json.dumps(sealed))
     return file.read_bytes() != good
 
 
 def trace_of(lab: Lab) -> Any:
     """What the search found, without timings."""
-    (trace,) = lab.workspace.glob("artifacts/search/*/trace.jsonl")
-    return content_of(trace)
+    (artifact,) = lab.workspace.glob("artifacts/search/*")
+    return {name: content_of(artifact / name) for name in ("search.json", "trace.jsonl")}
 
 
 def cached_by(lab: Lab) -> dict[str, bool]:
