@@ -25,6 +25,7 @@ from torch.nn import functional
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import CheckpointError, UnsupportedArchitectureError
 from blockpruner.export.weights import SHARD_BYTES, TensorSource, dtype_of, write_tensors
+from blockpruner.foreign_files import parsed_json, read_plain_file
 
 MODEL_TYPE = "baichuan"
 
@@ -115,7 +116,7 @@ def check_fold(checkpoint: Checkpoint, folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if name == "config.json":
-            fits = json.loads(path.read_text(encoding="utf-8")) == check(checkpoint)
+            fits = _json_of(path) == check(checkpoint)
         elif name in copied:
             fits = filecmp.cmp(copied[name], path, shallow=False)
         else:
@@ -125,6 +126,14 @@ def check_fold(checkpoint: Checkpoint, folder: Path) -> None:
                 f"{folder} is no fold of {checkpoint.name} that this program writes: {name} is another file; remove "
                 f"{folder.parent}, and it is made anew"
             )
+
+
+def _json_of(path: Path) -> Any:
+    """What a file of somebody else's holds; None if that is no JSON."""
+    try:
+        return parsed_json(read_plain_file(path))
+    except (ValueError, OSError):
+        return None
 
 
 def check(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -24,10 +24,10 @@ from pydantic import BaseModel, ConfigDict
 from blockpruner.progress import Progress, ProgressCallback
 from flows.eta import RemainingTime
 from flows.grid import External
-from flows.interruptions import INTERRUPTIONS, Terminated
+from flows.interruptions import INTERRUPTIONS
 from flows.recipe import Recipe
 from flows.reporter import Reporter, describe
-from flows.wording import cancelled, in_plain_words, one_line
+from flows.wording import in_plain_words, one_line
 
 _GRACE_S = 20.0
 """For a cell to close its records once it was told to end; native code may be at work."""
@@ -86,14 +86,9 @@ class _Channel:
 class _SendingReporter(Reporter):
     """Tells the parent what a person would be told."""
 
-    def __init__(self, channel: _Channel, is_over: threading.Event) -> None:
+    def __init__(self, channel: _Channel) -> None:
         super().__init__()
-        self._channel, self._is_over = channel, is_over
-
-    def _go_on(self) -> None:
-        """Native code may have swallowed the order to end; here it is seen once more."""
-        if self._is_over.is_set():
-            raise Terminated
+        self._channel = channel
 
     def say(self, line: str, style: str | None = None) -> None:
         self._channel.send(Event(kind="say", text=line))
@@ -103,7 +98,6 @@ class _SendingReporter(Reporter):
 
     def stage_ended(self, label: str, seconds: float, *, cached: bool) -> None:
         self._channel.send(Event(kind="stage", text=label, seconds=seconds, cached=cached))
-        self._go_on()
 
     @contextmanager
     def working(self, label: str) -> Iterator[ProgressCallback]:
@@ -112,7 +106,6 @@ class _SendingReporter(Reporter):
 
         def show(progress: Progress) -> None:
             nonlocal sent_at
-            self._go_on()
             remaining_s = remaining.seconds(progress)
             if time.monotonic() - sent_at < _PROGRESS_EVERY_S:
                 return
@@ -129,7 +122,7 @@ class _Requests:
 
     def __init__(self, lines: IO[str]) -> None:
         self._lines, self._queue = lines, queue.Queue[str | None]()
-        self._busy, self.are_over = threading.Event(), threading.Event()
+        self._busy = threading.Event()
         threading.Thread(target=self._read, name="requests", daemon=True).start()
 
     def __iter__(self) -> Iterator[Request]:
@@ -142,7 +135,6 @@ class _Requests:
         for line in self._lines:
             self._queue.put(line)
         self._queue.put(None)
-        self.are_over.set()
         if self._busy.is_set():
             # To that thread, so that a system call in which it waits is interrupted.
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
@@ -150,7 +142,7 @@ class _Requests:
             os._exit(1)
 
 
-def _carry_out(workspace: Path, request: Request, reporter: Reporter, is_over: threading.Event) -> Event:
+def _carry_out(workspace: Path, request: Request, reporter: Reporter) -> Event:
     """Do the cell, or find that it was done; the event that says how it ended."""
     from flows.runner import Runner
 
@@ -161,12 +153,9 @@ def _carry_out(workspace: Path, request: Request, reporter: Reporter, is_over: t
         if found is not None:
             return Event(kind="end", run_id=found.run_id, cached=True)
         record = runner.run(request.recipe, request.goal, comparison=request.comparison, external=request.external)
-    except Exception as error:  # whatever it is, it is this cell's, and the others go on
+    except Exception as error:  # noqa: BLE001  # whatever it is, it is this cell's, and the others go on
         begun = runner.begun if runner else None
-        if is_over.is_set():  # what native code (DuckDB's, for one) made of the order to end
-            if runner and begun and begun.status == "failed":
-                runner.runs.finish(begun, "cancelled", cancelled(begun.resume_command), at=begun.finished_at)
-            raise Terminated from error
+        INTERRUPTIONS.heed()  # what native code, or an import, made of the order to end
         words = in_plain_words(error) or one_line(f"{type(error).__name__}: {error}")
         return Event(kind="end", text=words, run_id=begun.run_id if begun else None)
     return Event(kind="end", run_id=record.run_id)
@@ -179,8 +168,7 @@ def main() -> int:
         with INTERRUPTIONS.watched():
             requests = _Requests(sys.stdin)
             for request in requests:
-                reporter = _SendingReporter(channel, requests.are_over)
-                channel.send(_carry_out(workspace, request, reporter, requests.are_over))
+                channel.send(_carry_out(workspace, request, _SendingReporter(channel)))
     except KeyboardInterrupt:
         return 128 + signal.SIGTERM
     return 0

@@ -168,8 +168,6 @@ SEARCH = (
 )
 SPEED = ("speed_batch_sizes", "speed_prompt_tokens", "speed_new_tokens", "speed_repeats")
 GENERAL = ("seed", "name", "trust_remote_code")
-CONSENTS = ("task_dir", "ray_address", "trust_remote_code")
-"""What a command that goes on from a run is to be given again: see `flows.consent`."""
 
 
 def of_recipe(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

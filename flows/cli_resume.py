@@ -13,13 +13,14 @@ import typer
 from blockpruner.errors import ConfigurationError
 from flows import cli_options as options
 from flows.cli_results import open_runs
+from stages.consent import CODE_SETTINGS
 
 if TYPE_CHECKING:
     from flows.summary import RunSummary
     from stages.runs import RunRecord
 
 
-@options.of_recipe(*options.CONSENTS)
+@options.of_recipe(*CODE_SETTINGS)
 def resume(
     context: typer.Context,
     run: options.Run,

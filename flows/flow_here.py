@@ -8,7 +8,8 @@ no flow.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import flows.prefect_settings  # noqa: F401  # isort: skip  # before Prefect is imported
@@ -33,6 +34,7 @@ def run_here(flow: Callable[..., ResultT], *parameters: object, warn: Callable[[
     """Run a flow whose body hands over its result. A server that is gone by its end is said in one line.
 
     Raises:
+        Exception: what a stage has failed with, whatever the server heard of it.
         ServerLostError: if the server was gone before the body had ended.
     """
     contact = Contact()
@@ -43,10 +45,12 @@ def run_here(flow: Callable[..., ResultT], *parameters: object, warn: Callable[[
             return flow(*parameters)
     except ServerLostError as error:
         leave_threads_behind()
-        if not contact.results or INTERRUPTIONS.received:
+        if INTERRUPTIONS.received or not (contact.results or contact.failure):
             raise
         if not contact.is_loss_said:
-            warn(f"{error.what}: the run is done, and there it stays `Running` until you set its state")
+            warn(f"{error.what}: the run has ended here, and there it stays `Running` until you set its state")
+        if contact.failure is not None:
+            raise contact.failure from None
         (result,) = contact.results
         return result  # type: ignore[no-any-return]
     finally:
@@ -58,6 +62,18 @@ def handed_over(result: ResultT) -> ResultT:
     if (contact := CONTACT.get()) is not None:
         contact.results.append(result)
     return result
+
+
+@contextmanager
+def failure_kept() -> Iterator[None]:
+    """Let what the body fails with be the command's error, also where Prefect cannot report it."""
+    contact = CONTACT.get() or Contact()
+    try:
+        yield
+    except Exception as error:
+        contact.failure = error
+        raise
+    contact.failure = None  # of a try before this one
 
 
 def _patience() -> dict[Any, int]:

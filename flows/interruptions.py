@@ -64,7 +64,8 @@ class Interruptions:
             self._are_watched = False
             sys.unraisablehook = hook
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if handler is not None:  # it was set outside of Python, and cannot be set again
+                    signal.signal(number, handler)
             self._forget()
 
     def noted(self, handler: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ result. The store decides: a key that Prefect remembers is passed over when the 
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from prefect.tasks import Task
 from blockpruner.errors import BlockPrunerError
 from blockpruner.progress import Progress, ProgressCallback, silent
 from flows.flow_artifacts import publish_run
-from flows.flow_here import handed_over
+from flows.flow_here import failure_kept, handed_over
 from flows.flow_hooks import note_end
 from flows.interruptions import INTERRUPTIONS
 from flows.prefect_signals import take_note_of_prefects_signals
@@ -111,7 +112,7 @@ def _saying_how_to_go_on(runner: Runner, reporter: Reporter) -> Iterator[None]:
     except BaseException:
         begun = runner.begun
         if begun is not None and begun.status == "cancelled" and not is_quiet():
-            command = f"{begun.resume_command} --workspace {runner.workspace.path}"
+            command = f"{begun.resume_command} --workspace {shlex.quote(str(runner.workspace.path))}"
             reporter.say(f"stopped; what was finished is kept, and `{command}` goes on with it")
         raise
 
@@ -125,7 +126,8 @@ class _Execution:
 
     def compute(self) -> Artifact[Any]:
         """Take the artifact from the store or compute it."""
-        self.artifact = self._call.compute(self._listener)
+        with failure_kept():
+            self.artifact = self._call.compute(self._listener)
         return self.artifact
 
 

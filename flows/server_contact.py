@@ -69,6 +69,8 @@ class Contact:
 
     results: list[Any] = field(default_factory=list)
     """What the flow's body has handed over: nothing yet, or one."""
+    failure: Exception | None = None
+    """What a stage has failed with, of which the server may not have heard."""
     is_loss_said: bool = False
 
 

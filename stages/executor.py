@@ -92,7 +92,9 @@ def _may_speak_grpc(connection: socket.socket) -> bool:
         return True
     connection.sendall(_HTTP2_OPENING)
     try:
-        frame = connection.recv(_FRAME_HEAD_BYTES)
+        frame = b""
+        while len(frame) < _FRAME_HEAD_BYTES and (more := connection.recv(_FRAME_HEAD_BYTES - len(frame))):
+            frame += more
     except TimeoutError:  # busy
         return True
     return len(frame) == _FRAME_HEAD_BYTES and frame[3] == _HTTP2_SETTINGS

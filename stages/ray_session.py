@@ -83,8 +83,8 @@ def has_died(ray: Any) -> bool:
     Ray itself waits some ten seconds for what ended, and then ends this process at once, without a word of its own.
     What says so is private: look again when Ray is upgraded, and `test_ray` does.
     """
-    node = ray._private.worker._global_node
-    processes = node.all_processes if node is not None else {}
+    node = getattr(getattr(getattr(ray, "_private", None), "worker", None), "_global_node", None)
+    processes = getattr(node, "all_processes", {})
     return any(each.process.poll() is not None for name in _VITAL for each in processes.get(name, ()))
 
 

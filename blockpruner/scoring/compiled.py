@@ -32,7 +32,6 @@ _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
 _VARIANTS = 64
 """Of one function. Layers differ in their kind of attention and in what is bypassed, batches in size: with the
 compiler's own limit of 8 whatever comes later would run uncompiled, without a word and with other last bits."""
-torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -48,7 +47,11 @@ def compiled_divergence(divergence: Divergence) -> Divergence:
 
 
 def _with_fallback(function: Function) -> Function:
-    """The compiled function; the function itself from when it cannot be compiled on this machine."""
+    """The compiled function; the function itself from when it cannot be compiled on this machine.
+
+    For the thread that asks for it: from torch 2.13 on the limit of variants is a thread's own.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     compiled = cast(Function, torch.compile(function, options=_OPTIONS))
     works = True
 

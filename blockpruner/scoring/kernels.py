@@ -100,13 +100,15 @@ class _TriedKernel:
         try:
             from blockpruner.scoring.nll_kernel import fused_token_nll
 
+            self._nll = fused_token_nll
             logits_MV = torch.zeros((1, vocab_size), dtype=dtype, device=device)
             fused_token_nll(logits_MV, torch.zeros(1, dtype=torch.long, device=device))
+        except torch.OutOfMemoryError:  # says nothing of the kernel; the sweep will have its own answer to it
+            return
         except Exception as error:  # noqa: BLE001  (compiler, linker, driver: whatever fails, there is another way)
             reason = str(error).strip().splitlines() or [type(error).__name__]
             logger.warning("going on without our Triton kernel, which does not work on this machine: %s", reason[0])
-        else:
-            self._nll = fused_token_nll
+            self._nll = token_nll
 
 
 def _has_kernel(device: torch.device, flops: float) -> bool:
@@ -116,7 +118,7 @@ def _has_kernel(device: torch.device, flops: float) -> bool:
 
 def _start_triton() -> None:
     """On a machine's first use Triton has a C compiler build what it speaks to the GPU with."""
-    from triton.runtime import driver
-
     with suppress(Exception):  # whoever needs it meets the same error, and says so
+        from triton.runtime import driver
+
         driver.active.get_current_target()

@@ -142,6 +142,7 @@ def test_the_folded_model_answers_as_the_forward_by_hand(tmp_path: Path, shard_b
         ("evil.safetensors.py", "open('mark', 'w')"),
         ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["tokenization_mine.Mine", null]}}'),
         ("config.json", json.dumps({**CONFIG, "auto_map": {"AutoConfig": "tokenization_mine.Mine"}})),
+        ("config.json", "[" * 200_000),
         ("more/tokenization_mine.py", "open('mark', 'w')"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 from flows.cell_worker import Request, _carry_out
@@ -17,7 +16,7 @@ def test_a_cell_that_fails_before_its_run_begins_has_not_the_run_of_the_cell_bef
     runs.finish(before, "completed")
     recipe = make_recipe({"model": str(tmp_path / "nowhere"), "ratio": 0.2, "name": "c: b"})
     request = Request(recipe=recipe, goal="evaluate", comparison="c")
-    event = _carry_out(tmp_path, request, Reporter(), threading.Event())
+    event = _carry_out(tmp_path, request, Reporter())
     assert event.run_id != before.run_id
     assert event.text is not None
     assert "nowhere" in event.text
@@ -28,6 +27,6 @@ def test_a_workspace_that_cannot_be_opened_fails_the_cell_and_not_the_worker(tmp
     (tmp_path / "ws").write_text("a file where the folder should be")
     recipe = make_recipe({"model": "m", "ratio": 0.2, "name": "c: b"})
     request = Request(recipe=recipe, goal="evaluate", comparison="c")
-    event = _carry_out(tmp_path / "ws", request, Reporter(), threading.Event())
+    event = _carry_out(tmp_path / "ws", request, Reporter())
     assert (event.kind, event.run_id) == ("end", None)
     assert "cannot be written" in event.text

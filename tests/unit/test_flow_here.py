@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from types import SimpleNamespace
@@ -23,8 +24,9 @@ from prefect.settings import (
     temporary_settings,
 )
 
+from blockpruner.errors import ConfigurationError
 from flows import flow_here
-from flows.flow_here import handed_over, run_here
+from flows.flow_here import failure_kept, handed_over, run_here
 from flows.interruptions import INTERRUPTIONS
 from flows.reporter import Reporter
 from flows.server_contact import ServerLostError, shown
@@ -111,7 +113,7 @@ def test_a_server_that_goes_after_the_work_is_done_costs_a_line(server: Server, 
     assert slept == [2, 4, 8, 2]
     (line,) = said
     assert line.startswith("Prefect's server does not answer any more (")
-    assert "the run is done, and there it stays `Running`" in line
+    assert "the run has ended here, and there it stays `Running`" in line
 
 
 def test_what_was_said_while_the_work_went_on_is_not_said_again(
@@ -157,6 +159,27 @@ def test_a_server_that_goes_before_the_work_is_done_is_an_error(server: Server, 
 
     with pytest.raises(ServerLostError, match="give the same command again to go on"):
         run(flow)
+
+
+def test_what_a_stage_failed_with_is_not_hidden_by_a_server_that_is_gone(server: Server, slept: list[float]) -> None:
+    """Prefect reports the failure, and that it cannot is what comes out of the task."""
+
+    def flow() -> object:
+        with suppress(ConfigurationError), failure_kept():
+            raise ConfigurationError("the first try")
+        with failure_kept():
+            pass
+        server.is_gone = True
+        try:
+            with failure_kept():
+                raise ConfigurationError("no such text")
+        except ConfigurationError:
+            return report()
+
+    said: list[str] = []
+    with pytest.raises(ConfigurationError, match="no such text"):
+        run(flow, said)
+    assert len(said) == 1
 
 
 def test_whoever_sets_a_patience_has_it(server: Server, slept: list[float]) -> None:

@@ -180,6 +180,7 @@ def test_a_model_with_many_kinds_of_layers_stays_compiled(monkeypatch: pytest.Mo
         compiled.append(graph)
         return graph
 
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # as in a thread that has not imported ours
     monkeypatch.setattr(torch, "compile", partial(_compile_with, torch.compile, backend))
     run = compiled_layer()
     for length in range(12):
