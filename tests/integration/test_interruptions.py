@@ -48,10 +48,10 @@ def compute_long(marker: str) -> None:
     def slowly(connection: duckdb.DuckDBPyConnection, rows: Any) -> None:
         if not Path(marker).exists():
             Path(marker).touch()
-            connection.execute("SET threads = 1").execute(_LONG_QUERY)
+            connection.execute(_LONG_QUERY)
         replace(connection, rows)
 
-    store._replace_rows = slowly
+    store._replace_rows, store._CONFIG = slowly, {**store._CONFIG, "threads": 1}
 
 
 def fail_when_interrupted(marker: str) -> None:
