@@ -9,7 +9,6 @@ import io
 import json
 import os
 import pty
-import resource
 import signal
 import subprocess
 import sys
@@ -23,7 +22,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import blockpruner as package
 import stages.search_scorer
 from flows.reporter import LOADING
 from tests.integration.command_line import ROOT, Outcome, blockpruner, in_a_process, start
@@ -260,15 +258,6 @@ def test_sql_for_people_and_for_machines(options: list[object], tmp_path: Path) 
     assert blockpruner("sql", "SELECT 1 AS a, 2 AS a", *workspace, "--json").json == [{"a": 1, "a_1": 2}]
 
 
-def test_an_empty_workspace_has_no_runs_and_one_that_is_not_there_is_not_made(tmp_path: Path) -> None:
-    assert blockpruner("runs", "--workspace", tmp_path, "--json").json == []
-    assert "no runs" in blockpruner("runs", "--workspace", tmp_path).stderr
-    assert list(tmp_path.iterdir()) == []
-    for command in (["runs"], ["runs", "--json"], ["show", "latest"], ["sql", "SELECT 1"]):
-        assert blockpruner(*command, "--workspace", tmp_path / "none").status == 2
-    assert not (tmp_path / "none").exists()
-
-
 def test_the_environment_names_the_workspace(
     options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -467,16 +456,6 @@ def _is_any_left(process: subprocess.Popen[str]) -> bool:
     return True
 
 
-def test_help_comes_at_once() -> None:
-    """Measured as processor time, for two cores are often busy; the limit on the clock is half a second."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    tries = 3
-    for _ in range(tries):
-        assert in_a_process("--help").status == 0
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / tries < 0.5
-
-
 @pytest.mark.parametrize(
     ("command", "unwanted"),
     [
@@ -500,13 +479,6 @@ def test_looking_imports_nothing_heavy(command: str, unwanted: set[str], options
         [sys.executable, "-c", code, command], capture_output=True, text=True, check=True, cwd=ROOT, timeout=60
     )
     assert not unwanted & set(done.stderr.split())
-
-
-def test_version_and_bare_call() -> None:
-    assert blockpruner("--version").stdout == f"blockpruner {package.__version__}\n"
-    bare = blockpruner()
-    assert bare.status == 0
-    assert "search" in bare.stdout
 
 
 def test_tab_completes_commands_and_runs(options: list[object], tmp_path: Path) -> None:
