@@ -31,7 +31,7 @@ sweep then saves."""
 def prepare(
     device: str, settings: ScorerSettings, *, num_layers: int, num_parameters: int, num_tokens: int
 ) -> tuple[Thread, ...]:
-    """Begin to import the compiler and to start Triton if a scorer will want them: seconds, in which a model can load.
+    """Begin to start the compiler and Triton if a scorer will want them: seconds, in which a model can load.
 
     Compiles none of the model: what does sets torch's default dtype back when it is done, and a model that is being
     loaded sets it too.
@@ -51,7 +51,7 @@ def prepare(
         return ()
     jobs: list[Callable[[], object]] = []
     if compiles(settings.compile, torch.device(device), flops):
-        jobs.append(partial(import_module, "blockpruner.scoring.compiled"))
+        jobs.append(partial(_start_compiler, torch.device(device)))
     if _has_kernel(torch.device(device), flops):
         jobs.append(_start_triton)
     threads = tuple(Thread(target=job) for job in jobs)
@@ -114,6 +114,12 @@ class _TriedKernel:
 def _has_kernel(device: torch.device, flops: float) -> bool:
     """Whether our loss kernel is used for sweeps of so much work."""
     return device.type == "cuda" and flops > _WORTH_FLOPS and find_spec("triton") is not None
+
+
+def _start_compiler(device: torch.device) -> None:
+    """Import the compiler, and let it do once what it does once."""
+    with suppress(Exception):  # whoever needs it meets the same error, and says so
+        import_module("blockpruner.scoring.compiled").warm_up(device)
 
 
 def _start_triton() -> None:

@@ -20,11 +20,17 @@ Head = Callable[[Tensor], Tensor]
 """Final norm, language-model head, scaling and capping: [M, D] -> logits [M, V]."""
 
 
+_WIDE_ELEMENTS = 2**23
+"""Logits in float32 at one time: a GPU's second-level cache holds them, and a CPU's memory does not notice."""
+
+
 def token_nll(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
     """Negative log-likelihood of each target in nats, float32 [M]: log-sum-exp minus the target's logit."""
-    # With the dtype given here, a GPU reads 16-bit logits and computes in float32 without a float32 copy of them.
-    log_probabilities_MV = torch.log_softmax(logits_MV, dim=-1, dtype=torch.float32)
-    return -log_probabilities_MV.gather(-1, targets_M[:, None]).squeeze(-1)
+    losses_M = torch.empty(targets_M.shape, dtype=torch.float32, device=logits_MV.device)
+    for rows in chunks(len(targets_M), max(1, _WIDE_ELEMENTS // logits_MV.shape[1])):
+        log_probabilities_mV = torch.log_softmax(logits_MV[rows], dim=-1, dtype=torch.float32)
+        losses_M[rows] = -log_probabilities_mV.gather(-1, targets_M[rows, None]).squeeze(-1)
+    return losses_M
 
 
 @dataclass(frozen=True)

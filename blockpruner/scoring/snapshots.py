@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 
 from torch import Tensor
 
@@ -41,13 +42,23 @@ def choose_positions(
     kept: set[int] = set()
     left = budget_bytes
 
-    def gain(position: int) -> float:
+    def worth(position: int) -> float:
         units = range(position, len(removal_weights))
-        return sum(removal_weights[unit] * max(0.0, cost_before[position] - saved_by_unit[unit]) for unit in units)
+        gain = sum(removal_weights[unit] * max(0.0, cost_before[position] - saved_by_unit[unit]) for unit in units)
+        return gain / size_at[position]
 
-    while fitting := {at: gain(at) / size for at, size in size_at.items() if at not in kept and size <= left}:
-        best = max(fitting, key=lambda position: fitting[position])
-        if fitting[best] <= 0.0:
+    # Whatever is kept, the others are never worth more than before: those whose old worth is less need no second look.
+    queue = [(-worth(position), position) for position in size_at]
+    heapify(queue)
+    while queue:
+        _, best = heappop(queue)
+        if size_at[best] > left:
+            continue
+        now = worth(best)
+        if queue and (-now, best) > queue[0]:
+            heappush(queue, (-now, best))
+            continue
+        if now <= 0.0:
             break
         kept.add(best)
         left -= size_at[best]

@@ -14,6 +14,8 @@ from blockpruner.checkpoint import Checkpoint
 from blockpruner.loading import DtypeName, load_model, release_memory
 from blockpruner.scoring import kernels
 from blockpruner.scoring.build import build_scorer, device_memory
+from blockpruner.scoring.compiled import warm_up
+from blockpruner.scoring.interface import SurveyScorer
 from blockpruner.scoring.kernels import nll_for
 from blockpruner.scoring.loss import token_nll
 from blockpruner.scoring.metrics import metric_of
@@ -125,6 +127,37 @@ def test_the_loss_kernel_gives_the_plain_loss(dtype: torch.dtype, vocab_size: in
     assert torch.equal(tried(logits_MV[3:], targets_M[3:]), fused_token_nll(logits_MV[3:], targets_M[3:]))
     strided_MV = logits_MV.t().contiguous().t()
     torch.testing.assert_close(fused_token_nll(strided_MV, targets_M), expected_M, rtol=1e-6, atol=1e-5, equal_nan=True)
+
+
+def test_a_compiled_search_that_is_gone_on_with_gives_the_same_bits(checkpoint: Checkpoint, tokens: Tensor) -> None:
+    """Whoever goes on meets batches in another order of sizes, and the compiler makes what it meets first for that."""
+    model = load_model(checkpoint, device="cuda", dtype="bfloat16")
+
+    def scorer() -> SurveyScorer:
+        torch.compiler.reset()
+        settings = ScorerSettings(compile="on")
+        return build_scorer(row_of(model), model, tokens, "cuda", metric_of("kl"), settings, cut=CUT)
+
+    whole = scorer()
+    for removed in SEARCH:
+        candidates = [block for block in BLOCKS if block not in removed]
+        expected = filled(whole, removed, candidates)
+        for done in (0, 5, 15):  # sequences of the step that were scored before
+            table = ScoreTable.empty(candidates, len(tokens))
+            kept = slice(0, done)
+            table.fill(slice(None), kept, expected.nll_CB[:, kept], expected.divergence_CB[:, kept])
+            scorer().fill(removed, table, lambda _: None)
+            assert torch.equal(table.nll_CB, expected.nll_CB)
+            assert torch.equal(table.divergence_CB, expected.divergence_CB)
+
+
+def test_the_compilers_warm_up_leaves_the_default_dtype_to_whoever_loads_a_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    touched: list[torch.dtype] = []
+    monkeypatch.setattr(torch, "set_default_dtype", touched.append)
+    warm_up(torch.device("cuda"))
+    assert not touched
 
 
 @pytest.mark.skipif("torch.cuda.device_count() < 2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -72,7 +73,11 @@ def test_the_chosen_snapshots_fit_and_none_of_them_is_idle(
     sizes = {position: data.draw(st.integers(1, 100)) for position in range(1, len(weights))}
     kept = choose_positions(weights, costs, sizes, budget)
     assert kept <= set(sizes)
-    assert sum(sizes[position] for position in kept) <= budget
+
+    def size_of(positions: Collection[int]) -> int:
+        return sum(sizes[position] for position in positions)
+
+    assert size_of(kept) <= budget
 
     def savings(positions: frozenset[int]) -> float:
         return sum(
@@ -80,6 +85,19 @@ def test_the_chosen_snapshots_fit_and_none_of_them_is_idle(
             for unit, weight in enumerate(weights)
             if any(at <= unit for at in positions)
         )
+
+    expected: set[int] = set()
+    while fitting := {at for at in set(sizes) - expected if size_of(expected | {at}) <= budget}:
+        begins = [max((costs[at] for at in expected if at <= unit), default=0) for unit in range(len(weights))]
+        worth = {
+            at: sum(weights[unit] * max(0.0, costs[at] - begins[unit]) for unit in range(at, len(weights))) / sizes[at]
+            for at in sorted(fitting)
+        }
+        best = max(worth, key=lambda at: worth[at])
+        if worth[best] <= 0:
+            break
+        expected.add(best)
+    assert kept == expected, "the same as with a look at every position before every choice"
 
     alone = [savings(frozenset({position})) for position, size in sizes.items() if size <= budget]
     assert savings(kept) > 0 or not any(value > 0 for value in alone)

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from blockpruner.blocks import all_blocks, mha, mlp
 from blockpruner.errors import ConfigurationError
-from blockpruner.scoring import kernels
+from blockpruner.scoring import compiled, kernels
 from blockpruner.scoring.compiled import compiled_divergence, compiled_layer
 from blockpruner.scoring.decoder import Decoder
 from blockpruner.scoring.metrics import kl_divergence
@@ -174,10 +174,10 @@ class Layer(nn.Module):
 
 
 def test_a_model_with_many_kinds_of_layers_stays_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[torch.fx.GraphModule] = []
+    graphs: list[torch.fx.GraphModule] = []
 
     def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
-        compiled.append(graph)
+        graphs.append(graph)
         return graph
 
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # as in a thread that has not imported ours
@@ -185,25 +185,41 @@ def test_a_model_with_many_kinds_of_layers_stays_compiled(monkeypatch: pytest.Mo
     run = compiled_layer()
     for length in range(12):
         run(Layer("a" * length), torch.zeros(1), (), {})
-    assert len(compiled) == 12
+    assert len(graphs) == 12
 
 
 @pytest.mark.parametrize(
-    ("settings", "imports"),
+    ("settings", "starts"),
     [
         (ScorerSettings(compile="on"), True),
         (ScorerSettings(), False),
         (ScorerSettings(scorer="plain", compile="on"), False),
     ],
 )
-def test_the_compiler_is_imported_early_where_it_will_be_used(
-    settings: ScorerSettings, imports: bool, monkeypatch: pytest.MonkeyPatch
+def test_the_compiler_is_started_early_where_it_will_be_used(
+    settings: ScorerSettings, starts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    imported: list[str] = []
-    monkeypatch.setattr(kernels, "import_module", imported.append)
+    started: list[torch.device] = []
+    monkeypatch.setattr(compiled, "warm_up", started.append)
     for thread in kernels.prepare("cpu", settings, num_layers=32, num_parameters=10**10, num_tokens=10**5):
         thread.join()
-    assert imported == (["blockpruner.scoring.compiled"] if imports else [])
+    assert started == ([torch.device("cpu")] if starts else [])
+
+
+def test_the_compiler_warms_up_on_a_norm_a_product_and_an_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def as_it_is(graph: torch.fx.GraphModule, *_: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch._inductor, "compile", as_it_is)
+    compiled.warm_up(torch.device("cpu"))
+    hidden_MD, weight_DD = torch.randn(3, 5), torch.randn(5, 5)
+    normed_MD = functional.rms_norm(hidden_MD, (5,), eps=0.0)
+    expected_MD = functional.silu(normed_MD @ weight_DD) * hidden_MD
+    (active_MD,) = graphs[0](hidden_MD, weight_DD)
+    torch.testing.assert_close(active_MD, expected_MD)
 
 
 def test_where_the_loss_kernel_does_not_work_the_plain_loss_takes_its_place(
