@@ -1,7 +1,8 @@
 """torch.compile for the parts of a sweep that are bound by memory: norms, rotary positions, activations, divergences.
 
-Matrix products stay with the vendor's library. One compiled function serves all layers of a kind: first for one batch
-size, and if another comes, for all.
+Matrix products stay with the vendor's library. One compiled function serves all layers of a kind, for one batch size.
+The compiler's way, one function for all sizes from the second on, would make the last bits depend on which sizes came
+first: a search that is gone on with meets them in another order.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "triton.autotune_pointwise": False,
 }
 
-_VARIANTS = 64
-"""Of one function. Layers differ in their kind of attention and in what is bypassed, batches in size: with the
-compiler's own limit of 8 whatever comes later would run uncompiled, without a word and with other last bits."""
+_VARIANTS = 1024
+"""Of one function, at most. Layers differ in their kind of attention and in what is bypassed, batches in size: with the
+compiler's own limits of 8 and 256 whatever comes later would run uncompiled, without a word and with other last bits.
+"""
 
 _COMPILER = RLock()
 """One at a time: the warm-up in its thread, or the layers."""
@@ -87,10 +89,14 @@ def _small_graph() -> fx.GraphModule:
 def _with_fallback(function: Function) -> Function:
     """The compiled function; the function itself from when it cannot be compiled on this machine.
 
-    For the thread that asks for it: from torch 2.13 on the limit of variants is a thread's own.
+    For the thread that asks for it: from torch 2.13 on the limits of variants are a thread's own. Waits for a warm-up
+    that is under way: it would disturb what is measured next.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
-    compiled = cast(Function, torch.compile(function, options=_OPTIONS))
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, _VARIANTS)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, _VARIANTS)
+    with _COMPILER:
+        compiled = cast(Function, torch.compile(function, dynamic=False, options=_OPTIONS))
     works = True
 
     def call(*arguments: Any) -> Any:

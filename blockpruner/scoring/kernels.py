@@ -5,6 +5,7 @@ Decides by how much work a sweep is. The compiler, and Triton with it, are impor
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from contextlib import suppress
@@ -118,8 +119,15 @@ def _has_kernel(device: torch.device, flops: float) -> bool:
 
 def _start_compiler(device: torch.device) -> None:
     """Import the compiler, and let it do once what it does once."""
-    with suppress(Exception):  # whoever needs it meets the same error, and says so
-        import_module("blockpruner.scoring.compiled").warm_up(device)
+    collects = gc.isenabled()
+    # Half a million objects come to stay: to look through them for garbage again and again is a fifth of the time.
+    gc.disable()
+    try:
+        with suppress(Exception):  # whoever needs it meets the same error, and says so
+            import_module("blockpruner.scoring.compiled").warm_up(device)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _start_triton() -> None:

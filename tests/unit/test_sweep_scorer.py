@@ -158,8 +158,10 @@ def test_what_cannot_be_compiled_here_runs_as_it_is(
     assert "torch.compile" in caplog.text
 
 
-def _compile_with(compile_: Callable[..., Any], backend: Callable[..., Any], function: Any, **_: Any) -> Any:
-    return compile_(function, backend=backend)
+def _compile_with(
+    compile_: Callable[..., Any], backend: Callable[..., Any], function: Any, *, dynamic: bool, options: object
+) -> Any:
+    return compile_(function, backend=backend, dynamic=dynamic)
 
 
 class Layer(nn.Module):
@@ -173,19 +175,23 @@ class Layer(nn.Module):
         return hidden + len(self.kind)
 
 
-def test_a_model_with_many_kinds_of_layers_stays_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_of_many_kinds_are_compiled_and_each_anew_for_every_size_of_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs: list[torch.fx.GraphModule] = []
 
     def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
         graphs.append(graph)
         return graph
 
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # as in a thread that has not imported ours
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):  # as in a thread that has not imported ours
+        monkeypatch.setattr(torch._dynamo.config, limit, 8)
     monkeypatch.setattr(torch, "compile", partial(_compile_with, torch.compile, backend))
     run = compiled_layer()
     for length in range(12):
-        run(Layer("a" * length), torch.zeros(1), (), {})
+        run(Layer("a" * length), torch.zeros(2), (), {})
     assert len(graphs) == 12
+    for size in (3, 4, 5, 2, 4):
+        run(Layer("a"), torch.zeros(size), (), {})
+    assert len(graphs) == 12 + 3, "or else what a batch gets depends on the sizes before it"
 
 
 @pytest.mark.parametrize(
