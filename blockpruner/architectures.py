@@ -48,6 +48,8 @@ class Architecture:
     """How the family's classes begin in transformers: 'Llama' of `LlamaForCausalLM`."""
     layers: str = "model.layers"
     """Path of the list of decoder layers, from the causal-LM model; also the prefix of its tensors in a checkpoint."""
+    final_norm: str = "model.norm"
+    """Path of the norm between the last decoder layer and the head."""
     mha: BlockLayout = BlockLayout("self_attn", ("input_layernorm",), returns_pair=True)
     mlp: BlockLayout = BlockLayout("mlp", ("post_attention_layernorm",))
     shared: tuple[str, ...] = ()
@@ -82,6 +84,12 @@ class Architecture:
         layers = model.get_submodule(self.layers)
         assert isinstance(layers, nn.ModuleList)
         return layers
+
+    def norm_before_head(self, model: nn.Module) -> nn.Module | None:
+        """The final norm of a loaded causal-LM model; None if this one has none, as an OPT may."""
+        parent, _, name = self.final_norm.rpartition(".")
+        norm: nn.Module | None = getattr(model.get_submodule(parent), name)
+        return norm
 
     def layer_of_tensor(self, tensor_name: str) -> tuple[str, int, str] | None:
         """(prefix up to the layers, layer index, rest) of a tensor's name; None for one outside the layers."""
@@ -191,6 +199,7 @@ _TABLE = {
             "falcon",
             "Falcon",
             layers="transformer.h",
+            final_norm="transformer.ln_f",
             mha=_attention("self_attention", "input_layernorm", outputs=("dense",)),
             mlp=BlockLayout("mlp", ("post_attention_layernorm",), outputs=("dense_4h_to_h",)),
             layer_returns_tuple=True,
@@ -203,6 +212,7 @@ _TABLE = {
             "gpt2",
             "GPT2",
             layers="transformer.h",
+            final_norm="transformer.ln_f",
             mha=_attention("attn", "ln_1", outputs=("c_proj",)),
             mlp=BlockLayout("mlp", ("ln_2",), outputs=("c_proj",)),
             other_layer_prefixes=("h",),
@@ -212,6 +222,7 @@ _TABLE = {
             "gpt_neox",
             "GPTNeoX",
             layers="gpt_neox.layers",
+            final_norm="gpt_neox.final_layer_norm",
             mha=_attention("attention", "input_layernorm", outputs=("dense",)),
             mlp=BlockLayout("mlp", ("post_attention_layernorm",), outputs=("dense_4h_to_h",)),
             variant=_gpt_neox,
@@ -235,6 +246,7 @@ _TABLE = {
             "opt",
             "OPT",
             layers="model.decoder.layers",
+            final_norm="model.decoder.final_layer_norm",
             mha=_attention("self_attn", "self_attn_layer_norm", outputs=("out_proj",)),
             mlp=BlockLayout("fc2", ("fc1", "final_layer_norm"), outputs=("fc2",)),
             other_layer_prefixes=("decoder.layers",),

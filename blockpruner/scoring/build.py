@@ -111,7 +111,7 @@ def build_scorer(
     shape, costs = _shape(architecture, model, token_ids_BT)
     flops = shape.flops_per_sequence * shape.num_sequences
     compiles = kernels.compiles(settings.compile, compute, flops)
-    # Before the peak is measured: what a thread still imports would keep the GPU waiting meanwhile.
+    kernels.await_preparation()
     run, divergence = kernels.compiled(metric) if compiles else (run_layer, metric.divergence)
     is_tight = settings.memory_budget is not None and settings.memory_budget < _PEAK_BYTES
     meter = Meter(peak=None if is_tight else matrix_peak(compute, model.dtype))

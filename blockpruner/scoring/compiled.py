@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from threading import RLock
 from typing import Any, TypeVar, cast
 
 import torch
@@ -37,9 +36,6 @@ _VARIANTS = 1024
 compiler's own limits of 8 and 256 whatever comes later would run uncompiled, without a word and with other last bits.
 """
 
-_COMPILER = RLock()
-"""One at a time: the warm-up in its thread, or the layers."""
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -63,10 +59,9 @@ def warm_up(device: torch.device) -> None:
     Raises:
         Exception: whatever the compiler raises where it does not work.
     """
-    with _COMPILER:
-        hidden_MD = torch.zeros((64, 1024), dtype=torch.bfloat16, device=device)
-        weight_DD = torch.zeros((1024, 1024), dtype=torch.bfloat16, device=device)
-        torch._inductor.compile(_small_graph(), [hidden_MD, weight_DD], _OPTIONS)(hidden_MD, weight_DD)
+    hidden_MD = torch.zeros((64, 1024), dtype=torch.bfloat16, device=device)
+    weight_DD = torch.zeros((1024, 1024), dtype=torch.bfloat16, device=device)
+    torch._inductor.compile(_small_graph(), [hidden_MD, weight_DD], _OPTIONS)(hidden_MD, weight_DD)
 
 
 def _small_graph() -> fx.GraphModule:
@@ -89,22 +84,19 @@ def _small_graph() -> fx.GraphModule:
 def _with_fallback(function: Function) -> Function:
     """The compiled function; the function itself from when it cannot be compiled on this machine.
 
-    For the thread that asks for it: from torch 2.13 on the limits of variants are a thread's own. Waits for a warm-up
-    that is under way: it would disturb what is measured next.
+    For the thread that asks for it: from torch 2.13 on the limits of variants are a thread's own.
     """
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, _VARIANTS)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, _VARIANTS)
-    with _COMPILER:
-        compiled = cast(Function, torch.compile(function, dynamic=False, options=_OPTIONS))
+    compiled = cast(Function, torch.compile(function, dynamic=False, options=_OPTIONS))
     works = True
 
     def call(*arguments: Any) -> Any:
         nonlocal works
         if works:
             try:
-                with _COMPILER:
-                    return compiled(*arguments)
+                return compiled(*arguments)
             except TorchDynamoException as error:
                 works = False
                 reason = str(error).strip().splitlines()[0]

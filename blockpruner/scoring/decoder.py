@@ -9,6 +9,7 @@ Shapes: `N` sequences of any branches, `M` tokens, `T` tokens of a sequence, `D`
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from blockpruner.scoring.residency import LayerResidency, Resident
 
 LayerCall = Callable[..., Any]
 RunLayer = Callable[[nn.Module, Tensor, tuple[Any, ...], dict[str, Any]], Any]
-"""Calls a layer on hidden states with its captured arguments; a place for a compiler to step in."""
+"""Calls a layer, or the final norm, on hidden states with its captured arguments; a place for a compiler to step in."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,9 @@ class Decoder:
         self._architecture = architecture
         self._model = model
         self._layers = architecture.decoder_layers(model)
+        norm = architecture.norm_before_head(model)
+        self._norms = [norm] if norm is not None else []
+        self._norm_views = [copy.copy(norm) for norm in self._norms]
         self._residency = residency or Resident()
         self._run = run
         self._views: dict[tuple[int, frozenset[BlockKind]], nn.Module] = {}
@@ -108,9 +112,13 @@ class Decoder:
         token_ids = torch.zeros((1, 1), dtype=torch.long, device=hidden_MD.device)
         # Given a cache, be it empty, transformers does not look for packed sequences, for which it waits for the GPU.
         cache = DynamicCache()
-        with self._one_layer(lambda _: hidden_MD[None]):
+        with self._one_layer(lambda _: hidden_MD[None]), _all_replaced(self._norms, self._norm_run):
             logits: Tensor = self._model(input_ids=token_ids, past_key_values=cache, use_cache=False).logits
         return logits.reshape(hidden_MD.shape[0], -1)
+
+    def _norm_run(self, index: int) -> LayerCall:
+        """Runs the final norm as layers are run: it goes over what every branch ends with, and more than once."""
+        return lambda hidden_states: self._run(self._norm_views[index], hidden_states, (), {})
 
     def run(self, unit: Unit, hidden_NTD: Tensor, without: frozenset[Block] = frozenset()) -> Tensor:
         """The stream after a unit: [N, T, D]; blocks of `without` add nothing."""

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from threading import Thread
@@ -29,13 +28,14 @@ _WORTH_FLOPS = 1e15
 sweep then saves."""
 
 
-def prepare(
-    device: str, settings: ScorerSettings, *, num_layers: int, num_parameters: int, num_tokens: int
-) -> tuple[Thread, ...]:
-    """Begin to start the compiler and Triton if a scorer will want them: seconds, in which a model can load.
+_preparing: list[Thread] = []
+
+
+def prepare(device: str, settings: ScorerSettings, *, num_layers: int, num_parameters: int, num_tokens: int) -> None:
+    """Begin to start Triton and the compiler if a scorer will want them: seconds, in which a model can load.
 
     Compiles none of the model: what does sets torch's default dtype back when it is done, and a model that is being
-    loaded sets it too.
+    loaded sets it too. Whoever compiles or measures calls `await_preparation` first.
 
     Args:
         device: where the scorer will compute.
@@ -43,22 +43,22 @@ def prepare(
         num_layers: decoder layers of the model.
         num_parameters: of the whole model.
         num_tokens: of the calibration set.
-
-    Returns:
-        The threads that do it; none if there is no need.
     """
     flops = float(2 * num_layers + 1) * num_parameters * num_tokens
-    if settings.scorer == "plain":
-        return ()
-    jobs: list[Callable[[], object]] = []
-    if compiles(settings.compile, torch.device(device), flops):
-        jobs.append(partial(_start_compiler, torch.device(device)))
-    if _has_kernel(torch.device(device), flops):
+    jobs: list[Callable[[torch.device], None]] = []
+    if settings.scorer != "plain" and _has_kernel(torch.device(device), flops):
         jobs.append(_start_triton)
-    threads = tuple(Thread(target=job) for job in jobs)
-    for thread in threads:
-        thread.start()
-    return threads
+    if settings.scorer != "plain" and compiles(settings.compile, torch.device(device), flops):
+        jobs.append(_start_compiler)
+    if jobs:
+        _preparing.append(Thread(target=_start, args=(jobs, torch.device(device))))
+        _preparing[-1].start()
+
+
+def await_preparation() -> None:
+    """Wait until what `prepare` began is done: it would disturb what is compiled or measured meanwhile."""
+    while _preparing:
+        _preparing.pop().join()
 
 
 def compiles(choice: CompileChoice, device: torch.device, flops: float) -> bool:
@@ -117,22 +117,25 @@ def _has_kernel(device: torch.device, flops: float) -> bool:
     return device.type == "cuda" and flops > _WORTH_FLOPS and find_spec("triton") is not None
 
 
-def _start_compiler(device: torch.device) -> None:
-    """Import the compiler, and let it do once what it does once."""
+def _start(jobs: Sequence[Callable[[torch.device], None]], device: torch.device) -> None:
     collects = gc.isenabled()
     # Half a million objects come to stay: to look through them for garbage again and again is a fifth of the time.
     gc.disable()
     try:
-        with suppress(Exception):  # whoever needs it meets the same error, and says so
-            import_module("blockpruner.scoring.compiled").warm_up(device)
+        for job in jobs:
+            with suppress(Exception):  # whoever needs it meets the same error, and says so
+                job(device)
     finally:
         if collects:
             gc.enable()
 
 
-def _start_triton() -> None:
-    """On a machine's first use Triton has a C compiler build what it speaks to the GPU with."""
-    with suppress(Exception):  # whoever needs it meets the same error, and says so
-        from triton.runtime import driver
+def _start_triton(device: torch.device) -> None:
+    """Compile a small kernel: on a machine's first use a C compiler builds what Triton speaks to the GPU with."""
+    fused_token_nll: NLL = import_module("blockpruner.scoring.nll_kernel").fused_token_nll
+    fused_token_nll(torch.zeros((1, 2), device=device), torch.zeros(1, dtype=torch.long, device=device))
 
-        driver.active.get_current_target()
+
+def _start_compiler(device: torch.device) -> None:
+    """Import the compiler, and let it do once what it does once."""
+    import_module("blockpruner.scoring.compiled").warm_up(device)

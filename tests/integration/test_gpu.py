@@ -139,16 +139,14 @@ def test_a_compiled_search_that_is_gone_on_with_gives_the_same_bits(checkpoint: 
         return build_scorer(row_of(model), model, tokens, "cuda", metric_of("kl"), settings, cut=CUT)
 
     whole = scorer()
-    for removed in SEARCH:
+    for removed, num_done in zip(SEARCH, (5, 0, 15), strict=True):  # sequences of the step that were scored before
         candidates = [block for block in BLOCKS if block not in removed]
         expected = filled(whole, removed, candidates)
-        for done in (0, 5, 15):  # sequences of the step that were scored before
-            table = ScoreTable.empty(candidates, len(tokens))
-            kept = slice(0, done)
-            table.fill(slice(None), kept, expected.nll_CB[:, kept], expected.divergence_CB[:, kept])
-            scorer().fill(removed, table, lambda _: None)
-            assert torch.equal(table.nll_CB, expected.nll_CB)
-            assert torch.equal(table.divergence_CB, expected.divergence_CB)
+        table, done = ScoreTable.empty(candidates, len(tokens)), slice(0, num_done)
+        table.fill(slice(None), done, expected.nll_CB[:, done], expected.divergence_CB[:, done])
+        scorer().fill(removed, table, lambda _: None)
+        assert torch.equal(table.nll_CB, expected.nll_CB)
+        assert torch.equal(table.divergence_CB, expected.divergence_CB)
 
 
 def test_the_compilers_warm_up_leaves_the_default_dtype_to_whoever_loads_a_model(

@@ -20,7 +20,7 @@ from blockpruner.blocks import all_blocks, mha, mlp
 from blockpruner.errors import ConfigurationError
 from blockpruner.scoring import compiled, kernels
 from blockpruner.scoring.compiled import compiled_divergence, compiled_layer
-from blockpruner.scoring.decoder import Decoder
+from blockpruner.scoring.decoder import Decoder, run_layer
 from blockpruner.scoring.metrics import kl_divergence
 from blockpruner.scoring.settings import MetricName, ScorerSettings
 from blockpruner.scoring.table import ScoreTable
@@ -64,6 +64,28 @@ def test_no_layer_changes_its_input(family: str) -> None:
                 follows_NTD = follows_NTD if without else output_NTD
                 assert torch.equal(hidden_NTD, before_NTD), (unit, without)
         hidden_NTD = follows_NTD
+
+
+@pytest.mark.parametrize("family", sorted(TINY_FAMILIES))
+@torch.inference_mode()
+def test_the_final_norm_is_run_the_way_the_layers_are(family: str) -> None:
+    model, ran = tiny_model(family), []
+
+    def run(module: nn.Module, hidden_MD: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        ran.append(module)
+        return 3.0 * run_layer(module, hidden_MD, args, kwargs)
+
+    hidden_MD = torch.randn(7, model.config.hidden_size)
+    with_run = Decoder(row_of(model), model, SEQUENCE_LENGTH, run=run).logits(hidden_MD)
+    assert [type(norm).__name__.endswith("Norm") for norm in ran] == [True]
+    weight, before = ran[0].weight, ran[0].weight.clone()
+    without_run = Decoder(row_of(model), model, SEQUENCE_LENGTH)
+    assert not torch.equal(without_run.logits(hidden_MD), with_run)
+    scale = 3.0 * (1.0 + before) - 1.0 if "Gemma" in type(ran[0]).__name__ else 3.0 * before
+    weight.copy_(scale)
+    if getattr(ran[0], "bias", None) is not None:
+        ran[0].bias.mul_(3.0)
+    torch.testing.assert_close(without_run.logits(hidden_MD), with_run)
 
 
 @pytest.mark.parametrize("metric", ["perplexity", "kl", "js"])
@@ -175,7 +197,9 @@ class Layer(nn.Module):
         return hidden + len(self.kind)
 
 
-def test_layers_of_many_kinds_are_compiled_and_each_anew_for_every_size_of_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_of_many_kinds_are_compiled_and_each_anew_for_every_size_of_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     graphs: list[torch.fx.GraphModule] = []
 
     def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
@@ -207,8 +231,8 @@ def test_the_compiler_is_started_early_where_it_will_be_used(
 ) -> None:
     started: list[torch.device] = []
     monkeypatch.setattr(compiled, "warm_up", started.append)
-    for thread in kernels.prepare("cpu", settings, num_layers=32, num_parameters=10**10, num_tokens=10**5):
-        thread.join()
+    kernels.prepare("cpu", settings, num_layers=32, num_parameters=10**10, num_tokens=10**5)
+    kernels.await_preparation()
     assert started == ([torch.device("cpu")] if starts else [])
 
 
