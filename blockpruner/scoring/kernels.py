@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
@@ -32,7 +31,7 @@ _preparing: list[Thread] = []
 
 
 def prepare(device: str, settings: ScorerSettings, *, num_layers: int, num_parameters: int, num_tokens: int) -> None:
-    """Begin to start Triton and the compiler if a scorer will want them: seconds, in which a model can load.
+    """Begin to start the compiler, or Triton alone, if a scorer will want it: seconds, in which a model can load.
 
     Compiles none of the model: what does sets torch's default dtype back when it is done, and a model that is being
     loaded sets it too. Whoever compiles or measures calls `await_preparation` first.
@@ -44,15 +43,17 @@ def prepare(device: str, settings: ScorerSettings, *, num_layers: int, num_param
         num_parameters: of the whole model.
         num_tokens: of the calibration set.
     """
-    flops = float(2 * num_layers + 1) * num_parameters * num_tokens
-    jobs: list[Callable[[torch.device], None]] = []
-    if settings.scorer != "plain" and _has_kernel(torch.device(device), flops):
-        jobs.append(_start_triton)
-    if settings.scorer != "plain" and compiles(settings.compile, torch.device(device), flops):
-        jobs.append(_start_compiler)
-    if jobs:
-        _preparing.append(Thread(target=_start, args=(jobs, torch.device(device))))
-        _preparing[-1].start()
+    flops, where = float(2 * num_layers + 1) * num_parameters * num_tokens, torch.device(device)
+    if settings.scorer == "plain":
+        return
+    if compiles(settings.compile, where, flops):
+        thread = Thread(target=_start_compiler, args=(where,))
+    elif _has_kernel(where, flops):
+        thread = Thread(target=_start_triton)
+    else:
+        return
+    thread.start()
+    _preparing.append(thread)
 
 
 def await_preparation() -> None:
@@ -117,25 +118,22 @@ def _has_kernel(device: torch.device, flops: float) -> bool:
     return device.type == "cuda" and flops > _WORTH_FLOPS and find_spec("triton") is not None
 
 
-def _start(jobs: Sequence[Callable[[torch.device], None]], device: torch.device) -> None:
+def _start_compiler(device: torch.device) -> None:
+    """Import the compiler, and let it do once what it does once, the start of Triton included."""
     collects = gc.isenabled()
     # Half a million objects come to stay: to look through them for garbage again and again is a fifth of the time.
     gc.disable()
     try:
-        for job in jobs:
-            with suppress(Exception):  # whoever needs it meets the same error, and says so
-                job(device)
+        with suppress(Exception):  # whoever needs it meets the same error, and says so
+            import_module("blockpruner.scoring.compiled").warm_up(device)
     finally:
         if collects:
             gc.enable()
 
 
-def _start_triton(device: torch.device) -> None:
-    """Compile a small kernel: on a machine's first use a C compiler builds what Triton speaks to the GPU with."""
-    fused_token_nll: NLL = import_module("blockpruner.scoring.nll_kernel").fused_token_nll
-    fused_token_nll(torch.zeros((1, 2), device=device), torch.zeros(1, dtype=torch.long, device=device))
+def _start_triton() -> None:
+    """On a machine's first use Triton has a C compiler build what it speaks to the GPU with."""
+    with suppress(Exception):  # whoever needs it meets the same error, and says so
+        from triton.runtime import driver
 
-
-def _start_compiler(device: torch.device) -> None:
-    """Import the compiler, and let it do once what it does once."""
-    import_module("blockpruner.scoring.compiled").warm_up(device)
+        driver.active.get_current_target()

@@ -5,6 +5,7 @@ Shapes: `V` vocabulary, `M` tokens of one micro-batch, `m` of one chunk, `K` bra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -53,7 +54,9 @@ class TokenLosses:
             dense_MD: the dense model's last layer's output on these tokens; None: no divergence.
         """
         num_branches, num_tokens, _ = hidden_KMD.shape
-        step = max(1, self.logit_elements // (self.vocab_size * num_branches))
+        most = max(1, self.logit_elements // (self.vocab_size * num_branches))
+        # All of one size, if possible: a compiler makes a kernel for each.
+        step = math.ceil(num_tokens / math.ceil(num_tokens / most))
         parts = [
             self._chunk(hidden_KMD[:, chunk], targets_M[chunk], None if dense_MD is None else dense_MD[chunk])
             for chunk in chunks(num_tokens, step)
