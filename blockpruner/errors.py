@@ -60,6 +60,12 @@ def is_disk_full(error: BaseException) -> bool:
     return "No space left on device" in str(error) or any(f"(os error {number})" in str(error) for number in _FULL)
 
 
+def one_line(error: BaseException) -> str:
+    """What an error of others says, on one line of at most 300 characters; its type where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint ``; did you mean 'x'?`` for a misspelt word, or an empty string."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

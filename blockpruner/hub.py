@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from blockpruner.errors import ConfigurationError
+from blockpruner.errors import ConfigurationError, one_line
 from blockpruner.export.names import AUTO_TAKES, FormatChoice
 
 _REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "*.py")
@@ -58,7 +58,7 @@ def _refuse_public(repo_id: str) -> None:
     except RepositoryNotFoundError:
         return
     except _refusals() as error:
-        raise ConfigurationError(f"the hub cannot be asked for {repo_id} ({_one_line(error)})") from error
+        raise ConfigurationError(f"the hub cannot be asked for {repo_id} ({one_line(error)})") from error
     if not is_private:
         raise ConfigurationError(
             f"{repo_id} is there and public, and the model would be published with it; make it private on the hub, or "
@@ -85,7 +85,7 @@ def push_folder(folder: Path, repo_id: str) -> str:
         )
     except _refusals() as error:
         raise ConfigurationError(
-            f"{repo_id} was not pushed ({_one_line(error)}); the model is kept in {folder}: give the same command again"
+            f"{repo_id} was not pushed ({one_line(error)}); the model is kept in {folder}: give the same command again"
         ) from error
     return str(repository)
 
@@ -97,7 +97,3 @@ def _refusals() -> tuple[type[Exception], ...]:
     # Which library that is depends on the client's version; the client's own error derives from the library's.
     http_errors = (base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
     return (HfHubHTTPError, *http_errors, OSError, ValueError)
-
-
-def _one_line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]

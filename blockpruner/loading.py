@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from blockpruner.architectures import KNOWN_MODEL_TYPES, Architecture, architecture_of, num_parameters
 from blockpruner.baichuan import check, is_foldable, llama_settings
 from blockpruner.checkpoint import NUM_LAYERS_KEYS, Checkpoint
-from blockpruner.errors import CheckpointError, ConfigurationError
+from blockpruner.errors import CheckpointError, ConfigurationError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -107,11 +107,11 @@ def load_model(
         model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     except ImportError as error:
         raise CheckpointError(
-            f"{checkpoint.name} needs a library that is not installed: {_one_line(error)}; install it, "
+            f"{checkpoint.name} needs a library that is not installed: {one_line(error)}; install it, "
             "or give the model in a form that needs none (not quantized)"
         ) from error
     except Exception as error:  # of many types, by transformers and by the model's own code
-        raise CheckpointError(f"{checkpoint.name} cannot be loaded: {_one_line(error)}") from error
+        raise CheckpointError(f"{checkpoint.name} cannot be loaded: {one_line(error)}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         raise _other_weights(
             checkpoint, sorted(info["missing_keys"]), sorted(key for key, *_ in info["mismatched_keys"])
@@ -146,7 +146,7 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
             tokenizer("a", verbose=False)  # some settings are looked at only now
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        raise CheckpointError(f"the tokenizer of {checkpoint.name} cannot be loaded: {_one_line(error)}") from error
+        raise CheckpointError(f"the tokenizer of {checkpoint.name} cannot be loaded: {one_line(error)}") from error
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
@@ -165,7 +165,7 @@ def meta_model(checkpoint: Checkpoint) -> tuple[Architecture, PreTrainedModel]:
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers checks a configuration with many types of errors
-        raise CheckpointError(f"config.json of {checkpoint.name} describes no model: {_one_line(error)}") from error
+        raise CheckpointError(f"config.json of {checkpoint.name} describes no model: {one_line(error)}") from error
     _check_size(checkpoint, model)
     return architecture.for_config(config), cast(PreTrainedModel, model)
 
@@ -275,8 +275,3 @@ def _without_load_report() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(before)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from blockpruner.blocks import Block
-from blockpruner.errors import ConfigurationError
+from blockpruner.errors import ArtifactError, ConfigurationError, one_line
 from blockpruner.strategies import StrategyName
 
 
@@ -148,7 +148,16 @@ def write_trace(folder: Path, summary: SearchSummary, steps: Sequence[SearchStep
 
 
 def read_trace(folder: Path) -> SearchTrace:
-    """Read the two files of a finished search."""
-    summary = SearchSummary.model_validate_json((folder / SUMMARY_FILE).read_bytes())
-    lines = (folder / TRACE_FILE).read_text(encoding="utf-8").splitlines()
-    return SearchTrace(summary=summary, steps=tuple(SearchStep.model_validate_json(line) for line in lines))
+    """Read the two files of a finished search.
+
+    Raises:
+        ArtifactError: if they are not what a search writes.
+    """
+    try:
+        summary = SearchSummary.model_validate_json((folder / SUMMARY_FILE).read_bytes())
+        lines = (folder / TRACE_FILE).read_text(encoding="utf-8").splitlines()
+        return SearchTrace(summary=summary, steps=tuple(SearchStep.model_validate_json(line) for line in lines))
+    except (OSError, ValueError) as error:  # pydantic's and Unicode's errors are ValueErrors
+        raise ArtifactError(
+            f"{folder} holds no trace of a search ({one_line(error)}); delete it and search again"
+        ) from error

@@ -23,10 +23,9 @@ from typing import Any, Literal
 from yaml import YAMLError
 
 from blockpruner.checkpoint import file_digest
-from blockpruner.errors import ConfigurationError, nearest
+from blockpruner.errors import ConfigurationError, nearest, one_line
 from stages.contract import StageConfig, canonical_digest
 from stages.task_data import DATA_TASKS, data_config, data_digest
-from stages.text_sources import one_line
 
 _NAME_IN_YAML = re.compile(rb"^(?:task|group|tag):[ \t]*['\"]?([\w.:-]+)", re.MULTILINE)
 

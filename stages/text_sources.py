@@ -26,7 +26,7 @@ from urllib.parse import parse_qsl
 
 from pydantic import Field
 
-from blockpruner.errors import TextSourceError, nearest
+from blockpruner.errors import TextSourceError, nearest, one_line
 from blockpruner.paths import user_path
 from stages.contract import StageConfig
 from stages.text_files import SUFFIXES, FileFormat, file_format, missing_column, not_text, parse_rows
@@ -280,9 +280,3 @@ def _quiet_hub() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, on one line of at most 300 characters."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."

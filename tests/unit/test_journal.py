@@ -309,6 +309,22 @@ def test_no_changed_byte_of_the_dense_models_scores_goes_unnoticed(tmp_path: Pat
         assert found is None or (found.dtype == torch.float64 and bits(found) == bits(nll_B)), f"byte {position}"
 
 
+@pytest.mark.parametrize("file", ["search.json", "trace.jsonl"])
+@pytest.mark.parametrize("content", [None, b"", b"{}\n", b"[" * 100, b"\xff\xfe"], ids=str)
+def test_what_is_no_trace_is_said_in_one_line(file: str, content: bytes | None, tmp_path: Path) -> None:
+    summary = SearchSummary(dense_perplexity=5.0, num_layers=4, num_parameters=100)
+    write_trace(tmp_path, summary, STEPS)
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    if file == "trace.jsonl" and content == b"":
+        assert read_trace(tmp_path).steps == (), "a search of no step"
+        return
+    with pytest.raises(ArtifactError, match="holds no trace of a search") as caught:
+        read_trace(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_finished_trace_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     """The files of `trace`, which hold the same steps."""
     summary = SearchSummary(dense_perplexity=math.inf, num_layers=10, num_parameters=1000)
