@@ -11,13 +11,14 @@ from flows.recipe import Recipe
 from stages.runs import RunRecord
 
 _COMMANDS = {
-    "speed": "blockpruner search recipe.yaml && blockpruner speed latest",
-    "export": "blockpruner search recipe.yaml && blockpruner export latest",
+    "speed": "blockpruner search recipe.yaml && blockpruner speed latest{trust}",
+    "export": "blockpruner search recipe.yaml && blockpruner export latest{trust}",
     "search": "blockpruner search recipe.yaml",
     "baseline": "blockpruner baseline recipe.yaml",
     "calibration": "blockpruner calibrate recipe.yaml",
 }
-"""By the last thing that a run did; the first that fits counts."""
+"""By the last thing that a run did; the first that fits counts. What goes on from a run is told again whose code to run,
+as no run's record is asked."""
 _OF_A_SEARCH = frozenset(
     {"name", "num_blocks", "ratio", "strategy", "strategy_seed", "metric", "block_kinds", "stock_compatible"}
 )
@@ -58,8 +59,9 @@ def commands(record: RunRecord) -> str:
     if any(stage.role == "evaluate:pruned" for stage in record.stages) or not roles:
         return "blockpruner run recipe.yaml"
     if "search" not in roles and any(stage.role == "evaluate:dense" for stage in record.stages):
-        return f"blockpruner evaluate{_as_options(record)}"
-    return next((command for role, command in _COMMANDS.items() if role in roles), "blockpruner run recipe.yaml")
+        return f"blockpruner evaluate{_as_options(record)}{_trust(record)}"
+    command = next((command for role, command in _COMMANDS.items() if role in roles), "blockpruner run recipe.yaml")
+    return command.format(trust=_trust(record))
 
 
 def script(record: RunRecord) -> str:
@@ -83,6 +85,10 @@ def _as_options(record: RunRecord) -> str:
             for each in value if isinstance(value, list) else [value]:
                 words += [option, str(each)]
     return "".join(f" {shlex.quote(word)}" for word in words)
+
+
+def _trust(record: RunRecord) -> str:
+    return " --trust-remote-code" if record.config.get("trust_remote_code") else ""
 
 
 def _plain(value: Any) -> Any:

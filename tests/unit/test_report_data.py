@@ -262,6 +262,14 @@ def test_the_command_of_a_model_that_was_only_measured(lab: Lab) -> None:
     assert commands(record) == "blockpruner evaluate --model 'a b' --tasks x,y --eval-text t.txt --eval-text u.txt"
 
 
+def test_what_goes_on_from_a_run_is_told_again_to_trust_its_models_code(lab: Lab) -> None:
+    exported, measured = lab.run(roles="sx"), lab.run(roles="d")
+    exported.config |= {"trust_remote_code": True}
+    measured.config = {"model": "m", "trust_remote_code": True}
+    assert commands(exported) == "blockpruner search recipe.yaml && blockpruner export latest --trust-remote-code"
+    assert commands(measured) == "blockpruner evaluate --model m --trust-remote-code"
+
+
 # --- for the terminal, for papers, for Prefect ------------------------------------------------------------------------
 
 
