@@ -17,8 +17,8 @@ _COMMANDS = {
     "baseline": "blockpruner baseline recipe.yaml",
     "calibration": "blockpruner calibrate recipe.yaml",
 }
-"""By the last thing that a run did; the first that fits counts. What goes on from a run is told again whose code to run,
-as no run's record is asked."""
+"""By the last thing that a run did; the first that fits counts. What goes on from a run has to be told again whose code
+it may run: no record is believed in that."""
 _OF_A_SEARCH = frozenset(
     {"name", "num_blocks", "ratio", "strategy", "strategy_seed", "metric", "block_kinds", "stock_compatible"}
 )
