@@ -50,8 +50,7 @@ FAILED_CELLS = 1
 
 
 @options.of_recipe(
-    "model", *options.CALIBRATION, "tasks", "task_dir", "num_fewshot", "limit", *options.TEXTS,
-    *options.MACHINE, "memory_budget", *options.GENERAL,
+    "model", *options.CALIBRATION, *options.TASKS, *options.TEXTS, *options.MACHINE, "memory_budget", *options.GENERAL,
 )  # fmt: skip
 def compare(
     context: typer.Context,

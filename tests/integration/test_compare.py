@@ -375,6 +375,7 @@ def test_each_process_has_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--external", "./nowhere", "--label", "y"], "cell y: there is no model folder"),
         (["--report", "nowhere/report.html"], "there is no folder nowhere"),
         (["--parallel", 0], "parallel is 0"),
+        (["--tasks", "piqa", "--task-data", "nowhere", "--log-samples"], "there is no folder"),
         (["--tasks", "piqqa"], "cell js seed=1: unknown task 'piqqa'"),
         (["--json", "--csv"], "both --json and --csv"),
         (["--seed", 3], "seed differs from cell to cell"),
