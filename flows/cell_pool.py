@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 from pydantic import ValidationError
 
@@ -99,19 +100,17 @@ class CellPool:
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
+            errors="replace",
             env={**os.environ, **environment_of(slot, self._width, spread=self._spread)},
             start_new_session=True,
         )
 
     def _converse(self, process: subprocess.Popen[str], request: Request, listener: Listener) -> Event | None:
         """Ask, and listen to the end; None if the process ends first."""
-        try:
-            for event in _events(process, request):
-                if event.kind == "end":
-                    return event
-                listener(event)
-        except (BrokenPipeError, ValueError):  # it has died, or has just been stopped and its pipes closed
-            pass
+        for event in _events(process, request):
+            if event.kind == "end":
+                return event
+            listener(event)
         return None
 
     def _died(self, slot: int, process: subprocess.Popen[str]) -> Event:
@@ -128,16 +127,30 @@ class CellPool:
 
 
 def _events(process: subprocess.Popen[str], request: Request) -> Iterator[Event]:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(request.model_dump_json() + "\n")
-    process.stdin.flush()
-    for line in process.stdout:
+    """What it says to a request, until it has died or been stopped."""
+    for line in _lines(process, request):
         try:
             event = Event.model_validate_json(line)
         except ValidationError:  # torn by its end
             continue
         yield event
+
+
+def _lines(process: subprocess.Popen[str], request: Request) -> Iterator[str]:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with suppress(BrokenPipeError, ValueError):  # it has died, or has just been stopped and its pipes closed
+        process.stdin.write(request.model_dump_json() + "\n")
+        process.stdin.flush()
+    while line := _next_line(process.stdout):
+        yield line
+
+
+def _next_line(output: IO[str]) -> str:
+    try:
+        return output.readline()
+    except ValueError:  # as above
+        return ""
 
 
 def environment_of(slot: int, width: int, *, spread: bool) -> dict[str, str]:

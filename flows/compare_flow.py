@@ -21,6 +21,7 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run as runtime_flow_run
 from prefect.states import Completed, Failed
 
 from blockpruner.errors import BlockPrunerError, ConfigurationError
@@ -67,8 +68,16 @@ def run_cell(label: str, execution: Callable[[], Event]) -> State[dict[str, Any]
     return Completed(name="Cached", message="done before", data=result) if event.cached else Completed(data=result)
 
 
+def _run_name() -> str:
+    """The comparison's name; of one that is to be read from a file, the file's."""
+    recipe = runtime_flow_run.parameters.get("recipe")
+    named = recipe.get("name") if isinstance(recipe, dict) else getattr(recipe, "name", recipe)
+    return one_line(str(named or "compare"))
+
+
 @flow(
     name="compare",
+    flow_run_name=_run_name,
     persist_result=False,
     on_failure=[close_cells],
     on_crashed=[close_cells],

@@ -18,7 +18,7 @@ from prefect.logging.loggers import flow_run_logger
 from blockpruner.errors import BlockPrunerError, ConfigurationError
 from blockpruner.paths import user_path
 from flows.recipe import make_recipe
-from flows.wording import cancelled, in_plain_words, one_line
+from flows.wording import COMPARISON_CANCELLED, cancelled, in_plain_words, one_line
 from stages.runs import RunDescription, RunRecord, RunStatus, RunStore
 from stages.store import ResultStore
 
@@ -35,6 +35,8 @@ def note_end(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None
 def close_cells(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """Close the runs that a comparison left behind; one whose process is still there closes itself."""
     _in_workspace(flow, flow_run, RunStore.close_dead)
+    if state.is_cancelled() or state.is_cancelling():
+        flow_run_logger(flow_run, flow).warning("%s", COMPARISON_CANCELLED)
 
 
 def _in_workspace(flow: Flow[..., Any], flow_run: FlowRun, close: Callable[[RunStore], list[RunRecord]]) -> None:

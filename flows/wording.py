@@ -80,6 +80,9 @@ def cancelled(resume_command: str) -> str:
     return f"cancelled; give the same command again, or `{resume_command}`, to go on"
 
 
+COMPARISON_CANCELLED = "cancelled; run the same comparison again to go on: what is finished is not done again"
+
+
 def ended_by_library(exit_call: SystemExit, resume_command: str) -> str:
     """Why a run ended that a library ended with the whole process, as rich does where a line of its finds no reader."""
     nobody_reads = isinstance(exit_call.__context__, BrokenPipeError)

@@ -119,6 +119,7 @@ def compared(tiny_folder: TinyFolder, tmp_path_factory: pytest.TempPathFactory, 
     ]
     outcome = blockpruner(*arguments, "--json")
     run = newest_flow_run()
+    assert run.name == load_comparison(str(file), {}, {}).name
     assert (run.state_name, "1 of 6 cells failed" in str(run.state and run.state.message)) == ("Failed", True)
     keys = {key for _, key in artifact_keys(run)}
     return Compared(arguments, folder / "ws", model, outcome, task_states(run), keys, folder / "report.html")

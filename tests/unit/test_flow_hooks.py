@@ -13,7 +13,7 @@ import pytest
 from prefect import Flow, State, flow
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
-from prefect.states import Cancelling, Crashed, Failed
+from prefect.states import Cancelled, Cancelling, Crashed, Failed
 
 from flows.compare_flow import compare
 from flows.flow_hooks import close_cells, note_end
@@ -83,6 +83,14 @@ def test_the_end_of_a_killed_run_is_written(
     assert words in str(record.error)
     assert "\n" not in str(record.error)
     assert statuses(tmp_path / "ws") == [status]
+
+
+@pytest.mark.parametrize(("state", "says"), [(Cancelling(), True), (Cancelled(), True), (Crashed(), False)])
+def test_a_cancelled_comparison_says_how_to_go_on(
+    state: State[Any], says: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    close_cells(stand_in, flow_run(tmp_path / "ws"), state)
+    assert ("run the same comparison again to go on" in caplog.text) == says
 
 
 def test_an_end_that_was_written_stays(tmp_path: Path) -> None:
