@@ -124,8 +124,9 @@ def _start_compiler(device: torch.device) -> None:
     # Half a million objects come to stay: to look through them for garbage again and again is a fifth of the time.
     gc.disable()
     try:
-        with suppress(Exception):  # whoever needs it meets the same error, and says so
-            import_module("blockpruner.scoring.compiled").warm_up(device)
+        import_module("blockpruner.scoring.compiled").warm_up(device)
+    except Exception:  # whoever needs it meets the same error, and says so
+        logger.debug("the compiler did not start early", exc_info=True)
     finally:
         if collects:
             gc.enable()
