@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +121,7 @@ def build_scorer(
     length = int(token_ids_BT.shape[1])
     decoder = Decoder(architecture, model, length, residency, run, whole_layers=whole_layers)
     team = team or Team()
-    machine = _machine(compute, settings.memory_budget, team.num_on_machine)
+    machine = replace(_machine(compute, settings.memory_budget, team.num_on_machine), compiles=compiles)
     plan = plan_sweep(shape, machine, batch_size, cut, team.num_workers)
     on_plan(plan)
     nll = kernels.nll_for(compute, model.dtype, shape.vocab_size, flops)

@@ -55,6 +55,8 @@ class Machine:
     """Logits at one time."""
     micro_batch_flops: float
     """A micro-batch of less work than this costs more to begin than it is worth."""
+    compiles: bool = False
+    """Whether layers are compiled, for each size of batch anew."""
 
 
 CUDA_CHUNK_BYTES = 2**26
@@ -62,6 +64,8 @@ CUDA_CHUNK_BYTES = 2**26
 CUDA_LOGIT_ELEMENTS = 2**30
 """A call of the head costs a millisecond of the host's time; with fewer logits a call a GPU waits for it."""
 CUDA_MICRO_BATCH_FLOPS = 1e15
+_COMPILED_BRANCHES = 4
+"""Branches that run as one batch, at most, where each number of them has to be compiled: two or three kernels each."""
 CPU_CHUNK_BYTES = 2**22
 CPU_LOGIT_ELEMENTS = 2**23
 CPU_MICRO_BATCH_FLOPS = 1e11
@@ -176,6 +180,8 @@ def plan_sweep(
         chunk_tokens = min(machine.chunk_bytes // shape.hidden_bytes, int(0.2 * usable) // shape.working_bytes)
         branch_tokens = micro_batch * shape.sequence_length
         branches_per_chunk = max(1, chunk_tokens // branch_tokens)
+        if machine.compiles:
+            branches_per_chunk = min(branches_per_chunk, _COMPILED_BRANCHES)
         logits = min(machine.logit_elements, branches_per_chunk * branch_tokens * shape.vocab_size)
         cut = SweepCut(
             micro_batch=micro_batch,

@@ -74,6 +74,16 @@ def test_a_batch_size_and_a_cut_are_taken_as_they_are() -> None:
     assert plan_sweep(LLAMA_2_7B, gpu(100 * GIB), cut=cut).cut == cut
 
 
+def test_where_layers_are_compiled_batches_have_few_sizes() -> None:
+    short = dataclasses.replace(LLAMA_2_7B, sequence_length=64)
+    machine = gpu(100 * GIB)
+    assert plan_sweep(short, machine, micro_batch=1).cut.branches_per_chunk > 64
+    assert plan_sweep(short, dataclasses.replace(machine, compiles=True), micro_batch=1).cut.branches_per_chunk == 4
+    assert (
+        plan_sweep(LLAMA_2_7B, machine).cut == plan_sweep(LLAMA_2_7B, dataclasses.replace(machine, compiles=True)).cut
+    )
+
+
 def test_too_little_memory_is_one_clear_line() -> None:
     with pytest.raises(ConfigurationError, match="--memory-budget") as caught:
         plan_sweep(LLAMA_2_7B, gpu(-5 * GIB))
