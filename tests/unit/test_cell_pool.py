@@ -24,8 +24,8 @@ def pool_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PoolOf]
 
     def make(code: str) -> CellPool:
         def start(*_: object) -> subprocess.Popen[str]:
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            return subprocess.Popen([sys.executable, "-c", code], text=True, errors="replace", **pipes)
+            command = [sys.executable, "-c", code]
+            return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, errors="replace")
 
         monkeypatch.setattr(CellPool, "_start", start)
         pools.append(CellPool(tmp_path, 1))
