@@ -83,9 +83,10 @@ class Workspace:
 
     def _refuse_links(self) -> None:
         """Whoever makes a workspace does not decide what is written, and removed, elsewhere."""
-        for folder in (self.artifacts, self.state, self.runs, self.locks, self.damaged):
-            if folder.is_symlink():
-                raise ArtifactError(f"{folder} is a symbolic link; link the whole workspace instead")
+        database = (self.database, self.database.with_name(f"{self.database.name}.wal"))
+        for path in (self.artifacts, self.state, self.runs, self.locks, self.damaged, *database):
+            if path.is_symlink():
+                raise ArtifactError(f"{path} is a symbolic link; link the whole workspace instead")
 
     def owns(self, path: Path) -> bool:
         """Whether a path lies in one of the folders that are this workspace's own business."""

@@ -283,6 +283,16 @@ def test_a_workspaces_folders_do_not_lie_elsewhere(name: str, foreign: Lab, outs
     assert contents(outside) == before
 
 
+@pytest.mark.parametrize("name", ["results.duckdb", "results.duckdb.wal"])
+def test_a_workspaces_database_does_not_lie_elsewhere(name: str, foreign: Lab, outside: Path) -> None:
+    (foreign.workspace / name).unlink(missing_ok=True)
+    (foreign.workspace / name).symlink_to(outside / "precious")
+    before = contents(outside)
+    for command in (("runs",), ("sql", "SELECT 1"), ("db", "rebuild"), ("search", *foreign.good, "--num-blocks", 2)):
+        assert f"{foreign.workspace / name} is a symbolic link" in refused(foreign.call(*command))
+    assert contents(outside) == before
+
+
 @pytest.mark.parametrize("name", ["artifacts/evil", "artifacts/speed", "state/evil"])
 def test_nothing_is_removed_through_a_link(name: str, foreign: Lab, outside: Path) -> None:
     (foreign.workspace / name).symlink_to(outside)
