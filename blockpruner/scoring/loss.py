@@ -27,11 +27,12 @@ _WIDE_ELEMENTS = 2**23
 
 def token_nll(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
     """Negative log-likelihood of each target in nats, float32 [M]: log-sum-exp minus the target's logit."""
-    losses_M = torch.empty(targets_M.shape, dtype=torch.float32, device=logits_MV.device)
+    targets_M1 = targets_M[:, None]
+    found_M1 = torch.empty(targets_M1.shape, dtype=torch.float32, device=logits_MV.device)
     for rows in chunks(len(targets_M), max(1, _WIDE_ELEMENTS // logits_MV.shape[1])):
         log_probabilities_mV = torch.log_softmax(logits_MV[rows], dim=-1, dtype=torch.float32)
-        losses_M[rows] = -log_probabilities_mV.gather(-1, targets_M[rows, None]).squeeze(-1)
-    return losses_M
+        torch.gather(log_probabilities_mV, -1, targets_M1[rows], out=found_M1[rows])
+    return -found_M1.squeeze(-1)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from blockpruner.blocks import all_blocks, mha, mlp
 from blockpruner.errors import ConfigurationError
-from blockpruner.scoring import compiled, kernels
+from blockpruner.scoring import compiled, kernels, loss
 from blockpruner.scoring.compiled import compiled_divergence, compiled_layer
 from blockpruner.scoring.decoder import Decoder, run_layer
 from blockpruner.scoring.metrics import kl_divergence
@@ -250,6 +250,17 @@ def test_the_compiler_warms_up_on_a_norm_a_product_and_an_activation(monkeypatch
     expected_MD = functional.silu(normed_MD @ weight_DD) * hidden_MD
     (active_MD,) = graphs[0](hidden_MD, weight_DD)
     torch.testing.assert_close(active_MD, expected_MD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wide_elements", [1, 11, 3 * 11 + 5, 10**6])
+def test_the_plain_loss_is_the_cross_entropy_in_float32_however_many_rows_go_together(
+    dtype: torch.dtype, wide_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "_WIDE_ELEMENTS", wide_elements)
+    logits_MV, targets_M = 5 * torch.randn(7, 11).to(dtype), torch.arange(7)
+    expected_M = functional.cross_entropy(logits_MV.float(), targets_M, reduction="none")
+    torch.testing.assert_close(loss.token_nll(logits_MV, targets_M), expected_M)
 
 
 def test_where_the_loss_kernel_does_not_work_the_plain_loss_takes_its_place(
