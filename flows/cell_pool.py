@@ -63,7 +63,7 @@ class CellPool:
             process = self._process(slot)
             if process is None:
                 return Event(kind="end", text="stopped before it began", stopped=True)
-            return self._converse(process, request, listener) or self._died(slot, process)
+            return self._converse(slot, process, request, listener) or self._died(slot, process)
         finally:
             self._slots.put(slot)
 
@@ -105,13 +105,28 @@ class CellPool:
             start_new_session=True,
         )
 
-    def _converse(self, process: subprocess.Popen[str], request: Request, listener: Listener) -> Event | None:
+    def _converse(
+        self, slot: int, process: subprocess.Popen[str], request: Request, listener: Listener
+    ) -> Event | None:
         """Ask, and listen to the end; None if the process ends first."""
-        for event in _events(process, request):
-            if event.kind == "end":
-                return event
-            listener(event)
+        try:
+            for event in _events(process, request):
+                if event.kind == "end":
+                    return event
+                listener(event)
+        except BaseException:
+            self._discard(slot, process)
+            raise
         return None
+
+    def _discard(self, slot: int, process: subprocess.Popen[str]) -> None:
+        """End a process that may still be answering: what it says next would be taken for another cell's."""
+        with self._guard:
+            self._processes.pop(slot, None)
+        _close_input(process)
+        process.kill()
+        process.wait()
+        _close_output(process)
 
     def _died(self, slot: int, process: subprocess.Popen[str]) -> Event:
         status = process.wait()

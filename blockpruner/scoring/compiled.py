@@ -54,7 +54,9 @@ def warm_up(device: torch.device) -> None:
     """Compile and run something small: the compiler's first graph takes it seconds that are not the graph's.
 
     Of the 3.3 s of a first layer, 1.6 s (H200, 2026-11-28). Can run while a model is loaded: goes past the part of
-    torch.compile that sets torch's default dtype back when it is done, which whoever loads a model has changed.
+    torch.compile that sets torch's default dtype back when it is done, which whoever loads a model has changed. What is
+    left of it in other threads for a moment: calls of modules go through a tracer that hands them on, and the state of
+    torch's own random numbers is set back.
 
     Raises:
         Exception: whatever the compiler raises where it does not work.
@@ -67,7 +69,7 @@ def warm_up(device: torch.device) -> None:
 def _small_graph() -> fx.GraphModule:
     """A norm, a matrix product and an activation of hidden [M, D] and weight [D, D].
 
-    Put together by hand: to trace a function would for that moment change what any module does, in any thread.
+    Put together by hand: while fx traces a function no thread can call a module that is not the function's.
     """
     graph = fx.Graph()
     hidden, weight = graph.placeholder("hidden_MD"), graph.placeholder("weight_DD")

@@ -15,6 +15,10 @@ from flows.recipe import make_recipe
 
 REQUEST = Request(recipe=make_recipe({"model": "m", "ratio": 0.2, "name": "c: a"}), goal="evaluate", comparison="c")
 PoolOf = Callable[[str], CellPool]
+ANSWERS = """import json; of = json.loads(request)["comparison"]
+    print(json.dumps({"kind": "say", "text": of}), flush=True)
+    print(json.dumps({"kind": "end", "run_id": of}), flush=True)
+"""
 
 
 @pytest.fixture
@@ -63,9 +67,14 @@ def test_a_process_that_ends_without_a_word_is_said(code: str, how: str, pool_of
 
 
 @pytest.mark.parametrize("error", [ValueError("the listener's own"), BrokenPipeError("the listener's own")])
-def test_an_error_of_who_listens_is_not_taken_for_the_process_end(error: Exception, pool_of: PoolOf) -> None:
+def test_an_error_of_who_listens_is_its_own_and_the_next_cell_hears_nothing_of_this_one(
+    error: Exception, pool_of: PoolOf
+) -> None:
     def listener(_: Event) -> None:
         raise error
 
+    pool = pool_of(f"for number in range(2):\n    request = input()\n    {ANSWERS}")
     with pytest.raises(type(error), match="the listener's own"):
-        pool_of(said(Event(kind="say"), Event(kind="end"))).carry_out(REQUEST, listener)
+        pool.carry_out(REQUEST, listener)
+    other = REQUEST.model_copy(update={"comparison": "other"})
+    assert pool.carry_out(other, lambda _: None).run_id == "other"
