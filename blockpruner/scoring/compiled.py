@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
 from typing import Any, TypeVar, cast
 
 import torch
@@ -61,6 +63,8 @@ def warm_up(device: torch.device) -> None:
     Raises:
         Exception: whatever the compiler raises where it does not work.
     """
+    with suppress(ImportError):  # a PyTorch without it does without it
+        import_module("torch.distributed.tensor.experimental")  # torch.compile imports it for its first function
     hidden_MD = torch.zeros((64, 1024), dtype=torch.bfloat16, device=device)
     weight_DD = torch.zeros((1024, 1024), dtype=torch.bfloat16, device=device)
     torch._inductor.compile(_small_graph(), [hidden_MD, weight_DD], _OPTIONS)(hidden_MD, weight_DD)
