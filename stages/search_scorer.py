@@ -18,7 +18,7 @@ from blockpruner.errors import ConfigurationError
 from blockpruner.loading import DtypeName, load_model, torch_dtype
 from blockpruner.scoring.build import build_scorer, is_streamed, made_for
 from blockpruner.scoring.interface import SurveyScorer
-from blockpruner.scoring.kernels import prepare
+from blockpruner.scoring.kernels import await_preparation, prepare
 from blockpruner.scoring.metrics import metric_of
 from blockpruner.scoring.plan import SweepCut, SweepPlan, Team
 from blockpruner.scoring.settings import MetricName, ScorerSettings
@@ -73,19 +73,24 @@ class ScoringJob:
         weight_bytes = self.num_parameters * torch_dtype(self.dtype).itemsize
         can_stream = self.can_stream and self.settings.scorer == "sweep"
         streamed = can_stream and is_streamed(weight_bytes, self.device, self.settings.memory_budget)
-        prepare(
-            self.device,
-            self.settings,
-            num_layers=self.num_layers,
-            num_parameters=self.num_parameters,
-            num_tokens=token_ids_BT.numel(),
-        )
-        model = load_model(
-            self.model,
-            device="cpu" if streamed else self.device,
-            dtype=self.dtype,
-            trust_remote_code=self.trust_remote_code,
-        )
+        if not self.trust_remote_code:  # such code may call modules while it loads, which `prepare` would disturb
+            prepare(
+                self.device,
+                self.settings,
+                num_layers=self.num_layers,
+                num_parameters=self.num_parameters,
+                num_tokens=token_ids_BT.numel(),
+            )
+        try:
+            model = load_model(
+                self.model,
+                device="cpu" if streamed else self.device,
+                dtype=self.dtype,
+                trust_remote_code=self.trust_remote_code,
+            )
+        except BaseException:
+            await_preparation()  # whatever this process does next may call modules
+            raise
         architecture = architecture_of(self.model.model_type).for_config(model.config)
         scorer = build_scorer(
             architecture,

@@ -56,9 +56,9 @@ def warm_up(device: torch.device) -> None:
     """Compile and run something small: the compiler's first graph takes it seconds that are not the graph's.
 
     Of the 3.3 s of a first layer, 1.6 s (H200, 2026-11-28). Can run while a model is loaded: goes past the part of
-    torch.compile that sets torch's default dtype back when it is done, which whoever loads a model has changed. What is
-    left of it in other threads for a moment: calls of modules go through a tracer that hands them on, and the state of
-    torch's own random numbers is set back.
+    torch.compile that sets torch's default dtype back when it is done, which whoever loads a model has changed. In
+    other threads it sets the state of torch's own random numbers back, and for a moment of it modules cannot be called:
+    the compiler traces a function of its own, and fx then takes every module for that function's.
 
     Raises:
         Exception: whatever the compiler raises where it does not work.
@@ -73,7 +73,7 @@ def warm_up(device: torch.device) -> None:
 def _small_graph() -> fx.GraphModule:
     """A norm, a matrix product and an activation of hidden [M, D] and weight [D, D].
 
-    Put together by hand: while fx traces a function no thread can call a module that is not the function's.
+    Put together by hand, to trace no more than the compiler does.
     """
     graph = fx.Graph()
     hidden, weight = graph.placeholder("hidden_MD"), graph.placeholder("weight_DD")

@@ -34,7 +34,8 @@ def prepare(device: str, settings: ScorerSettings, *, num_layers: int, num_param
     """Begin to start the compiler, or Triton alone, if a scorer will want it: seconds, in which a model can load.
 
     Compiles none of the model: what does sets torch's default dtype back when it is done, and a model that is being
-    loaded sets it too. Whoever compiles or measures calls `await_preparation` first.
+    loaded sets it too. Until it is done no module may be called (see `compiled.warm_up`), which transformers' own
+    loading does not do; whoever compiles, measures or runs the model calls `await_preparation` first.
 
     Args:
         device: where the scorer will compute.

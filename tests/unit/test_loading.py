@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.errors import CheckpointError, ConfigurationError
 from blockpruner.loading import load_model, load_tokenizer, meta_model, resolve_device, resolve_dtype
+from tests.tiny_models import TINY_FAMILIES
 from tests.unit.test_checkpoint import edit_config, load, message
 
 
@@ -31,6 +33,24 @@ def test_a_model_is_loaded_to_be_read(folder: Path) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     bfloat16 = load_model(Checkpoint.open(str(folder)), device="cpu", dtype="bfloat16")
     assert {parameter.dtype for parameter in bfloat16.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", sorted(TINY_FAMILIES))
+def test_loading_calls_no_module(
+    family: str, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler that starts meanwhile would disturb it: see `compiled.warm_up`."""
+    checkpoint = Checkpoint.open(str(tiny_folder(family)))
+    called: list[nn.Module] = []
+
+    def noted(module: nn.Module, *_: object, **__: object) -> None:
+        called.append(module)
+
+    monkeypatch.setattr(nn.Module, "__call__", noted)
+    load_model(checkpoint, device="cpu", dtype="bfloat16")
+    assert not called
+    nn.Linear(1, 1)(torch.ones(1))
+    assert called, "it would have been seen"
 
 
 @pytest.mark.parametrize(
