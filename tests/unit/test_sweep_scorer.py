@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import random
-import sys
-from collections.abc import Callable
-from functools import partial
 from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed
-from torch.nn import functional
 
 from blockpruner.blocks import all_blocks, mha, mlp
 from blockpruner.errors import ConfigurationError
-from blockpruner.scoring import compiled, kernels, loss
-from blockpruner.scoring.compiled import compiled_divergence, compiled_layer
 from blockpruner.scoring.decoder import Decoder, run_layer
-from blockpruner.scoring.metrics import kl_divergence
-from blockpruner.scoring.settings import MetricName, ScorerSettings
+from blockpruner.scoring.settings import MetricName
 from blockpruner.scoring.table import ScoreTable
 from tests.scorers import filled, plain_scorer, row_of, sweep_scorer
 from tests.tiny_models import TINY_FAMILIES, tiny_model, tiny_token_ids
@@ -47,6 +38,14 @@ def test_sweep_equals_a_forward_per_candidate(family: str, micro_batch: int, bra
         assert table.is_complete
         torch.testing.assert_close(table.nll_CB, expected.nll_CB, rtol=0, atol=1e-5)
     torch.testing.assert_close(sweep.dense_nll(), plain.dense_nll(), rtol=0, atol=1e-5)
+
+
+def test_a_model_without_a_final_norm_is_scored_as_well() -> None:
+    model = tiny_model("opt", _remove_final_layer_norm=True)
+    assert row_of(model).norm_before_head(model) is None
+    blocks = all_blocks(model.config.num_hidden_layers)
+    expected, table = filled(plain_scorer(model, TOKENS), (), blocks), filled(sweep_scorer(model, TOKENS), (), blocks)
+    torch.testing.assert_close(table.nll_CB, expected.nll_CB, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", sorted(TINY_FAMILIES))
@@ -162,116 +161,3 @@ def test_a_device_that_is_too_small_for_anything_is_one_clear_line(monkeypatch: 
     with pytest.raises(ConfigurationError, match="--memory-budget") as caught:
         filled(scorer, (), all_blocks(4))
     assert "\n" not in str(caught.value)
-
-
-def test_what_cannot_be_compiled_here_runs_as_it_is(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def no_compiler(*_: object) -> object:
-        raise BackendCompilerFailed(None, RuntimeError("no compiler"), None)
-
-    monkeypatch.setattr(torch, "compile", lambda _, **__: no_compiler)
-    divergence = compiled_divergence(kl_divergence)
-    dense_MV, pruned_MV = torch.randn(3, 7), torch.randn(3, 7)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            assert torch.equal(divergence(dense_MV, pruned_MV), kl_divergence(dense_MV, pruned_MV))
-    assert len(caplog.records) == 1
-    assert "torch.compile" in caplog.text
-
-
-def _compile_with(
-    compile_: Callable[..., Any], backend: Callable[..., Any], function: Any, *, dynamic: bool, options: object
-) -> Any:
-    return compile_(function, backend=backend, dynamic=dynamic)
-
-
-class Layer(nn.Module):
-    """One of many kinds."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + len(self.kind)
-
-
-def test_layers_of_many_kinds_are_compiled_and_each_anew_for_every_size_of_batch(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    graphs: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
-        graphs.append(graph)
-        return graph
-
-    for limit in ("recompile_limit", "accumulated_recompile_limit"):  # as in a thread that has not imported ours
-        monkeypatch.setattr(torch._dynamo.config, limit, 8)
-    monkeypatch.setattr(torch, "compile", partial(_compile_with, torch.compile, backend))
-    run = compiled_layer()
-    for length in range(12):
-        run(Layer("a" * length), torch.zeros(2), (), {})
-    assert len(graphs) == 12
-    for size in (3, 4, 5, 2, 4):
-        run(Layer("a"), torch.zeros(size), (), {})
-    assert len(graphs) == 12 + 3, "or else what a batch gets depends on the sizes before it"
-
-
-@pytest.mark.parametrize(
-    ("settings", "starts"),
-    [
-        (ScorerSettings(compile="on"), True),
-        (ScorerSettings(), False),
-        (ScorerSettings(scorer="plain", compile="on"), False),
-    ],
-)
-def test_the_compiler_is_started_early_where_it_will_be_used(
-    settings: ScorerSettings, starts: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started: list[torch.device] = []
-    monkeypatch.setattr(compiled, "warm_up", started.append)
-    kernels.prepare("cpu", settings, num_layers=32, num_parameters=10**10, num_tokens=10**5)
-    kernels.await_preparation()
-    assert started == ([torch.device("cpu")] if starts else [])
-
-
-def test_the_compiler_warms_up_on_a_norm_a_product_and_an_activation(monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs: list[torch.fx.GraphModule] = []
-
-    def as_it_is(graph: torch.fx.GraphModule, *_: object) -> torch.fx.GraphModule:
-        graphs.append(graph)
-        return graph
-
-    monkeypatch.setattr(torch._inductor, "compile", as_it_is)
-    compiled.warm_up(torch.device("cpu"))
-    hidden_MD, weight_DD = torch.randn(3, 5), torch.randn(5, 5)
-    normed_MD = functional.rms_norm(hidden_MD, (5,), eps=0.0)
-    expected_MD = functional.silu(normed_MD @ weight_DD) * hidden_MD
-    (active_MD,) = graphs[0](hidden_MD, weight_DD)
-    torch.testing.assert_close(active_MD, expected_MD)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("wide_elements", [1, 11, 3 * 11 + 5, 10**6])
-def test_the_plain_loss_is_the_cross_entropy_in_float32_however_many_rows_go_together(
-    dtype: torch.dtype, wide_elements: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loss, "_WIDE_ELEMENTS", wide_elements)
-    logits_MV, targets_M = 5 * torch.randn(7, 11).to(dtype), torch.arange(7)
-    expected_M = functional.cross_entropy(logits_MV.float(), targets_M, reduction="none")
-    torch.testing.assert_close(loss.token_nll(logits_MV, targets_M), expected_M)
-
-
-def test_where_the_loss_kernel_does_not_work_the_plain_loss_takes_its_place(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(kernels, "find_spec", lambda _: True)
-    monkeypatch.setitem(sys.modules, "blockpruner.scoring.nll_kernel", None)  # as where it cannot be imported
-    nll = kernels.nll_for(torch.device("cuda"), torch.float32, 11, flops=1e18)
-    logits_MV, targets_M = torch.randn(5, 11), torch.arange(5)
-    torch.testing.assert_close(
-        nll(logits_MV, targets_M), functional.cross_entropy(logits_MV, targets_M, reduction="none")
-    )
-    assert "kernel" in caplog.text
-    assert len(caplog.records) == 1
