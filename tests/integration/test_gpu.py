@@ -29,7 +29,8 @@ from tests.tiny_models import save_tiny_model, tiny_token_ids
 pytestmark = pytest.mark.gpu
 
 NOISE_NATS: dict[DtypeName, float] = {"float32": 1e-5, "bfloat16": 2e-3}
-CUT = SweepCut(micro_batch=5, branches_per_chunk=3, logit_elements=2**16)
+CUT = SweepCut(micro_batch=5, branches_per_chunk=2, logit_elements=2**16)
+"""Batches of several sizes, and not of many: each is compiled for itself."""
 BLOCKS = all_blocks(8)
 SEARCH: tuple[tuple[Block, ...], ...] = ((), (mha(6),), (mha(6), mlp(3)))
 """The removed blocks of three steps."""
@@ -132,12 +133,11 @@ def test_the_loss_kernel_gives_the_plain_loss(dtype: torch.dtype, vocab_size: in
 def test_a_compiled_search_that_is_gone_on_with_gives_the_same_bits(checkpoint: Checkpoint, tokens: Tensor) -> None:
     """Whoever goes on meets batches in another order of sizes, and the compiler makes what it meets first for that."""
     model = load_model(checkpoint, device="cuda", dtype="bfloat16")
-    cut = SweepCut(micro_batch=5, branches_per_chunk=2, logit_elements=2**22)  # sizes enough, each to be compiled
 
     def scorer() -> SurveyScorer:
         torch.compiler.reset()
         settings = ScorerSettings(compile="on")
-        return build_scorer(row_of(model), model, tokens, "cuda", metric_of("kl"), settings, cut=cut)
+        return build_scorer(row_of(model), model, tokens, "cuda", metric_of("kl"), settings, cut=CUT)
 
     whole = scorer()
     for removed, num_done in zip(SEARCH, (5, 0, 15), strict=True):  # sequences of the step that were scored before
