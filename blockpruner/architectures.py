@@ -85,10 +85,10 @@ class Architecture:
         assert isinstance(layers, nn.ModuleList)
         return layers
 
-    def norm_before_head(self, model: nn.Module) -> nn.Module | None:
-        """The final norm of a loaded causal-LM model; None if this one has none, as an OPT may."""
+    def final_norm_of(self, model: nn.Module) -> nn.Module | None:
+        """The norm before the head of a loaded causal-LM model; None if it has none, or elsewhere, as own code may."""
         parent, _, name = self.final_norm.rpartition(".")
-        norm: nn.Module | None = getattr(model.get_submodule(parent), name)
+        norm: nn.Module | None = getattr(model.get_submodule(parent), name, None)
         return norm
 
     def layer_of_tensor(self, tensor_name: str) -> tuple[str, int, str] | None:

@@ -157,7 +157,7 @@ def read_trace(folder: Path) -> SearchTrace:
         summary = SearchSummary.model_validate_json((folder / SUMMARY_FILE).read_bytes())
         lines = (folder / TRACE_FILE).read_text(encoding="utf-8").splitlines()
         return SearchTrace(summary=summary, steps=tuple(SearchStep.model_validate_json(line) for line in lines))
-    except (OSError, ValueError) as error:  # pydantic's and Unicode's errors are ValueErrors
+    except (FileNotFoundError, ValueError) as error:  # pydantic's and Unicode's errors are ValueErrors
         raise ArtifactError(
             f"{folder} holds no trace of a search ({one_line(error)}); delete it and search again"
         ) from error

@@ -154,11 +154,12 @@ def _events(process: subprocess.Popen[str], request: Request) -> Iterator[Event]
 def _lines(process: subprocess.Popen[str], request: Request) -> Iterator[str]:
     assert process.stdin is not None
     assert process.stdout is not None
+    line = request.model_dump_json() + "\n"
     with suppress(BrokenPipeError, ValueError):  # it has died, or has just been stopped and its pipes closed
-        process.stdin.write(request.model_dump_json() + "\n")
+        process.stdin.write(line)
         process.stdin.flush()
-    while line := _next_line(process.stdout):
-        yield line
+    while said := _next_line(process.stdout):
+        yield said
 
 
 def _next_line(output: IO[str]) -> str:

@@ -19,6 +19,7 @@ import torch._inductor.compile_fx  # torch.compile imports it when first called;
 from torch import fx, nn
 from torch._dynamo.exc import TorchDynamoException
 
+from blockpruner.errors import one_line
 from blockpruner.scoring.decoder import RunLayer, run_layer
 from blockpruner.scoring.metrics import Divergence
 
@@ -65,8 +66,8 @@ def warm_up(device: torch.device) -> None:
     """
     with suppress(ImportError):  # a PyTorch without it does without it
         import_module("torch.distributed.tensor.experimental")  # torch.compile imports it for its first function
-    hidden_MD = torch.zeros((64, 1024), dtype=torch.bfloat16, device=device)
-    weight_DD = torch.zeros((1024, 1024), dtype=torch.bfloat16, device=device)
+    hidden_MD = torch.zeros((64, 1024), dtype=torch.float16, device=device)
+    weight_DD = torch.zeros((1024, 1024), dtype=torch.float16, device=device)
     torch._inductor.compile(_small_graph(), [hidden_MD, weight_DD], _OPTIONS)(hidden_MD, weight_DD)
 
 
@@ -105,8 +106,9 @@ def _with_fallback(function: Function) -> Function:
                 return compiled(*arguments)
             except TorchDynamoException as error:
                 works = False
-                reason = str(error).strip().splitlines()[0]
-                logger.warning("going on without torch.compile, which does not work on this machine: %s", reason)
+                logger.warning(
+                    "going on without torch.compile, which does not work on this machine: %s", one_line(error)
+                )
         return function(*arguments)
 
     return cast(Function, call)

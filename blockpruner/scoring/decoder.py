@@ -10,6 +10,7 @@ Shapes: `N` sequences of any branches, `M` tokens, `T` tokens of a sequence, `D`
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,9 +72,9 @@ class Decoder:
         self._architecture = architecture
         self._model = model
         self._layers = architecture.decoder_layers(model)
-        norm = architecture.norm_before_head(model)
+        norm = architecture.final_norm_of(model)
         self._norms = [norm] if norm is not None else []
-        self._norm_views = [copy.copy(norm) for norm in self._norms]
+        self._norm_views = [_without_hooks(norm) for norm in self._norms]
         self._residency = residency or Resident()
         self._run = run
         self._views: dict[tuple[int, frozenset[BlockKind]], nn.Module] = {}
@@ -188,9 +189,17 @@ class Decoder:
             layers._modules = all_layers
 
 
+def _without_hooks(module: nn.Module) -> nn.Module:
+    """A view of a module whose own hooks have run when it is called."""
+    view = copy.copy(module)
+    view._forward_pre_hooks, view._forward_hooks = OrderedDict(), OrderedDict()
+    return view
+
+
 @contextmanager
 def _all_replaced(layers: Iterable[nn.Module], make: Callable[[int], LayerCall]) -> Iterator[None]:
     calls: Mapping[nn.Module, LayerCall] = {layer: make(index) for index, layer in enumerate(layers)}
+    own = {layer: vars(layer)["forward"] for layer in calls if "forward" in vars(layer)}
     for layer, call in calls.items():
         layer.forward = call
     try:
@@ -198,3 +207,5 @@ def _all_replaced(layers: Iterable[nn.Module], make: Callable[[int], LayerCall])
     finally:
         for layer in calls:
             del layer.forward
+        for layer, forward in own.items():
+            layer.forward = forward

@@ -15,6 +15,7 @@ from threading import Thread
 import torch
 from torch import Tensor
 
+from blockpruner.errors import one_line
 from blockpruner.scoring.decoder import RunLayer
 from blockpruner.scoring.loss import NLL, token_nll
 from blockpruner.scoring.metrics import Divergence, Metric
@@ -59,8 +60,9 @@ def prepare(device: str, settings: ScorerSettings, *, num_layers: int, num_param
 
 def await_preparation() -> None:
     """Wait until what `prepare` began is done: it would disturb what is compiled or measured meanwhile."""
-    while _preparing:
-        _preparing.pop().join()
+    for thread in tuple(_preparing):
+        thread.join()
+        _preparing.remove(thread)
 
 
 def compiles(choice: CompileChoice, device: torch.device, flops: float) -> bool:
@@ -109,8 +111,9 @@ class _TriedKernel:
         except torch.OutOfMemoryError:  # says nothing of the kernel; the sweep will have its own answer to it
             return
         except Exception as error:  # noqa: BLE001  (compiler, linker, driver: whatever fails, there is another way)
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            logger.warning("going on without our Triton kernel, which does not work on this machine: %s", reason[0])
+            logger.warning(
+                "going on without our Triton kernel, which does not work on this machine: %s", one_line(error)
+            )
             self._nll = token_nll
 
 
@@ -120,12 +123,17 @@ def _has_kernel(device: torch.device, flops: float) -> bool:
 
 
 def _start_compiler(device: torch.device) -> None:
-    """Import the compiler, and let it do once what it does once, the start of Triton included."""
+    """Import the compiler; on a GPU let it do once what it does once, the start of Triton included.
+
+    On a CPU that would take a C++ compiler ten seconds, and who asks for it there loads a small model.
+    """
     collects = gc.isenabled()
     # Half a million objects come to stay: to look through them for garbage again and again is a fifth of the time.
     gc.disable()
     try:
-        import_module("blockpruner.scoring.compiled").warm_up(device)
+        compiled = import_module("blockpruner.scoring.compiled")
+        if device.type == "cuda":
+            compiled.warm_up(device)
     except Exception:  # whoever needs it meets the same error, and says so
         logger.debug("the compiler did not start early", exc_info=True)
     finally:

@@ -22,14 +22,16 @@ Head = Callable[[Tensor], Tensor]
 
 
 _WIDE_ELEMENTS = 2**23
-"""Logits in float32 at one time: a GPU's second-level cache holds them, and a CPU's memory does not notice."""
+"""Logits in float32 at one time: a large GPU's second-level cache holds them, and a CPU's memory does not notice."""
+_WIDE_ROWS = 512
+"""At least so many tokens' at one time, which keep a large GPU busy."""
 
 
 def token_nll(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
     """Negative log-likelihood of each target in nats, float32 [M]: log-sum-exp minus the target's logit."""
     targets_M1 = targets_M[:, None]
     found_M1 = torch.empty(targets_M1.shape, dtype=torch.float32, device=logits_MV.device)
-    for rows in chunks(len(targets_M), max(1, _WIDE_ELEMENTS // logits_MV.shape[1])):
+    for rows in chunks(len(targets_M), max(_WIDE_ROWS, _WIDE_ELEMENTS // logits_MV.shape[1])):
         log_probabilities_mV = torch.log_softmax(logits_MV[rows], dim=-1, dtype=torch.float32)
         torch.gather(log_probabilities_mV, -1, targets_M1[rows], out=found_M1[rows])
     return -found_M1.squeeze(-1)

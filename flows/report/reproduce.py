@@ -12,7 +12,7 @@ from stages.runs import RunRecord
 
 _COMMANDS = {
     "speed": "blockpruner search recipe.yaml && blockpruner speed latest{trust}",
-    "export": "blockpruner search recipe.yaml && blockpruner export latest{trust}",
+    "export": "blockpruner search recipe.yaml && blockpruner export latest",
     "search": "blockpruner search recipe.yaml",
     "baseline": "blockpruner baseline recipe.yaml",
     "calibration": "blockpruner calibrate recipe.yaml",
@@ -23,6 +23,10 @@ _OF_A_SEARCH = frozenset(
     {"name", "num_blocks", "ratio", "strategy", "strategy_seed", "metric", "block_kinds", "stock_compatible"}
 )
 """Settings that mean nothing for a model that was pruned elsewhere, beside LaCo's and the export's."""
+_OF_AN_EVALUATION = (
+    *("model", "tasks", "task_dir", "task_data", "log_samples", "num_fewshot", "limit"),
+    *("eval_text", "eval_text_column", "dtype"),
+)
 
 
 def recipe_text(record: RunRecord) -> str:
@@ -73,13 +77,15 @@ def _as_options(record: RunRecord) -> str:
     """`evaluate` of a model as it is takes no recipe."""
     import shlex
 
-    words = list[str]()
-    for name in ("model", "tasks", "task_dir", "num_fewshot", "limit", "eval_text", "eval_text_column"):
-        value = _plain(record.config.get(name))
+    settings, words = _settings(record), list[str]()
+    for name in _OF_AN_EVALUATION:
+        value = settings.get(name)
+        option = f"--{name.replace('_', '-')}"
         if value in (None, []):
             continue
-        option = f"--{name.replace('_', '-')}"
-        if name == "tasks":
+        if value is True:
+            words.append(option)
+        elif name == "tasks":
             words += [option, ",".join(value)]
         else:
             for each in value if isinstance(value, list) else [value]:

@@ -8,8 +8,8 @@
 Two loops with a full forward pass and full logits for each candidate (batch 2, SDPA) are timed: the reference's, with
 its loss, and our plain scorer. They are timed on candidates spread over the network, and the whole search follows from
 the floating-point operations that each later forward pass still has. The sweep's time is the whole search's,
-from the loaded model on, compilation included. As in the search stage, the compiler is imported while the model is read
-from safetensors; how long that took stands beside it.
+from the loaded model on, compilation included. As in the search stage, the compiler starts while the model is read from
+safetensors; how long that took stands beside it.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -15,6 +16,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 from prefect.states import Cancelled, Cancelling, Crashed, Failed
 
+from flows import compare_flow
 from flows.compare_flow import compare
 from flows.flow_hooks import close_cells, note_end
 from flows.prune_flow import prune
@@ -135,6 +137,21 @@ def test_a_workspace_that_cannot_be_written_is_said(tmp_path: Path, caplog: pyte
     (tmp_path / "file").touch()
     note_end(stand_in, flow_run(tmp_path / "file"), Failed(message="no"))
     assert "the end of this run is not in the workspace" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        ("ratios", "ratios"),
+        ({"name": "night", "grid": []}, "night"),
+        ({"grid": []}, "compare"),
+        (SimpleNamespace(name="two\nlines"), "two lines"),
+        (None, "compare"),
+    ],
+)
+def test_a_comparisons_flow_run_has_its_name(recipe: object, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare_flow, "runtime_flow_run", SimpleNamespace(parameters={"recipe": recipe}))
+    assert compare_flow._run_name() == name
 
 
 @pytest.mark.parametrize(("each", "hook"), [(prune, note_end), (compare, close_cells)])

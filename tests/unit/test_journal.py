@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
 import struct
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -309,20 +311,35 @@ def test_no_changed_byte_of_the_dense_models_scores_goes_unnoticed(tmp_path: Pat
         assert found is None or (found.dtype == torch.float64 and bits(found) == bits(nll_B)), f"byte {position}"
 
 
-@pytest.mark.parametrize("file", ["search.json", "trace.jsonl"])
-@pytest.mark.parametrize("content", [None, b"", b"{}\n", b"[" * 100, b"\xff\xfe"], ids=str)
+_NO_RECORD = (None, b"{}\n", b"[" * 100, b"\xff\xfe")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("search.json", b""), *product(["search.json", "trace.jsonl"], _NO_RECORD)],
+    ids=str,
+)
 def test_what_is_no_trace_is_said_in_one_line(file: str, content: bytes | None, tmp_path: Path) -> None:
     summary = SearchSummary(dense_perplexity=5.0, num_layers=4, num_parameters=100)
     write_trace(tmp_path, summary, STEPS)
     (tmp_path / file).unlink()
     if content is not None:
         (tmp_path / file).write_bytes(content)
-    if file == "trace.jsonl" and content == b"":
-        assert read_trace(tmp_path).steps == (), "a search of no step"
-        return
     with pytest.raises(ArtifactError, match="holds no trace of a search") as caught:
         read_trace(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_trace_that_cannot_be_read_now_is_not_called_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is to delete a good search because too many files were open."""
+    write_trace(tmp_path, SearchSummary(dense_perplexity=5.0, num_layers=4, num_parameters=100), STEPS)
+
+    def too_many(_: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Path, "read_bytes", too_many)
+    with pytest.raises(OSError, match="Too many open files"):
+        read_trace(tmp_path)
 
 
 def test_a_finished_trace_is_read_back_as_it_was_written(tmp_path: Path) -> None:

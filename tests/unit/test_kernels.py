@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.compile_fx import compile_fx
 from torch.nn import functional
 
 from blockpruner.scoring import compiled, kernels, loss
@@ -80,26 +81,35 @@ def test_layers_of_many_kinds_are_compiled_and_each_anew_for_every_size_of_batch
     assert len(graphs) == 12 + 3, "or else what a batch gets depends on the sizes before it"
 
 
+def begin(settings: ScorerSettings, device: str) -> None:
+    kernels.prepare(device, settings, num_layers=32, num_parameters=10**10, num_tokens=10**5)
+
+
 @pytest.mark.parametrize(
-    ("settings", "starts"),
+    ("settings", "device", "imports", "starts"),
     [
-        (ScorerSettings(compile="on"), True),
-        (ScorerSettings(), False),
-        (ScorerSettings(scorer="plain", compile="on"), False),
+        (ScorerSettings(), "cuda", True, True),
+        (ScorerSettings(compile="on"), "cpu", True, False),
+        (ScorerSettings(), "cpu", False, False),
+        (ScorerSettings(scorer="plain", compile="on"), "cuda", False, False),
     ],
 )
 def test_the_compiler_is_started_early_where_it_will_be_used(
-    settings: ScorerSettings, starts: bool, monkeypatch: pytest.MonkeyPatch
+    settings: ScorerSettings, device: str, imports: bool, starts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    imported: list[str] = []
     started: list[torch.device] = []
+
+    def module(name: str) -> object:
+        imported.append(name)
+        return compiled
+
+    monkeypatch.setattr(kernels, "import_module", module)
     monkeypatch.setattr(compiled, "warm_up", started.append)
-    begin(settings)
+    begin(settings, device)
     kernels.await_preparation()
-    assert started == ([torch.device("cpu")] if starts else [])
-
-
-def begin(settings: ScorerSettings) -> None:
-    kernels.prepare("cpu", settings, num_layers=32, num_parameters=10**10, num_tokens=10**5)
+    assert imported == (["blockpruner.scoring.compiled"] if imports else [])
+    assert started == ([torch.device(device)] if starts else [])
 
 
 def test_whoever_builds_a_scorer_waits_for_the_compiler_that_starts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +122,7 @@ def test_whoever_builds_a_scorer_waits_for_the_compiler_that_starts(monkeypatch:
 
     monkeypatch.setattr(compiled, "warm_up", slow)
     model, tokens = tiny_model(), tiny_token_ids(2, 8)
-    begin(ScorerSettings(compile="on"))
+    begin(ScorerSettings(compile="on"), "cuda")
     build_scorer(row_of(model), model, tokens, "cpu", metric_of("perplexity"), ScorerSettings(compile="on"))
     assert seen == [False]
     assert gc.isenabled()
@@ -128,7 +138,7 @@ def test_a_compiler_that_cannot_start_early_is_noted_and_no_more(
     monkeypatch.setattr(threading, "excepthook", uncaught.append)
     monkeypatch.setattr(compiled, "warm_up", broken)
     with caplog.at_level(logging.DEBUG, "blockpruner"):
-        begin(ScorerSettings(compile="on"))
+        begin(ScorerSettings(compile="on"), "cuda")
         kernels.await_preparation()
     assert not uncaught
     assert "no compiler" in caplog.text
@@ -157,12 +167,39 @@ def test_the_compiler_warms_up_on_a_norm_a_product_and_an_activation(monkeypatch
     torch.testing.assert_close(active_MD, expected_MD)
 
 
+def test_the_warm_up_leaves_the_default_dtype_to_whoever_loads_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it but the making of kernels, which takes a C++ compiler ten seconds; `test_gpu` has that too."""
+    touched: list[torch.dtype] = []
+
+    def as_it_is(graph: torch.fx.GraphModule, *_: object, **__: object) -> Callable[..., tuple[Tensor, ...]]:
+        return lambda tensors: graph(*tensors)
+
+    def without_kernels(graph: torch.fx.GraphModule, inputs: list[Tensor], _: object) -> Callable[..., Any]:
+        return compile_fx(graph, inputs, inner_compile=boxed(as_it_is))
+
+    def boxed(make: Callable[..., Any]) -> Callable[..., Any]:
+        def inner(*arguments: Any, **settings: Any) -> Any:
+            function = make(*arguments, **settings)
+            function._boxed_call = True
+            return function
+
+        return inner
+
+    monkeypatch.setattr(torch._inductor, "compile", without_kernels)
+    monkeypatch.setattr(torch, "set_default_dtype", touched.append)
+    compiled.warm_up(torch.device("cpu"))
+    assert not touched
+    torch.compile(lambda tensor: tensor + 1, backend="eager")(torch.ones(1))
+    assert touched, "it would have been seen"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wide_elements", [1, 11, 3 * 11 + 5, 10**6])
 def test_the_plain_loss_is_the_cross_entropy_in_float32_however_many_rows_go_together(
     dtype: torch.dtype, wide_elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss, "_WIDE_ELEMENTS", wide_elements)
+    monkeypatch.setattr(loss, "_WIDE_ROWS", 1)
     logits_MV, targets_M = 5 * torch.randn(7, 11).to(dtype), torch.arange(7)
     expected_M = functional.cross_entropy(logits_MV.float(), targets_M, reduction="none")
     torch.testing.assert_close(loss.token_nll(logits_MV, targets_M), expected_M)

@@ -260,13 +260,20 @@ def test_the_command_of_a_model_that_was_only_measured(lab: Lab) -> None:
     record = lab.run(roles="d")
     record.config = {"model": "a b", "tasks": ["x", "y"], "eval_text": ["t.txt", "u.txt"], "limit": None}
     assert commands(record) == "blockpruner evaluate --model 'a b' --tasks x,y --eval-text t.txt --eval-text u.txt"
+    record.config = {"model": "m", "tasks": ["x"], "task_data": "d", "log_samples": True, "dtype": "bfloat16"}
+    assert commands(record) == "blockpruner evaluate --model m --tasks x --task-data d --log-samples --dtype bfloat16"
+    record.config = {"model": "m", "log_samples": False, "dtype": "auto"}
+    assert commands(record) == "blockpruner evaluate --model m"
 
 
 def test_what_goes_on_from_a_run_is_told_again_to_trust_its_models_code(lab: Lab) -> None:
-    exported, measured = lab.run(roles="sx"), lab.run(roles="d")
+    timed, exported, measured = (lab.run(roles=roles) for roles in ("sx", "sx", "d"))
+    timed.stages.append(lab.artifact("speed", SPEED, "speed"))
+    timed.config |= {"trust_remote_code": True}
     exported.config |= {"trust_remote_code": True}
     measured.config = {"model": "m", "trust_remote_code": True}
-    assert commands(exported) == "blockpruner search recipe.yaml && blockpruner export latest --trust-remote-code"
+    assert commands(timed) == "blockpruner search recipe.yaml && blockpruner speed latest --trust-remote-code"
+    assert commands(exported) == "blockpruner search recipe.yaml && blockpruner export latest", "which runs none of it"
     assert commands(measured) == "blockpruner evaluate --model m --trust-remote-code"
 
 

@@ -40,9 +40,25 @@ def test_sweep_equals_a_forward_per_candidate(family: str, micro_batch: int, bra
     torch.testing.assert_close(sweep.dense_nll(), plain.dense_nll(), rtol=0, atol=1e-5)
 
 
+@torch.inference_mode()
+def test_hooks_of_the_final_norm_run_once_and_a_forward_of_its_own_stays() -> None:
+    model = tiny_model()
+    norm = row_of(model).final_norm_of(model)
+    assert norm is not None
+    forward, runs = norm.forward, []
+    norm.register_forward_hook(lambda *_: runs.append(1))
+    norm.forward = lambda hidden: 2.0 * forward(hidden)
+    hidden_MD = torch.randn(7, model.config.hidden_size)
+    decoder = Decoder(row_of(model), model, SEQUENCE_LENGTH)
+    runs.clear()
+    torch.testing.assert_close(decoder.logits(hidden_MD), model.get_output_embeddings()(2.0 * forward(hidden_MD)))
+    assert runs == [1]
+    torch.testing.assert_close(norm(hidden_MD), 2.0 * forward(hidden_MD))
+
+
 def test_a_model_without_a_final_norm_is_scored_as_well() -> None:
     model = tiny_model("opt", _remove_final_layer_norm=True)
-    assert row_of(model).norm_before_head(model) is None
+    assert row_of(model).final_norm_of(model) is None
     blocks = all_blocks(model.config.num_hidden_layers)
     expected, table = filled(plain_scorer(model, TOKENS), (), blocks), filled(sweep_scorer(model, TOKENS), (), blocks)
     torch.testing.assert_close(table.nll_CB, expected.nll_CB, rtol=0, atol=1e-5)
