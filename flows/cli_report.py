@@ -62,7 +62,8 @@ def report(
     store = RunStore(workspace, _warn)
     store.workspace.require()
     chosen, every = [store.resolve(name) for name in run], store.list()
-    made = Report.of([RunSummary.of(with_related(record, every), store.workspace, _warn) for record in chosen])
+    summaries = [RunSummary.of(with_related(record, every), store.workspace, _warn, alone=record) for record in chosen]
+    made = Report.of(summaries)
     made.write(output)
     drawn = list[Path]()
     if figures is not None:

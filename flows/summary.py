@@ -35,11 +35,20 @@ class RunSummary:
     workspace: Workspace
     copied_to: Path | None = None
     """Where the user asked to have a copy of the exported model."""
+    alone: RunRecord | None = None
+    """The record as the run left it, where `record` has stages of other runs as well."""
 
     @classmethod
-    def of(cls, record: RunRecord, workspace: Workspace, warn: Warn, copied_to: Path | None = None) -> RunSummary:
+    def of(
+        cls,
+        record: RunRecord,
+        workspace: Workspace,
+        warn: Warn,
+        copied_to: Path | None = None,
+        alone: RunRecord | None = None,
+    ) -> RunSummary:
         """Read a run's artifacts; what is missing is said and left out."""
-        return cls(record, rows_of(record, workspace, warn), workspace, copied_to)
+        return cls(record, rows_of(record, workspace, warn), workspace, copied_to, alone)
 
     @property
     def export(self) -> ExportRow | None:

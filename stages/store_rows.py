@@ -213,7 +213,8 @@ def _find(record: RunRecord, workspace: Workspace, warn: Warn) -> _Found:
             folder = workspace.inside(stage.artifact_path)
             return reader(folder, read_envelope(folder))
         except (ArtifactError, ValidationError, OSError) as error:
-            reason = f"does not fit ({error.error_count()} fields)" if isinstance(error, ValidationError) else error
+            said = str(error).removeprefix(f"{stage.artifact_path} ")
+            reason = f"does not fit ({error.error_count()} fields)" if isinstance(error, ValidationError) else said
             warn(f"run {record.run_id}: the artifact {stage.artifact_path} {reason}: its rows are left out")
             return None
 

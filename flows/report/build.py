@@ -236,7 +236,7 @@ def _details(run: ReportRun) -> RunDetails:
     }
     shown = tuple((name, one_line(value)) for name, value in facts.items() if value)
     error = one_line(f"{record.status}: {record.error}") if record.error else None
-    return RunDetails(run.label, shown, recipe_text(record), script(record), error)
+    return RunDetails(run.label, shown, recipe_text(record), script(run.summary.alone or record), error)
 
 
 def _checked(run: ReportRun) -> str | None:

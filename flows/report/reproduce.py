@@ -25,7 +25,7 @@ _OF_A_SEARCH = frozenset(
 """Settings that mean nothing for a model that was pruned elsewhere, beside LaCo's and the export's."""
 _OF_AN_EVALUATION = (
     *("model", "tasks", "task_dir", "task_data", "log_samples", "num_fewshot", "limit"),
-    *("eval_text", "eval_text_column", "dtype"),
+    *("eval_text", "eval_text_column", "sequence_length", "device", "dtype", "name"),
 )
 
 

@@ -26,6 +26,7 @@ from flows.summary import RunSummary
 from flows.vector_pictures import blocks_svg, data_uri, perplexity_svg
 from stages.runs import RunRecord
 from stages.store_schema import EvaluationRow
+from stages.workspace import Workspace
 from tests.unit.store_lab import STEP_1, STEP_2, TRACE, Lab, trace_step
 
 LLAMA = "meta-llama/Llama-2-7b-hf"
@@ -110,6 +111,11 @@ def test_what_a_later_run_measured_of_the_same_export_is_there(lab: Lab) -> None
     assert [row.machine for row in found.rows.speed] == ["m", "m"]
     assert len(found.rows.evaluations) == 2
     assert with_related(evaluated, []) == evaluated
+    related = with_related(timed, lab.runs.list())
+    assert related.stage("evaluate:pruned") is not None
+    shown = RunSummary.of(related, Workspace(lab.workspace), pytest.fail, alone=timed)
+    assert commands(timed) in Report.of([shown]).page.details[0].script, "what others measured is not done again"
+    assert commands(related) != commands(timed)
     assert found.record.run_id == evaluated.run_id
 
 
@@ -262,7 +268,9 @@ def test_the_command_of_a_model_that_was_only_measured(lab: Lab) -> None:
     assert commands(record) == "blockpruner evaluate --model 'a b' --tasks x,y --eval-text t.txt --eval-text u.txt"
     record.config = {"model": "m", "tasks": ["x"], "task_data": "d", "log_samples": True, "dtype": "bfloat16"}
     assert commands(record) == "blockpruner evaluate --model m --tasks x --task-data d --log-samples --dtype bfloat16"
-    record.config = {"model": "m", "log_samples": False, "dtype": "auto"}
+    record.config = {"model": "m", "sequence_length": 128, "device": "cpu", "name": "it's"}
+    assert commands(record) == "blockpruner evaluate --model m --sequence-length 128 --device cpu --name 'it'\"'\"'s'"
+    record.config = {"model": "m", "log_samples": False, "dtype": "auto", "sequence_length": 2048}
     assert commands(record) == "blockpruner evaluate --model m"
 
 
