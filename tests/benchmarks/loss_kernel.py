@@ -1,7 +1,7 @@
 """How fast the loss kernel reads logits, beside PyTorch's own operations; on a GPU.
 
     python -m tests.benchmarks.loss_kernel                              # with the sizes that it uses
-    python -m tests.benchmarks.loss_kernel --block 4096,8192,16384 --warps 8,16
+    python -m tests.benchmarks.loss_kernel --lanes 256,512,1024 --warps 4,8
 
 A line for each vocabulary and choice of sizes: milliseconds, and gigabytes of logits read in a second.
 """
@@ -38,13 +38,14 @@ def milliseconds(nll: NLL, logits_MV: Tensor, targets_M: Tensor) -> float:
 def report(name: str, nll: NLL, logits_MV: Tensor, targets_M: Tensor) -> None:
     """Print a line."""
     ms = milliseconds(nll, logits_MV, targets_M)
-    print(f"{logits_MV.shape[1]:>7}  {name:<22} {ms:8.3f} ms  {logits_MV.nbytes / ms / 1e6:8.0f} GB/s", flush=True)
+    print(f"{logits_MV.shape[1]:>7}  {name:<28} {ms:8.3f} ms  {logits_MV.nbytes / ms / 1e6:8.0f} GB/s", flush=True)
 
 
 def main() -> None:
     """Measure what was asked for and print a line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--block", default=str(nll_kernel._BLOCK), help="logits of one round, with commas")
+    parser.add_argument("--lanes", default=str(nll_kernel._LANES), help="with commas")
+    parser.add_argument("--wide", default=str(nll_kernel._WIDE), help="logits of a lane at a time, with commas")
     parser.add_argument("--warps", default=str(nll_kernel._WARPS), help="with commas")
     arguments = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {NUM_TOKENS} tokens, bfloat16", flush=True)
@@ -52,9 +53,9 @@ def main() -> None:
         logits_MV = torch.randn((NUM_TOKENS, vocab_size), dtype=torch.bfloat16, device="cuda")
         targets_M = torch.randint(vocab_size, (NUM_TOKENS,), device="cuda")
         report("PyTorch", token_nll, logits_MV, targets_M)
-        for block, warps in product(arguments.block.split(","), arguments.warps.split(",")):
-            nll_kernel._BLOCK, nll_kernel._WARPS = int(block), int(warps)
-            report(f"block {block}, {warps} warps", nll_kernel.fused_token_nll, logits_MV, targets_M)
+        for sizes in product(*(values.split(",") for values in (arguments.lanes, arguments.wide, arguments.warps))):
+            nll_kernel._LANES, nll_kernel._WIDE, nll_kernel._WARPS = map(int, sizes)
+            report("{} lanes of {}, {} warps".format(*sizes), nll_kernel.fused_token_nll, logits_MV, targets_M)
 
 
 if __name__ == "__main__":
