@@ -24,8 +24,9 @@ from blockpruner.scoring.settings import CompileChoice, ScorerSettings
 logger = logging.getLogger(__name__)
 
 _WORTH_FLOPS = 1e15
-"""Work of one sweep from which compiling pays, a kernel of our own too: their seconds of start-up against what every
-sweep then saves."""
+"""Work of one sweep from which compiling pays: seconds of start-up against what every sweep then saves."""
+_KERNEL_WORTH_FLOPS = 2e13
+"""Of one from which our loss kernel pays, which is built beside the first."""
 
 
 _preparing: list[Thread] = []
@@ -119,7 +120,7 @@ class _TriedKernel:
 
 def _has_kernel(device: torch.device, flops: float) -> bool:
     """Whether our loss kernel is used for sweeps of so much work."""
-    return device.type == "cuda" and flops > _WORTH_FLOPS and find_spec("triton") is not None
+    return device.type == "cuda" and flops > _KERNEL_WORTH_FLOPS and find_spec("triton") is not None
 
 
 def _start_compiler(device: torch.device) -> None:
