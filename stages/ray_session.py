@@ -46,7 +46,7 @@ _ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
-_FOR_TORCH = ("OMP_WAIT_POLICY", "PYTORCH_CUDA_ALLOC_CONF")
+_FOR_TORCH = ("OMP_WAIT_POLICY", "PYTORCH_CUDA_ALLOC_CONF", "THP_MEM_ALLOC_ENABLE")
 
 
 def workers_environment(settings: ExecutorSettings) -> dict[str, str]:

@@ -3,6 +3,7 @@
     python -m tests.benchmarks.search_speed 7b                      # one line of a table
     python -m tests.benchmarks.search_speed 1b small --compile off
     python -m tests.benchmarks.search_speed 7b --memory-budget 6GiB --num-blocks 4 --no-plain
+    python -m tests.benchmarks.search_speed 1b --compile off --batch-size 2 --chunk 16MiB --no-plain
     python -m tests.benchmarks.search_speed MODEL_DIR --tokens 16x256 --num-blocks 8 --text FILE
 
 Two loops with a full forward pass and full logits for each candidate (batch 2, SDPA) are timed: the reference's, with
@@ -36,6 +37,7 @@ from blockpruner.journal import SearchJournal
 from blockpruner.loading import DtypeName, load_model, load_tokenizer, meta_model
 from blockpruner.masking import masked
 from blockpruner.memory_size import parse_memory_size
+from blockpruner.scoring import plan
 from blockpruner.scoring.build import build_scorer, device_memory, is_streamed
 from blockpruner.scoring.kernels import prepare
 from blockpruner.scoring.metrics import metric_of
@@ -204,10 +206,11 @@ def sweep_search(
     num_blocks: int,
     settings: ScorerSettings,
     metric: str,
+    batch_size: int | None = None,
 ) -> tuple[tuple[SearchStep, ...], float, SweepScorer]:
     """The search itself, with the time that it took from a loaded model on."""
     started = time.monotonic()
-    scorer = build_scorer(architecture, model, token_ids_BT, device, metric_of(metric), settings)
+    scorer = build_scorer(architecture, model, token_ids_BT, device, metric_of(metric), settings, batch_size)
     assert isinstance(scorer, SweepScorer)
     print(f"  plan {scorer.plan}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -234,7 +237,7 @@ def measure(name: str, workload: Workload | None, arguments: argparse.Namespace)
         torch.cuda.reset_peak_memory_stats()
     with device_memory(device, settings.memory_budget):
         steps, seconds, scorer = sweep_search(
-            architecture, model, token_ids_BT, device, num_blocks, settings, arguments.metric
+            architecture, model, token_ids_BT, device, num_blocks, settings, arguments.metric, arguments.batch_size
         )
     meter = scorer.meter
     row: dict[str, object] = {
@@ -271,10 +274,14 @@ def main() -> None:
     parser.add_argument("--tokens", help="sequences x length, as 16x256")
     parser.add_argument("--text", help="a .txt to calibrate a model folder on")
     parser.add_argument("--memory-budget")
+    parser.add_argument("--batch-size", type=int, help="sequences of a micro-batch")
+    parser.add_argument("--chunk", help="hidden states that run as one batch, as 16MiB")
     parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--metric", default="perplexity", choices=["perplexity", "kl", "js"])
     parser.add_argument("--no-plain", action="store_true", help="do not time the plain loop")
     arguments = parser.parse_args()
+    if arguments.chunk:
+        plan.CUDA_CHUNK_BYTES = plan.CPU_CHUNK_BYTES = parse_memory_size(arguments.chunk)
     where = torch.cuda.get_device_name() if arguments.device != "cpu" else f"{torch.get_num_threads()} CPU threads"
     print(f"{where}, torch {torch.__version__}", flush=True)
     for name in arguments.workloads:
