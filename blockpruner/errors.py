@@ -10,6 +10,8 @@ import difflib
 import errno
 from collections.abc import Iterable
 
+from pydantic import ValidationError
+
 
 class BlockPrunerError(Exception):
     """Base of every error whose cause is the user's input or the user's machine."""
@@ -62,8 +64,16 @@ def is_disk_full(error: BaseException) -> bool:
 
 def one_line(error: BaseException) -> str:
     """What an error of others says, on one line of at most 300 characters; its type where it says nothing."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(_said(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _said(error: BaseException) -> str:
+    """Of what pydantic found, the first: it would say all of it, with addresses of its documentation."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return ": ".join(filter(None, (".".join(map(str, problem["loc"])), problem["msg"])))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -128,8 +128,10 @@ class Plan:
         """Name every text and task and read every file, so that a bad one is refused before anything is computed."""
         if self.goal == "measure" and not (self.recipe.tasks or self.recipe.eval_text):
             raise ConfigurationError("there is nothing to evaluate; give --tasks a,b or --eval-text FILE")
-        if self.goal in ("evaluate", "measure") and self.recipe.task_data is not None and not self.recipe.tasks:
-            raise ConfigurationError("task_data is given and no tasks; say which, for example --tasks piqa,arc_easy")
+        for_tasks = {"task_data": self.recipe.task_data is not None, "log_samples": self.recipe.log_samples}
+        given = [name for name, is_given in for_tasks.items() if is_given]
+        if self.goal in ("evaluate", "measure") and given and not self.recipe.tasks:
+            raise ConfigurationError(f"{given[0]} is given and no tasks; say which, for example --tasks piqa,arc_easy")
         if self.goal != "measure":
             resolve_text(self.recipe.calibration, "calibration", self.recipe.calibration_column).check()
         for typed in self.texts.values():

@@ -69,7 +69,11 @@ FIELDS: dict[str, tuple[tuple[str, str], ...]] = {
     "tasks": (("{a: 1}", "tasks is {'a': 1}"), ("[3]", "tasks is 3")),
     "task_dir": (("''", "task_dir is ''"), ("3", "task_dir is 3")),
     "task_data": (("[a]", "task_data is "), ("./gone", "task_data is given and no tasks")),
-    "log_samples": (("maybe", "log_samples is 'maybe'"), ("3", "log_samples is 3")),
+    "log_samples": (
+        ("maybe", "log_samples is 'maybe'"),
+        ("3", "log_samples is 3"),
+        ("true", "log_samples is given and no tasks"),
+    ),
     "num_fewshot": (("-1", "num_fewshot is -1"), ("10001", "num_fewshot is 10001"), ("true", "num_fewshot is True")),
     "limit": (("0", "limit is 0"), ("0.5", "limit is 0.5")),
     "device": (

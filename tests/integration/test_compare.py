@@ -377,6 +377,7 @@ def test_each_process_has_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--report", "nowhere/report.html"], "there is no folder nowhere"),
         (["--parallel", 0], "parallel is 0"),
         (["--tasks", "piqa", "--task-data", "nowhere", "--log-samples"], "there is no folder"),
+        (["--log-samples"], "log_samples is given and no tasks"),
         (["--tasks", "piqqa"], "cell js seed=1: unknown task 'piqqa'"),
         (["--json", "--csv"], "both --json and --csv"),
         (["--seed", 3], "seed differs from cell to cell"),

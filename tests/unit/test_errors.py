@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
 from blockpruner.errors import one_line
 
 
@@ -20,3 +22,24 @@ from blockpruner.errors import one_line
 )
 def test_an_error_is_told_on_one_line(error: BaseException, line: str) -> None:
     assert one_line(error) == line
+
+
+class Size(BaseModel):
+    """Something to be wrong about."""
+
+    sides: tuple[int, ...]
+    unit: str
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "line"),
+    [
+        (Size, '{"sides": [1, "x"]}', "sides.1: Input should be a valid integer, unable to parse string as an integer"),
+        (Size, "{}", "sides: Field required"),
+        (int, "[]", "Input should be a valid integer"),
+    ],
+)
+def test_of_what_does_not_fit_a_schema_the_first_thing_is_told(schema: type, text: str, line: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        TypeAdapter(schema).validate_json(text)
+    assert one_line(caught.value) == line
