@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import logging
-from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from threading import Thread
@@ -33,7 +32,9 @@ _preparing: list[Thread] = []
 
 
 def prepare(device: str, settings: ScorerSettings, *, num_layers: int, num_parameters: int, num_tokens: int) -> None:
-    """Begin to start the compiler, or Triton alone, if a scorer will want it: seconds, in which a model can load.
+    """Begin to start the compiler, if a scorer on a GPU will want it: seconds, in which a model can load.
+
+    Not for a CPU: it would take a C++ compiler ten seconds there, and who asks for it loads a small model.
 
     Compiles none of the model: what does sets torch's default dtype back when it is done, and a model that is being
     loaded sets it too. Until it is done no module may be called (see `compiled.warm_up`), which transformers' own
@@ -47,16 +48,10 @@ def prepare(device: str, settings: ScorerSettings, *, num_layers: int, num_param
         num_tokens: of the calibration set.
     """
     flops, where = float(2 * num_layers + 1) * num_parameters * num_tokens, torch.device(device)
-    if settings.scorer == "plain":
-        return
-    if compiles(settings.compile, where, flops):
+    if settings.scorer == "sweep" and where.type == "cuda" and compiles(settings.compile, where, flops):
         thread = Thread(target=_start_compiler, args=(where,))
-    elif _has_kernel(where, flops):
-        thread = Thread(target=_start_triton)
-    else:
-        return
-    thread.start()
-    _preparing.append(thread)
+        thread.start()
+        _preparing.append(thread)
 
 
 def await_preparation() -> None:
@@ -82,11 +77,12 @@ def compiled(metric: Metric) -> tuple[RunLayer, Divergence | None]:
 
 def nll_for(device: torch.device, dtype: torch.dtype, vocab_size: int, flops: float) -> NLL:
     """The token losses of logits on this device, for sweeps of so much work."""
-    return _TriedKernel(device, dtype, vocab_size) if _has_kernel(device, flops) else token_nll
+    has_kernel = device.type == "cuda" and flops > _KERNEL_WORTH_FLOPS and find_spec("triton") is not None
+    return _TriedKernel(device, dtype, vocab_size) if has_kernel else token_nll
 
 
 class _TriedKernel:
-    """Our loss kernel, tried on one token in a thread while the layers are compiled; the plain loss where it fails.
+    """Our loss kernel, tried on one token in a thread while the first layers run; the plain loss where it fails.
 
     It fails where there is no C compiler, for one: Triton builds a small module with it on a machine's first use.
     """
@@ -118,33 +114,15 @@ class _TriedKernel:
             self._nll = token_nll
 
 
-def _has_kernel(device: torch.device, flops: float) -> bool:
-    """Whether our loss kernel is used for sweeps of so much work."""
-    return device.type == "cuda" and flops > _KERNEL_WORTH_FLOPS and find_spec("triton") is not None
-
-
 def _start_compiler(device: torch.device) -> None:
-    """Import the compiler; on a GPU let it do once what it does once, the start of Triton included.
-
-    On a CPU that would take a C++ compiler ten seconds, and who asks for it there loads a small model.
-    """
+    """Import the compiler and let it do once what it does once, the start of Triton included."""
     collects = gc.isenabled()
     # Half a million objects come to stay: to look through them for garbage again and again is a fifth of the time.
     gc.disable()
     try:
-        compiled = import_module("blockpruner.scoring.compiled")
-        if device.type == "cuda":
-            compiled.warm_up(device)
+        import_module("blockpruner.scoring.compiled").warm_up(device)
     except Exception:  # whoever needs it meets the same error, and says so
         logger.debug("the compiler did not start early", exc_info=True)
     finally:
         if collects:
             gc.enable()
-
-
-def _start_triton() -> None:
-    """On a machine's first use Triton has a C compiler build what it speaks to the GPU with."""
-    with suppress(Exception):  # whoever needs it meets the same error, and says so
-        from triton.runtime import driver
-
-        driver.active.get_current_target()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from blockpruner.errors import one_line

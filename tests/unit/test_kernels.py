@@ -86,16 +86,18 @@ def begin(settings: ScorerSettings, device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "device", "imports", "starts"),
+    ("settings", "device", "starts"),
     [
-        (ScorerSettings(), "cuda", True, True),
-        (ScorerSettings(compile="on"), "cpu", True, False),
-        (ScorerSettings(), "cpu", False, False),
-        (ScorerSettings(scorer="plain", compile="on"), "cuda", False, False),
+        (ScorerSettings(), "cuda", True),
+        (ScorerSettings(), "cuda:1", True),
+        (ScorerSettings(compile="off"), "cuda", False),
+        (ScorerSettings(compile="on"), "cpu", False),
+        (ScorerSettings(), "cpu", False),
+        (ScorerSettings(scorer="plain", compile="on"), "cuda", False),
     ],
 )
 def test_the_compiler_is_started_early_where_it_will_be_used(
-    settings: ScorerSettings, device: str, imports: bool, starts: bool, monkeypatch: pytest.MonkeyPatch
+    settings: ScorerSettings, device: str, starts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     imported: list[str] = []
     started: list[torch.device] = []
@@ -108,7 +110,7 @@ def test_the_compiler_is_started_early_where_it_will_be_used(
     monkeypatch.setattr(compiled, "warm_up", started.append)
     begin(settings, device)
     kernels.await_preparation()
-    assert imported == (["blockpruner.scoring.compiled"] if imports else [])
+    assert imported == (["blockpruner.scoring.compiled"] if starts else [])
     assert started == ([torch.device(device)] if starts else [])
 
 
@@ -203,6 +205,24 @@ def test_the_plain_loss_is_the_cross_entropy_in_float32_however_many_rows_go_tog
     logits_MV, targets_M = 5 * torch.randn(7, 11).to(dtype), torch.arange(7)
     expected_M = functional.cross_entropy(logits_MV.float(), targets_M, reduction="none")
     torch.testing.assert_close(loss.token_nll(logits_MV, targets_M), expected_M)
+
+
+@pytest.mark.parametrize(
+    ("device", "flops", "has_kernel", "compiles"),
+    [
+        ("cuda", 1e13, False, False),
+        ("cuda", 1e14, True, False),
+        ("cuda", 1e16, True, True),
+        ("cpu", 1e16, False, False),
+    ],
+)
+def test_our_loss_kernel_pays_for_smaller_models_than_the_compiler(
+    device: str, flops: float, has_kernel: bool, compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "find_spec", lambda _: True)
+    monkeypatch.setattr(kernels, "_TriedKernel", lambda *_: "ours")
+    assert (kernels.nll_for(torch.device(device), torch.float32, 11, flops) == "ours") == has_kernel
+    assert kernels.compiles("auto", torch.device(device), flops) == compiles
 
 
 def test_where_the_loss_kernel_does_not_work_the_plain_loss_takes_its_place(
