@@ -10,8 +10,6 @@ import difflib
 import errno
 from collections.abc import Iterable
 
-from pydantic import ValidationError
-
 
 class BlockPrunerError(Exception):
     """Base of every error whose cause is the user's input or the user's machine."""
@@ -70,6 +68,8 @@ def one_line(error: BaseException) -> str:
 
 def _said(error: BaseException) -> str:
     """Of what pydantic found, the first: it would say all of it, with addresses of its documentation."""
+    from pydantic import ValidationError  # --help, which imports this module, takes no time for it
+
     if not isinstance(error, ValidationError):
         return str(error)
     problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
