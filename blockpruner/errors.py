@@ -72,8 +72,9 @@ def _said(error: BaseException) -> str:
 
     if not isinstance(error, ValidationError):
         return str(error)
-    problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    return ": ".join(filter(None, (".".join(map(str, problem["loc"])), problem["msg"])))
+    for problem in error.errors(include_url=False, include_context=False, include_input=False):
+        return ": ".join(filter(None, (".".join(map(str, problem["loc"])), problem["msg"])))
+    return str(error)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -131,7 +131,9 @@ class Plan:
         for_tasks = {"task_data": self.recipe.task_data is not None, "log_samples": self.recipe.log_samples}
         given = [name for name, is_given in for_tasks.items() if is_given]
         if self.goal in ("evaluate", "measure") and given and not self.recipe.tasks:
-            raise ConfigurationError(f"{given[0]} is given and no tasks; say which, for example --tasks piqa,arc_easy")
+            raise ConfigurationError(
+                f"{given[0]} is given and no tasks; say which, for example --tasks piqa,arc_easy, or leave it out"
+            )
         if self.goal != "measure":
             resolve_text(self.recipe.calibration, "calibration", self.recipe.calibration_column).check()
         for typed in self.texts.values():

@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 _WORTH_FLOPS = 1e15
 """Work of one sweep from which compiling pays: seconds of start-up against what every sweep then saves."""
 _KERNEL_WORTH_FLOPS = 2e13
-"""Of one from which our loss kernel pays, which is built beside the first."""
+"""Of one from which our loss kernel pays, which is built beside the first: of the 0.54 s of a sweep of 7e13 the plain
+loss took 0.05 (H200, 2026-11-28)."""
 
 
 _preparing: list[Thread] = []

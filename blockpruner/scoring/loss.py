@@ -22,10 +22,10 @@ Head = Callable[[Tensor], Tensor]
 
 
 _WIDE_ELEMENTS = 2**25
-"""Logits in float32 at one time: with fewer a large GPU waits for the host (of 3.5 s of a search 0.1 s with 2^23, H200,
-2026-11-28), with more nothing is gained."""
+"""Logits in float32 at one time, 128 MiB: with 2^23 a GPU waited for the host, 0.1 s in a search of 3.5 s with 8192
+words (H200, 2026-11-28), and with more nothing was gained."""
 _WIDE_ROWS = 512
-"""At least so many tokens' at one time, which keep a large GPU busy."""
+"""But of at least so many tokens, which keep a large GPU busy."""
 
 
 def token_nll(logits_MV: Tensor, targets_M: Tensor) -> Tensor:

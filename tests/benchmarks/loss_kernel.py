@@ -19,7 +19,8 @@ from blockpruner.scoring.loss import NLL, token_nll
 
 NUM_TOKENS = 6141
 """Three sequences of 2048."""
-VOCAB_SIZES = (8192, 32000, 128256)
+VOCAB_SIZES = (8192, 32000, 50257, 128256)
+"""Of 50257 not every row begins where a load may."""
 REPEATS = 20
 
 

@@ -244,10 +244,11 @@ def measure(name: str, workload: Workload | None, arguments: argparse.Namespace)
         "workload": name,
         "sequences": f"{token_ids_BT.shape[0]} x {token_ids_BT.shape[1]}",
         "blocks": num_blocks,
+        "cut": scorer.plan.cut.model_dump(),
         "load_s": round(load_s, 2),
         "sweep_s": round(seconds, 2),
-        "mfu": round(meter.mfu, 3) if meter.mfu else None,
-        "tflops": round(meter.flops_per_s / 1e12, 2),
+        "mfu": round(meter.flops / seconds / meter.peak, 3) if meter.peak else None,
+        "tflops": round(meter.flops / seconds / 1e12, 2),
         "peak_tflops": round(meter.peak / 1e12) if meter.peak else None,
         "work_saved": round(meter.flops_saved / (meter.flops + meter.flops_saved), 3),
         "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if device != "cpu" else None,
@@ -274,8 +275,8 @@ def main() -> None:
     parser.add_argument("--tokens", help="sequences x length, as 16x256")
     parser.add_argument("--text", help="a .txt to calibrate a model folder on")
     parser.add_argument("--memory-budget")
-    parser.add_argument("--batch-size", type=int, help="sequences of a micro-batch")
-    parser.add_argument("--chunk", help="hidden states that run as one batch, as 16MiB")
+    parser.add_argument("--batch-size", type=int, help="sequences of a micro-batch of the sweep")
+    parser.add_argument("--chunk", help="hidden states that run as one batch in the sweep, as 16MiB")
     parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--metric", default="perplexity", choices=["perplexity", "kl", "js"])
     parser.add_argument("--no-plain", action="store_true", help="do not time the plain loop")

@@ -23,6 +23,10 @@ def test_an_error_is_told_on_one_line(error: BaseException, line: str) -> None:
     assert one_line(error) == line
 
 
+def test_an_error_without_anything_in_it_is_no_error_of_its_own() -> None:
+    assert one_line(ValidationError.from_exception_data("Size", [])) == "0 validation errors for Size"
+
+
 class Size(BaseModel):
     """Something to be wrong about."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from blockpruner.errors import ConfigurationError
 from flows.recipe import make_recipe
 from flows.reporter import LOADING
 from stages.executor import ExecutorSettings, require_ray
+from stages.ray_session import workers_environment
 from tests.integration.command_line import ROOT, blockpruner
 
 
@@ -93,3 +95,28 @@ def test_what_answers_otherwise_than_ray_is_refused_at_once(answer: bytes, monke
 def test_a_search_here_imports_no_ray() -> None:
     program = "import sys, stages.search, flows.runner; sys.exit(any('ray' in n.split('.')[:1] for n in sys.modules))"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+
+
+_FOR_TORCH = {
+    "OMP_WAIT_POLICY": "passive",
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+
+
+@pytest.mark.parametrize("given", [{}, {"THP_MEM_ALLOC_ENABLE": "0", "OMP_WAIT_POLICY": "active"}])
+def test_torch_is_told_what_suits_a_sweep_unless_the_user_has_told_it(given: dict[str, str]) -> None:
+    code = f"import flows, os; print([os.environ[name] for name in {list(_FOR_TORCH)}])"
+    others = {name: value for name, value in os.environ.items() if name not in _FOR_TORCH}
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=others | given, capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.strip() == str([*(_FOR_TORCH | given).values()])
+
+
+def test_workers_of_a_ray_that_runs_already_are_told_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in _FOR_TORCH.items():
+        monkeypatch.setenv(name, value)
+    settings = ExecutorSettings(executor="ray", ray_address="127.0.0.1:6379")
+    assert workers_environment(settings) == _FOR_TORCH
+    assert workers_environment(ExecutorSettings(executor="ray", workers=2)) == {}
