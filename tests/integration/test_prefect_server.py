@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +277,8 @@ def test_a_schedule_that_is_a_minute_ahead_fires(works: Works, due: datetime) ->
     works.lab.state_becomes(own()[0]["id"], "Completed")
     (record,) = RunStore(works.folder / "nightly").list()
     assert (record.status, record.flow_run_id) == ("completed", own()[0]["id"])
-    assert record.created_at >= due
+    # Prefect rounds to whole seconds how long a run that is early has to wait.
+    assert record.created_at > due - timedelta(seconds=1)
 
 
 def _is_due(flow_run: dict[str, Any], due: datetime) -> bool:
