@@ -128,8 +128,7 @@ class Plan:
         """Name every text and task and read every file, so that a bad one is refused before anything is computed."""
         if self.goal == "measure" and not (self.recipe.tasks or self.recipe.eval_text):
             raise ConfigurationError("there is nothing to evaluate; give --tasks a,b or --eval-text FILE")
-        for_tasks = {"task_data": self.recipe.task_data is not None, "log_samples": self.recipe.log_samples}
-        given = [name for name, is_given in for_tasks.items() if is_given]
+        given = [name for name in ("task_data", "log_samples") if getattr(self.recipe, name)]
         if self.goal in ("evaluate", "measure") and given and not self.recipe.tasks:
             raise ConfigurationError(
                 f"{given[0]} is given and no tasks; say which, for example --tasks piqa,arc_easy, or leave it out"
