@@ -77,6 +77,7 @@ class ScoringJob:
             prepare(
                 self.device,
                 self.settings,
+                self.metric,
                 num_layers=self.num_layers,
                 num_parameters=self.num_parameters,
                 num_tokens=token_ids_BT.numel(),

@@ -17,7 +17,7 @@ from blockpruner.architectures import Architecture
 from blockpruner.loading import release_memory
 from blockpruner.scoring import kernels
 from blockpruner.scoring import plan as plans
-from blockpruner.scoring.decoder import Decoder, run_layer
+from blockpruner.scoring.decoder import Decoder
 from blockpruner.scoring.host_memory import available_bytes
 from blockpruner.scoring.interface import SurveyScorer
 from blockpruner.scoring.loss import TokenLosses
@@ -111,9 +111,9 @@ def build_scorer(
         return PlainScorer(architecture, model, token_ids_BT, batch_size, metric, Meter(), whole_layers=whole_layers)
     shape, costs = _shape(architecture, model, token_ids_BT)
     flops = shape.flops_per_sequence * shape.num_sequences
-    compiles = kernels.compiles(settings.compile, compute, flops)
+    compiles = kernels.compiles(settings.compile, compute, flops, metric.name)
     kernels.await_preparation()
-    run, divergence = kernels.compiled(metric) if compiles else (run_layer, metric.divergence)
+    run, divergence = kernels.compiled(metric) if compiles else (kernels.uncompiled(compute), metric.divergence)
     is_tight = settings.memory_budget is not None and settings.memory_budget < _PEAK_BYTES
     meter = Meter(peak=None if is_tight else matrix_peak(compute, model.dtype))
     is_remote = compute.type == "cuda" and model.device.type == "cpu"

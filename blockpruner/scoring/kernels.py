@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 
 from blockpruner.errors import one_line
-from blockpruner.scoring.decoder import RunLayer
+from blockpruner.scoring.decoder import RunLayer, run_layer
+from blockpruner.scoring.fused_norms import FusedNorms
 from blockpruner.scoring.loss import NLL, token_nll
 from blockpruner.scoring.metrics import Divergence, Metric
-from blockpruner.scoring.settings import CompileChoice, ScorerSettings
+from blockpruner.scoring.settings import CompileChoice, MetricName, ScorerSettings
 
 logger = logging.getLogger(__name__)
 
-_WORTH_FLOPS = 1e15
+_WORTH_FLOPS = 3e15
 """Work of one sweep from which compiling pays: seconds of start-up against what every sweep then saves."""
+_DIVERGENCE_WORTH_FLOPS = 1e15
+"""The same where there is a divergence to compile, which uncompiled goes over all logits again and again."""
 _KERNEL_WORTH_FLOPS = 2e13
 """Of one from which our loss kernel pays, which is built beside the first: of the 0.54 s of a sweep of 7e13 the plain
 loss took 0.05 (H200, 2026-11-28)."""
@@ -32,7 +35,15 @@ loss took 0.05 (H200, 2026-11-28)."""
 _preparing: list[Thread] = []
 
 
-def prepare(device: str, settings: ScorerSettings, *, num_layers: int, num_parameters: int, num_tokens: int) -> None:
+def prepare(
+    device: str,
+    settings: ScorerSettings,
+    metric: MetricName,
+    *,
+    num_layers: int,
+    num_parameters: int,
+    num_tokens: int,
+) -> None:
     """Begin to start the compiler, if a scorer on a GPU will want it: seconds, in which a model can load.
 
     Not for a CPU: it would take a C++ compiler ten seconds there, and who asks for it loads a small model.
@@ -44,12 +55,13 @@ def prepare(device: str, settings: ScorerSettings, *, num_layers: int, num_param
     Args:
         device: where the scorer will compute.
         settings: how it will compute.
+        metric: what it will judge by.
         num_layers: decoder layers of the model.
         num_parameters: of the whole model.
         num_tokens: of the calibration set.
     """
     flops, where = float(2 * num_layers + 1) * num_parameters * num_tokens, torch.device(device)
-    if settings.scorer == "sweep" and where.type == "cuda" and compiles(settings.compile, where, flops):
+    if settings.scorer == "sweep" and where.type == "cuda" and compiles(settings.compile, where, flops, metric):
         thread = Thread(target=_start_compiler, args=(where,))
         thread.start()
         _preparing.append(thread)
@@ -62,10 +74,11 @@ def await_preparation() -> None:
         _preparing.remove(thread)
 
 
-def compiles(choice: CompileChoice, device: torch.device, flops: float) -> bool:
-    """Whether layers are compiled for sweeps of so much work."""
+def compiles(choice: CompileChoice, device: torch.device, flops: float, metric: MetricName) -> bool:
+    """Whether layers, and the metric's divergence, are compiled for sweeps of so much work."""
     if choice == "auto":
-        return device.type == "cuda" and flops > _WORTH_FLOPS
+        worth = _WORTH_FLOPS if metric == "perplexity" else _DIVERGENCE_WORTH_FLOPS
+        return device.type == "cuda" and flops > worth
     return choice == "on"
 
 
@@ -74,6 +87,11 @@ def compiled(metric: Metric) -> tuple[RunLayer, Divergence | None]:
     from blockpruner.scoring.compiled import compiled_divergence, compiled_layer  # importing the compiler takes seconds
 
     return compiled_layer(), compiled_divergence(metric.divergence) if metric.divergence else None
+
+
+def uncompiled(device: torch.device) -> RunLayer:
+    """What calls a layer on this device where none is compiled."""
+    return FusedNorms() if device.type == "cuda" else run_layer
 
 
 def nll_for(device: torch.device, dtype: torch.dtype, vocab_size: int, flops: float) -> NLL:

@@ -42,7 +42,7 @@ from blockpruner.scoring.build import build_scorer, device_memory, is_streamed
 from blockpruner.scoring.kernels import prepare
 from blockpruner.scoring.metrics import metric_of
 from blockpruner.scoring.plain import PlainScorer
-from blockpruner.scoring.settings import ScorerSettings
+from blockpruner.scoring.settings import MetricName, ScorerSettings
 from blockpruner.scoring.sweep import SweepScorer
 from blockpruner.scoring.table import ScoreTable
 from blockpruner.scoring.work import Costs
@@ -119,14 +119,14 @@ def write_random_model(config: dict[str, int | bool], folder: Path, device: str)
 
 
 def loaded(
-    checkpoint: Checkpoint, token_ids_BT: Tensor, device: str, settings: ScorerSettings
+    checkpoint: Checkpoint, token_ids_BT: Tensor, device: str, settings: ScorerSettings, metric: MetricName
 ) -> tuple[PreTrainedModel, float]:
     """The model, where the search stage would have it, and the seconds that it took."""
     architecture, shapes = meta_model(checkpoint)
     size, (dtype_name, dtype) = num_parameters(shapes), DTYPES[device != "cpu"]
     num_layers = len(architecture.decoder_layers(shapes))
     started = time.monotonic()
-    prepare(device, settings, num_layers=num_layers, num_parameters=size, num_tokens=token_ids_BT.numel())
+    prepare(device, settings, metric, num_layers=num_layers, num_parameters=size, num_tokens=token_ids_BT.numel())
     streamed = is_streamed(size * dtype.itemsize, device, settings.memory_budget)
     model = load_model(checkpoint, device="cpu" if streamed else device, dtype=dtype_name)
     return model, time.monotonic() - started
@@ -205,7 +205,7 @@ def sweep_search(
     device: str,
     num_blocks: int,
     settings: ScorerSettings,
-    metric: str,
+    metric: MetricName,
     batch_size: int | None = None,
 ) -> tuple[tuple[SearchStep, ...], float, SweepScorer]:
     """The search itself, with the time that it took from a loaded model on."""
@@ -230,7 +230,7 @@ def measure(name: str, workload: Workload | None, arguments: argparse.Namespace)
             write_random_model(workload.config, Path(folder), device)
         checkpoint = Checkpoint.open(folder if workload else name)
         token_ids_BT = _tokens(checkpoint, workload, arguments)
-        model, load_s = loaded(checkpoint, token_ids_BT, device, settings)
+        model, load_s = loaded(checkpoint, token_ids_BT, device, settings, arguments.metric)
     num_blocks = arguments.num_blocks or (workload.num_blocks if workload else 8)
     architecture = architecture_of(model.config.model_type).for_config(model.config)
     if device != "cpu":

@@ -22,7 +22,7 @@ from blockpruner.scoring import compiled, kernels, loss
 from blockpruner.scoring.build import build_scorer
 from blockpruner.scoring.compiled import compiled_divergence, compiled_layer
 from blockpruner.scoring.metrics import kl_divergence, metric_of
-from blockpruner.scoring.settings import ScorerSettings
+from blockpruner.scoring.settings import MetricName, ScorerSettings
 from tests.scorers import row_of
 from tests.tiny_models import tiny_model, tiny_token_ids
 
@@ -82,7 +82,7 @@ def test_layers_of_many_kinds_are_compiled_and_each_anew_for_every_size_of_batch
 
 
 def begin(settings: ScorerSettings, device: str) -> None:
-    kernels.prepare(device, settings, num_layers=32, num_parameters=10**10, num_tokens=10**5)
+    kernels.prepare(device, settings, "perplexity", num_layers=32, num_parameters=10**10, num_tokens=10**5)
 
 
 @pytest.mark.parametrize(
@@ -210,19 +210,21 @@ def test_the_plain_loss_is_the_cross_entropy_in_float32_however_many_rows_go_tog
 @pytest.mark.parametrize(
     ("device", "flops", "has_kernel", "compiles"),
     [
-        ("cuda", 1e13, False, False),
-        ("cuda", 1e14, True, False),
-        ("cuda", 1e16, True, True),
-        ("cpu", 1e16, False, False),
+        ("cuda", 1e13, False, ()),
+        ("cuda", 1e14, True, ()),
+        ("cuda", 2e15, True, ("kl", "js")),
+        ("cuda", 1e16, True, ("perplexity", "kl", "js")),
+        ("cpu", 1e16, False, ()),
     ],
 )
 def test_our_loss_kernel_pays_for_smaller_models_than_the_compiler(
-    device: str, flops: float, has_kernel: bool, compiles: bool, monkeypatch: pytest.MonkeyPatch
+    device: str, flops: float, has_kernel: bool, compiles: tuple[MetricName, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "find_spec", lambda _: True)
     monkeypatch.setattr(kernels, "_TriedKernel", lambda *_: "ours")
     assert (kernels.nll_for(torch.device(device), torch.float32, 11, flops) == "ours") == has_kernel
-    assert kernels.compiles("auto", torch.device(device), flops) == compiles
+    metrics: tuple[MetricName, ...] = ("perplexity", "kl", "js")
+    assert tuple(name for name in metrics if kernels.compiles("auto", torch.device(device), flops, name)) == compiles
 
 
 def test_where_the_loss_kernel_does_not_work_the_plain_loss_takes_its_place(

@@ -1,0 +1,98 @@
+"""RMS norms as PyTorch's one kernel, where layers are not compiled.
+
+Model code writes an RMS norm as half a dozen operations in float32, each of which reads and writes the whole stream: on
+a GPU nine times the memory traffic of the norm itself, and most of what compiling layers saves. A norm is known by what
+it computes, not by its name: a module is replaced if it gives what PyTorch's operation gives.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from blockpruner.scoring.decoder import run_layer
+
+
+class FusedNorms:
+    """A `RunLayer` that runs layers as they are but for their RMS norms. No layer is changed; it calls views of them.
+
+    Each result is rounded once, as it is where layers are compiled; the model's own code rounds before the weight too.
+    """
+
+    def __init__(self) -> None:
+        """Begin without views; each layer's is made when it first runs, and its weights are there."""
+        self._views: dict[nn.Module, nn.Module] = {}
+
+    def __call__(self, layer: nn.Module, hidden_NTD: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See `RunLayer`."""
+        if layer not in self._views:
+            self._views[layer] = with_fused_norms(layer)
+        return run_layer(self._views[layer], hidden_NTD, args, kwargs)
+
+
+class FusedRMSNorm(nn.Module):
+    """Stands in for an RMS norm over the last dimension."""
+
+    def __init__(self, norm: nn.Module, weight: nn.Parameter, eps: float) -> None:
+        """Take the place of `norm`; its `weight` [D] is shared."""
+        super().__init__()
+        self.norm = norm
+        self.weight = weight
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight, of [..., D]; in mixed dtypes the norm's own result."""
+        if hidden_states.dtype != self.weight.dtype:
+            result: Tensor = self.norm(hidden_states)
+            return result
+        return functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+
+
+def with_fused_norms(module: nn.Module) -> nn.Module:
+    """A view of a module with fused norms in it, or in its place; the module itself where there is no RMS norm."""
+    fused = _fused(module)
+    if fused is not None:
+        return fused
+    children = {name: with_fused_norms(child) for name, child in module._modules.items() if child is not None}
+    if all(child is module._modules[name] for name, child in children.items()):
+        return module
+    view = copy.copy(module)
+    view._modules = {**module._modules, **children}
+    return view
+
+
+def _fused(norm: nn.Module) -> FusedRMSNorm | None:
+    """What can stand in for an RMS norm with a weight; None for any other module, and for one that is hooked."""
+    own = vars(norm)
+    eps = own.get("variance_epsilon", own.get("eps"))
+    parameters = dict(norm.named_parameters())
+    weight = parameters.get("weight")
+    is_hooked = bool(norm._forward_pre_hooks or norm._forward_hooks or "forward" in own)
+    if not isinstance(eps, float) or weight is None or len(parameters) > 1 or weight.dim() != 1 or is_hooked:
+        return None
+    if not _takes_one_argument(norm):
+        return None
+    fused = FusedRMSNorm(norm, weight, eps)
+    return fused if _agree(norm, weight, eps) else None
+
+
+def _takes_one_argument(norm: nn.Module) -> bool:
+    required = [each for each in inspect.signature(norm.forward).parameters.values() if each.default is each.empty]
+    return len(required) == 1 and required[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+@torch.inference_mode()
+def _agree(norm: nn.Module, weight: Tensor, eps: float) -> bool:
+    """Whether a module gives the RMS norm in float32: of numbers with a mean, and of ones as small as eps."""
+    wave_D = torch.sin(torch.arange(weight.numel(), dtype=torch.float32, device=weight.device)) + 0.5
+    probe_2D = torch.stack((wave_D, wave_D * eps**0.5))
+    result = norm(probe_2D)
+    if not isinstance(result, Tensor):
+        return False
+    expected_2D = functional.rms_norm(probe_2D, weight.shape, weight.float(), eps)
+    return result.shape == expected_2D.shape and torch.allclose(result.float(), expected_2D, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,153 @@
+"""RMS norms as one kernel: the scores stay, and what is no RMS norm stays too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from blockpruner.blocks import all_blocks, mha, mlp
+from blockpruner.scoring import kernels
+from blockpruner.scoring.decoder import run_layer
+from blockpruner.scoring.fused_norms import FusedNorms, FusedRMSNorm, with_fused_norms
+from tests.scorers import filled, plain_scorer, row_of, sweep_scorer
+from tests.tiny_models import TINY_FAMILIES, tiny_model, tiny_token_ids
+
+WIDTH = 24
+
+
+def names_of_fused(module: nn.Module) -> list[str]:
+    return [name for name, child in module.named_modules() if isinstance(child, FusedRMSNorm)]
+
+
+@pytest.mark.parametrize("family", sorted(TINY_FAMILIES))
+def test_the_scores_of_every_family_stay(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = tiny_model(family), tiny_token_ids(3, 12, seed=2)
+    gone = (mha(1), mlp(2))
+    candidates = [block for block in all_blocks(model.config.num_hidden_layers) if block not in gone]
+    expected = filled(plain_scorer(model, tokens), gone, candidates)
+    before = {name: type(module) for name, module in model.named_modules()}
+    runs: list[FusedNorms] = []
+
+    def uncompiled(_: torch.device) -> FusedNorms:
+        runs.append(FusedNorms())
+        return runs[-1]
+
+    monkeypatch.setattr(kernels, "uncompiled", uncompiled)
+    table = filled(sweep_scorer(model, tokens), gone, candidates)
+    torch.testing.assert_close(table.nll_CB, expected.nll_CB, rtol=0, atol=1e-5)
+    assert runs[0]._views, "the layers were run by it"
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("family", sorted(TINY_FAMILIES))
+def test_every_rms_norm_of_a_layer_is_found_and_nothing_else(family: str) -> None:
+    """But Gemma's, which multiply by one more than the weight."""
+    layer = row_of(tiny_model(family)).decoder_layers(tiny_model(family))[1]
+    classes = {name: type(module).__name__ for name, module in layer.named_modules()}
+    expected = [name for name, of in classes.items() if of.endswith("RMSNorm") and not of.startswith("Gemma")]
+    assert names_of_fused(with_fused_norms(layer)) == expected
+    assert names_of_fused(layer) == []
+
+
+class Centred(LlamaRMSNorm):
+    """A layer norm under another name."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states - hidden_states.mean(-1, keepdim=True))
+
+
+class OneMore(LlamaRMSNorm):
+    """As Gemma's."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states) * (1.0 + self.weight) / self.weight
+
+
+class OtherEps(LlamaRMSNorm):
+    """Not the one that it names."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return functional.rms_norm(hidden_states, self.weight.shape, self.weight, 4 * self.variance_epsilon)
+
+
+class Gated(LlamaRMSNorm):
+    """Takes a second input."""
+
+    def forward(self, hidden_states: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(hidden_states) * gate
+
+
+class Biased(LlamaRMSNorm):
+    """Has a second parameter, which happens to do nothing now."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH)
+        self.bias = nn.Parameter(torch.zeros(WIDTH))
+
+
+class Pair(LlamaRMSNorm):
+    """Gives more than the norm."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return super().forward(hidden_states), None
+
+
+def hooked() -> nn.Module:
+    norm = LlamaRMSNorm(WIDTH)
+    norm.register_forward_hook(lambda *_: None)
+    return norm
+
+
+def with_a_forward_of_its_own() -> nn.Module:
+    norm = LlamaRMSNorm(WIDTH)
+    norm.forward = lambda hidden: 2.0 * LlamaRMSNorm.forward(norm, hidden)
+    return norm
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Centred(WIDTH),
+        lambda: OneMore(WIDTH),
+        lambda: OtherEps(WIDTH),
+        lambda: Gated(WIDTH),
+        Biased,
+        lambda: Pair(WIDTH),
+        hooked,
+        with_a_forward_of_its_own,
+        lambda: nn.LayerNorm(WIDTH, bias=False),
+        lambda: nn.Linear(WIDTH, WIDTH),
+    ],
+)
+def test_what_is_no_plain_rms_norm_stays(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(make(), LlamaRMSNorm(WIDTH))
+    for parameter in module.parameters():
+        if parameter.any():
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    assert names_of_fused(with_fused_norms(module)) == ["1"]
+    assert with_fused_norms(module[0]) is module[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fused_norm_gives_the_norms_result_in_the_norms_dtype(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    norm = LlamaRMSNorm(WIDTH, eps=1e-5).to(torch.bfloat16)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    fused = with_fused_norms(norm)
+    assert isinstance(fused, FusedRMSNorm)
+    hidden_MD = torch.randn(7, WIDTH).to(dtype)
+    result_MD = fused(hidden_MD)
+    torch.testing.assert_close(result_MD, norm(hidden_MD))
+    norm.weight.data = norm.weight.data * 2.0  # as where a layer's weights are fetched to another place
+    torch.testing.assert_close(fused(hidden_MD), 2.0 * result_MD)
+
+
+def test_norms_are_fused_on_a_gpu_alone() -> None:
+    assert kernels.uncompiled(torch.device("cpu")) is run_layer
+    assert isinstance(kernels.uncompiled(torch.device("cuda", 1)), FusedNorms)
