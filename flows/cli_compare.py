@@ -11,8 +11,8 @@ import typer
 
 from blockpruner.errors import ConfigurationError
 from flows import cli_options as options
+from flows.cli_warning import warn
 from flows.completion import complete_comparison
-from flows.wording import one_line
 
 if TYPE_CHECKING:
     from flows.comparison import Outcome
@@ -83,14 +83,14 @@ def compare(
     if report is not None:
         check_place(report)
     outcomes = _run_flow(comparison, workspace, parallel, report)
-    rows = rows_of(comparison, outcomes, Workspace(workspace), _warn)
+    rows = rows_of(comparison, outcomes, Workspace(workspace), warn)
     if form is None:
         put_view(comparison_view(comparison, rows))
     else:
         more = {"workspace": str(workspace), "report": str(report) if report else None}
         put(comparison_text(comparison, rows, form, **more))
     if failed := standing(rows):
-        _warn(failed)
+        warn(failed)
         raise typer.Exit(FAILED_CELLS)
 
 
@@ -138,7 +138,3 @@ def _run_flow(comparison: Comparison, workspace: Path, parallel: int, report: Pa
         except CellsFailedError as error:
             return list(error.outcomes)
         return [Outcome.model_validate(each) for each in result["outcomes"]]
-
-
-def _warn(line: str) -> None:
-    typer.echo(f"Warning: {one_line(line)}", err=True)

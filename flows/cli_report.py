@@ -10,8 +10,8 @@ import typer
 
 from blockpruner.errors import ConfigurationError
 from flows import cli_options as options
+from flows.cli_warning import warn
 from flows.completion import complete_run
-from flows.wording import one_line
 
 Runs = Annotated[
     list[str],
@@ -59,10 +59,10 @@ def report(
     from flows.summary import RunSummary, dump_json
     from stages.runs import RunStore
 
-    store = RunStore(workspace, _warn)
+    store = RunStore(workspace, warn)
     store.workspace.require()
     chosen, every = [store.resolve(name) for name in run], store.list()
-    summaries = [RunSummary.of(with_related(record, every), store.workspace, _warn, alone=record) for record in chosen]
+    summaries = [RunSummary.of(with_related(record, every), store.workspace, warn, alone=record) for record in chosen]
     made = Report.of(summaries)
     made.write(output)
     drawn = list[Path]()
@@ -112,8 +112,4 @@ def _open(page: Path) -> None:
     import webbrowser
 
     if not webbrowser.open(page.resolve().as_uri()):
-        _warn(f"no browser could be started; open {page} yourself")
-
-
-def _warn(line: str) -> None:
-    typer.echo(f"Warning: {one_line(line)}", err=True)
+        warn(f"no browser could be started; open {page} yourself")

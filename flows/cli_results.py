@@ -11,6 +11,7 @@ import typer
 
 from blockpruner.errors import ConfigurationError, StoreError
 from flows import cli_options as options
+from flows.cli_warning import warn
 from flows.wording import one_line
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def show(
 
     form = chosen_format(as_json=as_json, as_csv=as_csv, as_markdown=as_markdown, as_latex=as_latex)
     store = open_runs(workspace)
-    summary = RunSummary.of(store.resolve(run), store.workspace, _warn)
+    summary = RunSummary.of(store.resolve(run), store.workspace, warn)
     if form is None or form == "json":
         print_result(summary, as_json=as_json)
     else:
@@ -92,7 +93,7 @@ def sql(
 
     _one_format(as_json, as_csv)
     store = open_runs(workspace)
-    results = ResultStore(store.workspace.database, _warn)
+    results = ResultStore(store.workspace.database, warn)
     if query is not None:
         _put_answer(results.query(query), as_json, as_csv)
     else:
@@ -138,19 +139,15 @@ def open_runs(workspace: Path) -> RunStore:
     """
     from stages.runs import RunStore
 
-    store = RunStore(workspace, _warn)
+    store = RunStore(workspace, warn)
     store.workspace.require()
     if closed := store.close_dead():
         from stages.store import ResultStore
 
-        ResultStore(store.workspace.database, _warn, wait=1.0).ingest(closed[-1])
+        ResultStore(store.workspace.database, warn, wait=1.0).ingest(closed[-1])
     return store
 
 
 def _one_format(as_json: bool, as_csv: bool) -> None:
     if as_json and as_csv:
         raise ConfigurationError("both --json and --csv are given; give one of them")
-
-
-def _warn(line: str) -> None:
-    typer.echo(f"Warning: {one_line(line)}", err=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows import cli_options as options
+from flows.cli_warning import warn
 from flows.model_copy import copy_models, require_new_folder
 
 if TYPE_CHECKING:
@@ -168,12 +169,11 @@ def _recipe_of_run(context: typer.Context, run: str | None, workspace: Path) -> 
         return make_recipe(given), ALL_GIVEN
     from stages.runs import RunStore
     from stages.store_rows import rows_of
-    from stages.workspace import log_warning
 
-    store = RunStore(workspace)
+    store = RunStore(workspace, warn)
     store.workspace.require()
     record = store.resolve(run, to_go_on=True)
-    num_searched = len(rows_of(record, store.workspace, log_warning).search_steps)
+    num_searched = len(rows_of(record, store.workspace, warn).search_steps)
     return recipe_of(record, given).going_on(given, num_searched), Consent.of(record, given)
 
 

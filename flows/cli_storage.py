@@ -17,6 +17,7 @@ from blockpruner.errors import ConfigurationError
 from blockpruner.memory_size import parse_memory_size
 from blockpruner.paths import shortened
 from flows import cli_options as options
+from flows.cli_warning import warn
 from flows.completion import complete_run
 from flows.wording import count, one_line, size
 
@@ -177,7 +178,7 @@ def prune(
     if dry_run or nothing:
         done = plan
     elif yes or _agreed(plan):
-        results = ResultStore(runs.workspace.database, _warn)
+        results = ResultStore(runs.workspace.database, warn)
         done = cached.free(plan, results.forget)
     else:
         done = Freeing(kept_bytes=plan.kept_bytes + plan.bytes)
@@ -198,7 +199,7 @@ def rebuild(workspace: options.WorkspaceFolder = options.DEFAULT_WORKSPACE, as_j
     from stages.store import ResultStore
 
     runs = _open_runs(workspace)
-    number = ResultStore(runs.workspace.database, _warn).rebuild()
+    number = ResultStore(runs.workspace.database, warn).rebuild()
     if as_json:
         put(dump_json({"database": str(runs.workspace.database), "runs": number}))
     else:
@@ -271,7 +272,7 @@ def _put_end(done: Freeing, dry_run: bool, max_size: int | None) -> None:
     from flows.cli_output import put
 
     for entry in done.left:
-        _warn(f"{entry.stage}/{entry.fingerprint[:12]} is left: another process is writing it, or a run needs it now")
+        warn(f"{entry.stage}/{entry.fingerprint[:12]} is left: another process is writing it, or a run needs it now")
     if dry_run:
         put(f"would free {size(done.bytes)}; {size(done.kept_bytes)} would stay")
     elif not (done.runs or done.entries):
@@ -279,18 +280,14 @@ def _put_end(done: Freeing, dry_run: bool, max_size: int | None) -> None:
     else:
         put(f"freed {size(done.bytes)}; {size(done.kept_bytes)} stay")
     if max_size is not None and done.kept_bytes > max_size:
-        _warn(f"that is more than {size(max_size)}: the rest is needed by runs that are under way")
+        warn(f"that is more than {size(max_size)}: the rest is needed by runs that are under way")
 
 
 def _open_runs(workspace: Path) -> RunStore:
     """The workspace's runs; those whose process died are closed first."""
     from stages.runs import RunStore
 
-    store = RunStore(workspace, _warn)
+    store = RunStore(workspace, warn)
     store.workspace.require()
     store.close_dead()
     return store
-
-
-def _warn(line: str) -> None:
-    typer.echo(f"Warning: {one_line(line)}", err=True)
