@@ -94,13 +94,14 @@ def _leave(status: int) -> NoReturn:
 
 
 def can_be_resumed(resume_command: str, workspace: Path) -> None:
-    """Take note of what goes on with the run that an interruption stops: the command's last line names it.
+    """Take note of what goes on with the run that an interruption stops: the command's last line names it."""
+    INTERRUPTIONS.resume_command = given_here(resume_command, workspace)
 
-    `workspace` is absolute; it is said where another one would be taken without it.
-    """
+
+def given_here(command: str, workspace: Path) -> str:
+    """A command on a workspace, an absolute path, which is said where another one would be taken without it."""
     usual = user_path(os.environ.get("BLOCKPRUNER_WORKSPACE") or "data").resolve()
-    place = "" if workspace == usual else f" --workspace {shlex.quote(str(workspace))}"
-    INTERRUPTIONS.resume_command = f"{resume_command}{place}"
+    return command if workspace == usual else f"{command} --workspace {shlex.quote(str(workspace))}"
 
 
 def _close_broken_output() -> OSError | None:

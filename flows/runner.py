@@ -16,7 +16,7 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from blockpruner.progress import Progress, ProgressCallback, silent
-from flows.boundary import can_be_resumed
+from flows.boundary import can_be_resumed, given_here
 from flows.goals import Goal
 from flows.grid import External
 from flows.interruptions import INTERRUPTIONS
@@ -76,7 +76,7 @@ class Runner:
         for record in self.runs.close_dead():
             self._warn(
                 f"run {record.run_id} had died; it is now closed as crashed, and what it finished is kept: "
-                f"`{record.resume_command}` goes on with it"
+                f"`{given_here(record.resume_command, self.workspace.path)}` goes on with it"
             )
 
     def run(

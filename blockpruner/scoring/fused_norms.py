@@ -75,24 +75,17 @@ def _fused(norm: nn.Module) -> FusedRMSNorm | None:
     is_hooked = bool(norm._forward_pre_hooks or norm._forward_hooks or "forward" in own)
     if not isinstance(eps, float) or weight is None or len(parameters) > 1 or weight.dim() != 1 or is_hooked:
         return None
-    if not _takes_one_argument(norm):
-        return None
-    fused = FusedRMSNorm(norm, weight, eps)
-    return fused if _agree(norm, weight, eps) else None
-
-
-def _takes_one_argument(norm: nn.Module) -> bool:
-    required = [each for each in inspect.signature(norm.forward).parameters.values() if each.default is each.empty]
-    return len(required) == 1 and required[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    takes_more = len(inspect.signature(norm.forward).parameters) > 1  # a gate, say, if only where there is one
+    return None if takes_more or not _is_rms_norm(norm, weight, eps) else FusedRMSNorm(norm, weight, eps)
 
 
 @torch.inference_mode()
-def _agree(norm: nn.Module, weight: Tensor, eps: float) -> bool:
+def _is_rms_norm(norm: nn.Module, weight: Tensor, eps: float) -> bool:
     """Whether a module gives the RMS norm in float32: of numbers with a mean, and of ones as small as eps."""
     wave_D = torch.sin(torch.arange(weight.numel(), dtype=torch.float32, device=weight.device)) + 0.5
     probe_2D = torch.stack((wave_D, wave_D * eps**0.5))
-    result = norm(probe_2D)
+    result = copy.deepcopy(norm).float()(probe_2D)
     if not isinstance(result, Tensor):
         return False
     expected_2D = functional.rms_norm(probe_2D, weight.shape, weight.float(), eps)
-    return result.shape == expected_2D.shape and torch.allclose(result.float(), expected_2D, rtol=1e-4, atol=1e-6)
+    return result.shape == expected_2D.shape and torch.allclose(result, expected_2D, rtol=1e-4, atol=1e-6)

@@ -308,6 +308,8 @@ def test_killed_and_run_again_gives_the_undisturbed_trace(
 
     again = blockpruner("search", *long_search(killed))
     assert "had died" in again.stderr
+    dead = blockpruner("runs", "--workspace", killed, "--json").json[1]["run_id"]
+    assert f"`blockpruner resume {dead} --workspace {killed}` goes on with it" in again.stderr
     assert cached(again.json) == {"calibration": True, "search": False}
     assert order(again.json) == order(blockpruner("search", *long_search(undisturbed)).json)
     statuses = [run["status"] for run in blockpruner("runs", "--workspace", killed, "--json").json]

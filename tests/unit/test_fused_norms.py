@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from blockpruner.blocks import all_blocks, mha, mlp
-from blockpruner.scoring import kernels
+from blockpruner.scoring import fused_norms, kernels
 from blockpruner.scoring.decoder import run_layer
 from blockpruner.scoring.fused_norms import FusedNorms, FusedRMSNorm, with_fused_norms
 from tests.scorers import filled, plain_scorer, row_of, sweep_scorer
@@ -22,6 +22,12 @@ WIDTH = 24
 
 def names_of_fused(module: nn.Module) -> list[str]:
     return [name for name, child in module.named_modules() if isinstance(child, FusedRMSNorm)]
+
+
+def names_of_rms_norms(module: nn.Module) -> list[str]:
+    """By their class; Gemma's multiply by one more than the weight."""
+    classes = {name: type(child).__name__ for name, child in module.named_modules()}
+    return [name for name, of in classes.items() if of.endswith("RMSNorm") and not of.startswith("Gemma")]
 
 
 @pytest.mark.parametrize("family", sorted(TINY_FAMILIES))
@@ -40,17 +46,17 @@ def test_the_scores_of_every_family_stay(family: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(kernels, "uncompiled", uncompiled)
     table = filled(sweep_scorer(model, tokens), gone, candidates)
     torch.testing.assert_close(table.nll_CB, expected.nll_CB, rtol=0, atol=1e-5)
-    assert runs[0]._views, "the layers were run by it"
+    views = runs[0]._views
+    layers = row_of(model).decoder_layers(model)
+    has_rms_norms = bool(names_of_rms_norms(layers))
+    assert any(names_of_fused(view) for view in views.values()) == has_rms_norms
     assert {name: type(module) for name, module in model.named_modules()} == before
 
 
 @pytest.mark.parametrize("family", sorted(TINY_FAMILIES))
 def test_every_rms_norm_of_a_layer_is_found_and_nothing_else(family: str) -> None:
-    """But Gemma's, which multiply by one more than the weight."""
     layer = row_of(tiny_model(family)).decoder_layers(tiny_model(family))[1]
-    classes = {name: type(module).__name__ for name, module in layer.named_modules()}
-    expected = [name for name, of in classes.items() if of.endswith("RMSNorm") and not of.startswith("Gemma")]
-    assert names_of_fused(with_fused_norms(layer)) == expected
+    assert names_of_fused(with_fused_norms(layer)) == names_of_rms_norms(layer)
     assert names_of_fused(layer) == []
 
 
@@ -82,6 +88,14 @@ class Gated(LlamaRMSNorm):
         return super().forward(hidden_states) * gate
 
 
+class SometimesGated(LlamaRMSNorm):
+    """Takes a second input where there is one, as state-space layers' norms do."""
+
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        result = super().forward(hidden_states)
+        return result if gate is None else result * gate
+
+
 class Biased(LlamaRMSNorm):
     """Has a second parameter, which happens to do nothing now."""
 
@@ -103,12 +117,20 @@ def hooked() -> nn.Module:
     return norm
 
 
-def with_a_forward_of_its_own() -> nn.Module:
+def hooked_before() -> nn.Module:
     norm = LlamaRMSNorm(WIDTH)
-    norm.forward = lambda hidden: 2.0 * LlamaRMSNorm.forward(norm, hidden)
+    norm.register_forward_pre_hook(lambda *_: None)
     return norm
 
 
+def with_a_forward_of_its_own() -> nn.Module:
+    """As accelerate gives it, which fetches weights there."""
+    norm = LlamaRMSNorm(WIDTH)
+    norm.forward = lambda hidden: LlamaRMSNorm.forward(norm, hidden)
+    return norm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "make",
     [
@@ -116,17 +138,19 @@ def with_a_forward_of_its_own() -> nn.Module:
         lambda: OneMore(WIDTH),
         lambda: OtherEps(WIDTH),
         lambda: Gated(WIDTH),
+        lambda: SometimesGated(WIDTH),
         Biased,
         lambda: Pair(WIDTH),
         hooked,
+        hooked_before,
         with_a_forward_of_its_own,
         lambda: nn.LayerNorm(WIDTH, bias=False),
         lambda: nn.Linear(WIDTH, WIDTH),
     ],
 )
-def test_what_is_no_plain_rms_norm_stays(make: Callable[[], nn.Module]) -> None:
+def test_what_is_no_plain_rms_norm_stays(make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    module = nn.Sequential(make(), LlamaRMSNorm(WIDTH))
+    module = nn.Sequential(make(), LlamaRMSNorm(WIDTH)).to(dtype)
     for parameter in module.parameters():
         if parameter.any():
             nn.init.uniform_(parameter, 0.5, 1.5)
@@ -146,6 +170,45 @@ def test_a_fused_norm_gives_the_norms_result_in_the_norms_dtype(dtype: torch.dty
     torch.testing.assert_close(result_MD, norm(hidden_MD))
     norm.weight.data = norm.weight.data * 2.0  # as where a layer's weights are fetched to another place
     torch.testing.assert_close(fused(hidden_MD), 2.0 * result_MD)
+
+
+class NamedEps(nn.Module):
+    """Names its constant as most libraries do, and gives back the dtype that it got."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(WIDTH) + 0.5)
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        wide = hidden_states.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight).type_as(
+            hidden_states
+        )
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-3])
+def test_a_norm_in_another_dtype_than_the_stream_gives_the_streams(eps: float) -> None:
+    norm = NamedEps(eps)
+    fused = with_fused_norms(norm)
+    assert isinstance(fused, FusedRMSNorm)
+    hidden_MD = 0.01 * torch.randn(5, WIDTH)
+    torch.testing.assert_close(fused(hidden_MD), norm(hidden_MD))
+    assert torch.equal(fused(hidden_MD.bfloat16()), norm(hidden_MD.bfloat16()))
+
+
+def test_a_norm_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[nn.Module] = []
+
+    def looking(module: nn.Module) -> nn.Module:
+        looked.append(module)
+        return with_fused_norms(module)
+
+    monkeypatch.setattr(fused_norms, "with_fused_norms", looking)
+    run, norms = FusedNorms(), [LlamaRMSNorm(WIDTH) for _ in range(2)]
+    for norm in norms * 3:
+        run(norm, torch.randn(5, WIDTH), (), {})
+    assert looked == norms
 
 
 def test_norms_are_fused_on_a_gpu_alone() -> None:
