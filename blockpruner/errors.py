@@ -72,9 +72,8 @@ def _said(error: BaseException) -> str:
 
     if not isinstance(error, ValidationError):
         return str(error)
-    for problem in error.errors(include_url=False, include_context=False, include_input=False):
-        return ": ".join(filter(None, (".".join(map(str, problem["loc"])), problem["msg"])))
-    return str(error)
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -113,7 +113,9 @@ def build_scorer(
     flops = shape.flops_per_sequence * shape.num_sequences
     compiles = kernels.compiles(settings.compile, compute, flops, metric.name)
     kernels.await_preparation()
-    run, divergence = kernels.compiled(metric) if compiles else (kernels.uncompiled(compute), metric.divergence)
+    run, divergence = (
+        kernels.compiled(metric, compute) if compiles else (kernels.uncompiled(compute), metric.divergence)
+    )
     is_tight = settings.memory_budget is not None and settings.memory_budget < _PEAK_BYTES
     meter = Meter(peak=None if is_tight else matrix_peak(compute, model.dtype))
     is_remote = compute.type == "cuda" and model.device.type == "cpu"

@@ -42,14 +42,14 @@ compiler's own limits of 8 and 256 whatever comes later would run uncompiled, wi
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def compiled_layer() -> RunLayer:
-    """`run_layer`, compiled for the layers that it meets."""
-    return cast(RunLayer, _with_fallback(run_layer))
+def compiled_layer(otherwise: RunLayer) -> RunLayer:
+    """`run_layer`, compiled for the layers that it meets; `otherwise` where that does not work."""
+    return _with_fallback(cast(RunLayer, run_layer), otherwise)
 
 
 def compiled_divergence(divergence: Divergence) -> Divergence:
     """A metric's divergence, compiled: the logits are read, and nothing of their size is written."""
-    return _with_fallback(divergence)
+    return _with_fallback(divergence, divergence)
 
 
 @torch.inference_mode()
@@ -88,8 +88,8 @@ def _small_graph() -> fx.GraphModule:
     return fx.GraphModule(nn.Module(), graph)
 
 
-def _with_fallback(function: Function) -> Function:
-    """The compiled function; the function itself from when it cannot be compiled on this machine.
+def _with_fallback(function: Function, otherwise: Function) -> Function:
+    """The compiled function; another one from when it cannot be compiled on this machine.
 
     For the thread that asks for it: from torch 2.13 on the limits of variants are a thread's own.
     """
@@ -109,6 +109,6 @@ def _with_fallback(function: Function) -> Function:
                 logger.warning(
                     "going on without torch.compile, which does not work on this machine: %s", one_line(error)
                 )
-        return function(*arguments)
+        return otherwise(*arguments)
 
     return cast(Function, call)

@@ -1,8 +1,9 @@
 """A causal LM taken apart into the pieces a sweep calls: embedding, each residual unit, and the head.
 
-Nothing of a family's mathematics is written again: every piece is the model's own code. The decoder layers get the
-arguments that the model itself passes them (masks and position embeddings can differ from layer to layer), captured
-once for a batch of one sequence; they broadcast over any number of sequences.
+Nothing of a family's mathematics is written again: every piece is the model's own code, or what was seen to compute the
+same (see `RunLayer`). The decoder layers get the arguments that the model itself passes them (masks and position
+embeddings can differ from layer to layer), captured once for a batch of one sequence; they broadcast over any number of
+sequences.
 
 Shapes: `N` sequences of any branches, `M` tokens, `T` tokens of a sequence, `D` hidden, `V` vocabulary.
 """
@@ -27,7 +28,7 @@ from blockpruner.scoring.residency import LayerResidency, Resident
 
 LayerCall = Callable[..., Any]
 RunLayer = Callable[[nn.Module, Tensor, tuple[Any, ...], dict[str, Any]], Any]
-"""Calls a layer, or the final norm, on hidden states with its captured arguments; a place for a compiler to step in."""
+"""Calls a layer, or the final norm, on hidden states with its captured arguments; where quicker ways step in."""
 
 
 @dataclass(frozen=True)

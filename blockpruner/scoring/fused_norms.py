@@ -2,7 +2,10 @@
 
 Model code writes an RMS norm as half a dozen operations in float32, each of which reads and writes the whole stream: on
 a GPU nine times the memory traffic of the norm itself, and most of what compiling layers saves. A norm is known by what
-it computes, not by its name: a module is replaced if it gives what PyTorch's operation gives.
+it computes, not by its name: a module is replaced if it gives what PyTorch's operation gives. Gemma's norms, which
+multiply by one more than the weight, and layer norms are none.
+
+Shapes: `N` sequences of `T` tokens, `D` what a norm goes over.
 """
 
 from __future__ import annotations
@@ -46,8 +49,8 @@ class FusedRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """x / sqrt(mean(x^2) + eps) * weight, of [..., D]; in mixed dtypes the norm's own result."""
-        if hidden_states.dtype != self.weight.dtype:
+        """x / sqrt(mean(x^2) + eps) * weight, of [..., D]; of another dtype or width the norm's own result."""
+        if hidden_states.dtype != self.weight.dtype or hidden_states.shape[-1:] != self.weight.shape:
             result: Tensor = self.norm(hidden_states)
             return result
         return functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
@@ -81,11 +84,18 @@ def _fused(norm: nn.Module) -> FusedRMSNorm | None:
 
 @torch.inference_mode()
 def _is_rms_norm(norm: nn.Module, weight: Tensor, eps: float) -> bool:
-    """Whether a module gives the RMS norm in float32: of numbers with a mean, and of ones as small as eps."""
+    """Whether a module gives the RMS norm, in float32, and its own dtype for its own dtype.
+
+    Asked with numbers [1, 2, D] that have a mean, and with some as small as eps.
+    """
     wave_D = torch.sin(torch.arange(weight.numel(), dtype=torch.float32, device=weight.device)) + 0.5
-    probe_2D = torch.stack((wave_D, wave_D * eps**0.5))
-    result = copy.deepcopy(norm).float()(probe_2D)
-    if not isinstance(result, Tensor):
+    probe_12D = torch.stack((wave_D, wave_D * eps**0.5))[None]
+    try:
+        wide, own = copy.deepcopy(norm).float()(probe_12D), norm(probe_12D.to(weight.dtype))
+    except (RuntimeError, TypeError, ValueError):  # made for other input: no RMS norm, whatever it is
         return False
-    expected_2D = functional.rms_norm(probe_2D, weight.shape, weight.float(), eps)
-    return result.shape == expected_2D.shape and torch.allclose(result, expected_2D, rtol=1e-4, atol=1e-6)
+    if not isinstance(wide, Tensor) or own.dtype != weight.dtype:
+        return False
+    expected_12D = functional.rms_norm(probe_12D, weight.shape, weight.float(), eps)
+    atol = 1e-6 * float(weight.abs().max())
+    return wide.shape == expected_12D.shape and torch.allclose(wide, expected_12D, rtol=1e-4, atol=atol)

@@ -8,16 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from blockpruner.blocks import all_blocks, mha, mlp
+from blockpruner.blocks import Block, all_blocks, mha, mlp
 from blockpruner.scoring import fused_norms, kernels
 from blockpruner.scoring.decoder import run_layer
 from blockpruner.scoring.fused_norms import FusedNorms, FusedRMSNorm, with_fused_norms
 from tests.scorers import filled, plain_scorer, row_of, sweep_scorer
 from tests.tiny_models import TINY_FAMILIES, tiny_model, tiny_token_ids
 
-WIDTH = 24
+WIDTH = 44
+"""Seven waves of a sine: their mean is almost zero."""
 
 
 def names_of_fused(module: nn.Module) -> list[str]:
@@ -30,6 +32,13 @@ def names_of_rms_norms(module: nn.Module) -> list[str]:
     return [name for name, of in classes.items() if of.endswith("RMSNorm") and not of.startswith("Gemma")]
 
 
+def gone_with(model: PreTrainedModel, blocks: tuple[Block, ...]) -> set[nn.Parameter]:
+    """The weights that serve removed blocks alone."""
+    row, layers = row_of(model), row_of(model).decoder_layers(model)
+    names = [(layers[block.layer_index], name) for block in blocks for name in row.block(block.block_kind).modules]
+    return {weight for layer, name in names for weight in layer.get_submodule(name).parameters()}
+
+
 @pytest.mark.parametrize("family", sorted(TINY_FAMILIES))
 def test_the_scores_of_every_family_stay(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = tiny_model(family), tiny_token_ids(3, 12, seed=2)
@@ -37,19 +46,17 @@ def test_the_scores_of_every_family_stay(family: str, monkeypatch: pytest.Monkey
     candidates = [block for block in all_blocks(model.config.num_hidden_layers) if block not in gone]
     expected = filled(plain_scorer(model, tokens), gone, candidates)
     before = {name: type(module) for name, module in model.named_modules()}
-    runs: list[FusedNorms] = []
+    forward, ran = FusedRMSNorm.forward, set()
 
-    def uncompiled(_: torch.device) -> FusedNorms:
-        runs.append(FusedNorms())
-        return runs[-1]
+    def watched(fused: FusedRMSNorm, hidden_states: Tensor) -> Tensor:
+        ran.add(fused.weight)
+        return forward(fused, hidden_states)
 
-    monkeypatch.setattr(kernels, "uncompiled", uncompiled)
+    monkeypatch.setattr(FusedRMSNorm, "forward", watched)
+    monkeypatch.setattr(kernels, "uncompiled", lambda _: FusedNorms())
     table = filled(sweep_scorer(model, tokens), gone, candidates)
     torch.testing.assert_close(table.nll_CB, expected.nll_CB, rtol=0, atol=1e-5)
-    views = runs[0]._views
-    layers = row_of(model).decoder_layers(model)
-    has_rms_norms = bool(names_of_rms_norms(layers))
-    assert any(names_of_fused(view) for view in views.values()) == has_rms_norms
+    assert ran == {model.get_submodule(name).weight for name in names_of_rms_norms(model)} - gone_with(model, gone)
     assert {name: type(module) for name, module in model.named_modules()} == before
 
 
@@ -86,6 +93,21 @@ class Gated(LlamaRMSNorm):
 
     def forward(self, hidden_states: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(hidden_states) * gate
+
+
+class Flat(LlamaRMSNorm):
+    """Wants tokens without sequences."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        num_tokens, width = hidden_states.shape
+        return super().forward(hidden_states).view(num_tokens, width)
+
+
+class Wide(LlamaRMSNorm):
+    """Gives float32 whatever it gets."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states.float()).float()
 
 
 class SometimesGated(LlamaRMSNorm):
@@ -130,6 +152,7 @@ def with_a_forward_of_its_own() -> nn.Module:
     return norm
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "make",
@@ -139,6 +162,7 @@ def with_a_forward_of_its_own() -> nn.Module:
         lambda: OtherEps(WIDTH),
         lambda: Gated(WIDTH),
         lambda: SometimesGated(WIDTH),
+        lambda: Flat(WIDTH),
         Biased,
         lambda: Pair(WIDTH),
         hooked,
@@ -148,14 +172,20 @@ def with_a_forward_of_its_own() -> nn.Module:
         lambda: nn.Linear(WIDTH, WIDTH),
     ],
 )
-def test_what_is_no_plain_rms_norm_stays(make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
+def test_what_is_no_plain_rms_norm_stays(make: Callable[[], nn.Module], dtype: torch.dtype, scale: float) -> None:
     torch.manual_seed(0)
     module = nn.Sequential(make(), LlamaRMSNorm(WIDTH)).to(dtype)
     for parameter in module.parameters():
         if parameter.any():
-            nn.init.uniform_(parameter, 0.5, 1.5)
+            nn.init.uniform_(parameter, 0.5 * scale, 1.5 * scale)
     assert names_of_fused(with_fused_norms(module)) == ["1"]
     assert with_fused_norms(module[0]) is module[0]
+
+
+def test_a_norm_that_widens_its_input_stays() -> None:
+    assert isinstance(with_fused_norms(Wide(WIDTH)), FusedRMSNorm)
+    norm = Wide(WIDTH).bfloat16()
+    assert with_fused_norms(norm) is norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -170,6 +200,12 @@ def test_a_fused_norm_gives_the_norms_result_in_the_norms_dtype(dtype: torch.dty
     torch.testing.assert_close(result_MD, norm(hidden_MD))
     norm.weight.data = norm.weight.data * 2.0  # as where a layer's weights are fetched to another place
     torch.testing.assert_close(fused(hidden_MD), 2.0 * result_MD)
+
+
+def test_one_weight_for_all_is_left_to_the_norm() -> None:
+    norm = LlamaRMSNorm(1)
+    hidden_MD = torch.randn(7, WIDTH)
+    torch.testing.assert_close(with_fused_norms(norm)(hidden_MD), norm(hidden_MD))
 
 
 class NamedEps(nn.Module):

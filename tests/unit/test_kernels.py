@@ -21,6 +21,7 @@ from torch.nn import functional
 from blockpruner.scoring import compiled, kernels, loss
 from blockpruner.scoring.build import build_scorer
 from blockpruner.scoring.compiled import compiled_divergence, compiled_layer
+from blockpruner.scoring.decoder import run_layer
 from blockpruner.scoring.metrics import kl_divergence, metric_of
 from blockpruner.scoring.settings import MetricName, ScorerSettings
 from tests.scorers import row_of
@@ -72,7 +73,7 @@ def test_layers_of_many_kinds_are_compiled_and_each_anew_for_every_size_of_batch
         return graph
 
     monkeypatch.setattr(torch, "compile", partial(_compile_with, torch.compile, backend))
-    run = compiled_layer()
+    run = compiled_layer(run_layer)
     for length in range(12):
         run(Layer("a" * length), torch.zeros(2), (), {})
     assert len(graphs) == 12
@@ -225,6 +226,57 @@ def test_our_loss_kernel_pays_for_smaller_models_than_the_compiler(
     assert (kernels.nll_for(torch.device(device), torch.float32, 11, flops) == "ours") == has_kernel
     metrics: tuple[MetricName, ...] = ("perplexity", "kl", "js")
     assert tuple(name for name in metrics if kernels.compiles("auto", torch.device(device), flops, name)) == compiles
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "kl"])
+@pytest.mark.parametrize("compiles", [True, False])
+def test_a_scorer_is_built_of_what_its_device_metric_and_work_ask_for(
+    metric: MetricName, compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, asked, ran = tiny_model(), [], []
+
+    def decide(*arguments: object) -> bool:
+        asked.append(arguments)
+        return compiles
+
+    def way(name: str) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            ran.append(name)
+            return run_layer(*arguments)
+
+        return run
+
+    def nll_for(*arguments: object) -> Callable[..., Tensor]:
+        asked.append(arguments)
+        return loss.token_nll
+
+    monkeypatch.setattr(kernels, "compiles", decide)
+    monkeypatch.setattr(kernels, "compiled", lambda metric, device: (way(f"compiled {device}"), metric.divergence))
+    monkeypatch.setattr(kernels, "uncompiled", lambda device: way(f"uncompiled {device}"))
+    monkeypatch.setattr(kernels, "nll_for", nll_for)
+    scorers = {}
+    for num_sequences in (2, 6):
+        tokens = tiny_token_ids(num_sequences, 8)
+        settings = ScorerSettings(compile="on")
+        scorers[num_sequences] = build_scorer(row_of(model), model, tokens, "cpu", metric_of(metric), settings)
+    (*_, two, _), (*_, two_too), (*_, six, _), (*_, six_too) = asked
+    assert asked[0] == ("on", torch.device("cpu"), two, metric)
+    assert asked[1] == (torch.device("cpu"), torch.float32, model.config.vocab_size, two)
+    assert (six, six_too) == (3 * two, 3 * two_too), "the work of all sequences"
+    scorers[2].dense_nll()
+    assert set(ran) == {"compiled cpu" if compiles else "uncompiled cpu"}
+
+
+def test_where_compiling_does_not_work_norms_are_fused_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(*_: object) -> object:
+        raise BackendCompilerFailed(None, RuntimeError("no compiler"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda _, **__: no_compiler)
+    ran: list[object] = []
+    monkeypatch.setattr(kernels, "FusedNorms", lambda: lambda *arguments: ran.append(arguments))
+    run, _ = kernels.compiled(metric_of("perplexity"), torch.device("cuda"))
+    run(nn.Identity(), torch.zeros(1), (), {})
+    assert len(ran) == 1
 
 
 def test_where_the_loss_kernel_does_not_work_the_plain_loss_takes_its_place(
