@@ -281,6 +281,8 @@ def main() -> None:
     parser.add_argument("--metric", default="perplexity", choices=["perplexity", "kl", "js"])
     parser.add_argument("--no-plain", action="store_true", help="do not time the plain loop")
     arguments = parser.parse_args()
+    if not WORKLOADS.keys() >= set(arguments.workloads) and not (arguments.tokens and arguments.text):
+        parser.error(f"a model folder needs --tokens and --text; the shapes are {', '.join(WORKLOADS)}")
     if arguments.chunk:
         plan.CUDA_CHUNK_BYTES = plan.CPU_CHUNK_BYTES = parse_memory_size(arguments.chunk)
     where = torch.cuda.get_device_name() if arguments.device != "cpu" else f"{torch.get_num_threads()} CPU threads"
