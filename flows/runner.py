@@ -20,6 +20,7 @@ from flows.boundary import can_be_resumed, given_here
 from flows.goals import Goal
 from flows.grid import External
 from flows.interruptions import INTERRUPTIONS
+from flows.library_warnings import heard
 from flows.plan import Job, Plan, PlannedStage
 from flows.recipe import Recipe
 from flows.reporter import Reporter
@@ -111,7 +112,7 @@ class Runner:
             config=_settings(recipe),
         )
         record = self.begun = self.runs.create(run, goal=goal, flow_run_id=flow_run_id)
-        with self._recorded(record):
+        with self._recorded(record), heard(self._warn):
             plan = Plan.make(recipe, goal, external)
             _describe(record, plan.description().model_copy(update={"comparison": comparison}))
             artifacts: dict[str, Artifact[Any]] = {}

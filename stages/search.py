@@ -22,6 +22,7 @@ from blockpruner.blocks import Block, BlockKind, BlockKinds, all_blocks
 from blockpruner.calibration import load_token_ids
 from blockpruner.checkpoint import Checkpoint
 from blockpruner.collapse import CollapseSearch, MergingModel, check_laco
+from blockpruner.errors import ConfigurationError
 from blockpruner.journal import SearchJournal
 from blockpruner.loading import DtypeName, meta_model
 from blockpruner.merging import check_mergeable, stored_dtype
@@ -224,7 +225,8 @@ def run(config: SearchConfig, inputs: SearchInputs, out_dir: Path, runtime: Runt
     """Search until the target is reached, going on from the checkpoints in `runtime.state_dir`.
 
     Raises:
-        ConfigurationError: if the target is not valid for this model, or it does not know a token of the set.
+        ConfigurationError: if the target is not valid for this model, or it does not know a token of the set, or what
+            it predicts is not finite.
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
     check_settings(config.strategy, config.block_kinds, config.metric)
@@ -290,7 +292,18 @@ def _search(
         dense_nll_B = journal.dense_nll()
         if dense_nll_B is None:
             journal.keep_dense_nll(dense_nll_B := workbench.dense_nll())
+        _check_finite(dense_nll_B, config.dtype)
         return dense_nll_B, make(config, workbench, sizes, journal, runtime.progress).run(target)
+
+
+def _check_finite(dense_nll_B: Tensor, dtype: DtypeName) -> None:
+    broken = int((~dense_nll_B.isfinite()).sum())
+    if broken:
+        remedy = "give --dtype float32, or check the model's weights" if dtype != "float32" else "check its weights"
+        raise ConfigurationError(
+            f"the model's own predictions are not finite on {broken} of {len(dense_nll_B)} calibration sequences "
+            f"(in {dtype}), so that no block can be judged by them; {remedy}"
+        )
 
 
 Sizes = tuple[Mapping[Block, int], int]

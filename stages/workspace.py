@@ -31,7 +31,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from blockpruner.errors import ArtifactError
+from blockpruner.errors import ArtifactError, is_disk_full
 from blockpruner.paths import user_path
 
 Warn = Callable[[str], None]
@@ -76,10 +76,9 @@ class Workspace:
                 file.write(b"?")
                 _prove_locks(file.fileno(), self.path)
         except OSError as error:
-            raise ArtifactError(
-                f"the workspace {self.path} cannot be written ({error.strerror}); "
-                "give another with --workspace DIR or the environment variable BLOCKPRUNER_WORKSPACE"
-            ) from error
+            another = "give another with --workspace DIR or the environment variable BLOCKPRUNER_WORKSPACE"
+            remedy = "free some space: what is there is kept" if is_disk_full(error) else another
+            raise ArtifactError(f"the workspace {self.path} cannot be written ({error.strerror}); {remedy}") from error
 
     def _refuse_links(self) -> None:
         """Whoever makes a workspace does not decide what is written, and removed, elsewhere."""

@@ -19,6 +19,11 @@ MICRO_BATCHES = 8
 """A large step has at least so many, where there are so many sequences: each is a checkpoint and a report."""
 
 
+_LONGEST = 5
+"""A micro-batch of more than so many times the work that is worth its start would be kept too seldom, and a kill would
+cost the whole of it."""
+
+
 @dataclass(frozen=True)
 class SweepShape:
     """What is to be computed."""
@@ -198,10 +203,11 @@ def plan_sweep(
 
 def _micro_batch(shape: SweepShape, machine: Machine, fitting: int, num_workers: int) -> int:
     """Sequences of a micro-batch: enough to be worth the start, at most `fitting`, and if possible all of one size."""
-    worth = math.ceil(machine.micro_batch_flops / max(1.0, shape.flops_per_sequence))
+    flops = max(1.0, shape.flops_per_sequence)
+    worth, longest = math.ceil(machine.micro_batch_flops / flops), int(_LONGEST * machine.micro_batch_flops / flops)
     # One branch fills a chunk where that leaves some micro-batches: then all batches are of one size.
     filling = min(machine.chunk_bytes // shape.stream_bytes, math.ceil(shape.num_sequences / 4))
-    wanted = max(math.ceil(shape.num_sequences / MICRO_BATCHES), worth, filling)
+    wanted = max(min(max(math.ceil(shape.num_sequences / MICRO_BATCHES), filling), longest), worth)
     most = max(1, min(wanted, fitting, math.ceil(shape.num_sequences / num_workers)))
     if num_workers > 1:
         return min(range(most, 0, -1), key=lambda size: _longest_share(shape.num_sequences, size, num_workers))

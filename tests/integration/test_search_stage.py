@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import stages.search
 import stages.search_scorer
@@ -24,7 +25,7 @@ from blockpruner.errors import ArtifactError, ConfigurationError, UnsupportedArc
 from blockpruner.journal import SearchJournal
 from blockpruner.progress import Progress
 from blockpruner.scoring.plan import SweepCut
-from blockpruner.scoring.settings import ScorerSettings
+from blockpruner.scoring.settings import MetricName, ScorerSettings
 from blockpruner.trace import SearchTrace, read_trace
 from stages.contract import ArtifactRef, Runtime
 from stages.search import STAGE, SearchConfig, SearchInputs, SearchManifest
@@ -228,6 +229,22 @@ def test_a_damaged_checkpoint_is_computed_again(
     _, again = run(tmp_path, inputs, num_blocks=3)
     assert without_seconds(again) == without_seconds(whole)
     assert "damaged" in caplog.text
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "kl"])
+def test_a_model_whose_own_predictions_are_not_finite_is_refused(
+    tmp_path: Path, inputs: SearchInputs, metric: MetricName
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(inputs.model.path, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][int(TOKENS[2, 0])] = math.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    broken = SearchInputs(Checkpoint.open(str(folder)), inputs.calibration)
+    number = int((TOKENS[2, 0] == TOKENS).any(dim=1).sum())
+    for _ in range(2):  # what was kept of the first try changes nothing
+        with pytest.raises(ConfigurationError, match=f"not finite on {number} of {len(TOKENS)} calibration sequences"):
+            run(tmp_path, broken, num_blocks=1, metric=metric)
 
 
 def test_the_checkpoints_of_another_search_are_not_used(tmp_path: Path, inputs: SearchInputs) -> None:

@@ -161,6 +161,14 @@ def test_a_meter_tells_speed_and_what_was_saved() -> None:
     assert torch.get_default_dtype() == torch.float32
 
 
+@pytest.mark.parametrize(("flops", "size"), [(1e15, 5), (4e14, 10), (1e16, 1)])
+def test_however_many_sequences_there_are_a_micro_batch_is_kept_soon(flops: float, size: int) -> None:
+    shape = dataclasses.replace(LLAMA_2_7B, num_sequences=1000, flops_per_sequence=flops)
+    assert plan_sweep(shape, gpu(1000 * GIB)).cut.micro_batch == size
+    short = dataclasses.replace(shape, sequence_length=8)  # of which many would fill a chunk
+    assert plan_sweep(short, gpu(1000 * GIB)).cut.micro_batch == size
+
+
 @given(st.integers(1, 60), st.integers(2, 20))
 def test_workers_get_shares_as_equal_as_can_be(num_sequences: int, num_workers: int) -> None:
     shape = dataclasses.replace(LLAMA_2_7B, num_sequences=num_sequences)
