@@ -48,6 +48,9 @@ class SearchJournal:
 
         `partial_interval_s` seconds at least lie between two checkpoints within a step. `parts` are what the identity
         is made of, by name ("model", "metric"): with them a refusal can say what is different.
+
+        Raises:
+            ArtifactError: if a folder lies where a file is kept.
         """
         self._folder = folder
         self._identity = identity
@@ -55,6 +58,9 @@ class SearchJournal:
         self._partial_interval_s = partial_interval_s
         self._partial_saved_at = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            if path.suffix in (".json", ".safetensors") and path.is_dir():
+                raise ArtifactError(f"{path} is a folder, and the search keeps a file there; remove it or move it away")
         for torn in folder.glob(".*.tmp"):  # of a process that was killed while writing
             torn.unlink()
 
@@ -82,14 +88,18 @@ class SearchJournal:
             return None
         try:
             with safe_open(self._folder / _DENSE_FILE, "pt") as file:
-                metadata, nll_B = file.metadata() or {}, file.get_tensor("nll_B")
+                metadata = file.metadata() or {}
+                nll_B: torch.Tensor = file.get_tensor("nll_B")
         except (SafetensorError, OSError) as error:
             logger.warning("the dense model's scores are damaged (%s): computed again", error)
             return None
         intact = metadata.get("identity") == self._identity and metadata.get("sha256") == _digest(
             nll_B.numpy().tobytes()
         )
-        return nll_B if intact and nll_B.dtype == torch.float64 else None
+        if not intact or nll_B.dtype != torch.float64:
+            logger.warning("the dense model's scores have changed bytes, or are another search's: computed again")
+            return None
+        return nll_B
 
     def keep_dense_nll(self, nll_B: torch.Tensor) -> None:
         """Keep each sequence's NLL of the unpruned model (float64 [B])."""
@@ -99,8 +109,15 @@ class SearchJournal:
     def plan(self) -> str | None:
         """How the search's work was cut, as it was kept; None if it was not, or is damaged."""
         path = self._folder / _PLAN_FILE
-        payload, identity = _opened(path) if _is_there(path) else (None, None)
-        return payload if identity == self._identity else None
+        if not _is_there(path):
+            return None
+        payload, identity = _opened(path)
+        if identity != self._identity:
+            logger.warning(
+                "how the search's work was cut is damaged: it is cut anew, and the last bits of scores may change"
+            )
+            return None
+        return payload
 
     def keep_plan(self, plan: str) -> None:
         """Keep how the search's work is cut: whoever goes on with the same cut gets the same bits."""
@@ -151,7 +168,7 @@ class SearchJournal:
                     return None
                 nll_CB, done_CB, divergence_CB = map(file.get_tensor, ("nll_CB", "done_CB", "divergence_CB"))
         except (SafetensorError, OSError) as error:
-            logger.warning("the checkpoint within the step is damaged (%s): taking the one before it", error)
+            logger.warning("the checkpoint within the step is damaged (%s): taking the one before it, if any", error)
             return None
         table = ScoreTable(empty.candidates, nll_CB, done_CB.bool(), divergence_CB)
         fits = all(
@@ -159,7 +176,7 @@ class SearchJournal:
             for mine, theirs in zip(table.tensors, empty.tensors, strict=True)
         )
         if not fits or metadata.get("sha256") != _table_digest(table):
-            logger.warning("the checkpoint within the step has changed bytes: taking the one before it")
+            logger.warning("the checkpoint within the step has changed bytes: taking the one before it, if any")
             return None
         return table
 
@@ -180,7 +197,7 @@ class SearchJournal:
         if payload is not None and identity != self._identity:
             raise ArtifactError(
                 f"{path} belongs to another search ({self._what_differs(path)}); "
-                f"remove the folder {self._folder} to start anew"
+                "remove it: the steps before it are used, and what follows is computed again"
             )
         try:
             return SearchStep.model_validate_json(payload) if payload is not None else None
@@ -201,7 +218,9 @@ class SearchJournal:
         return int(digits) if digits.isdecimal() else 0
 
     def _discard_from(self, step: int) -> None:
-        logger.warning("step %d of the search's checkpoints is damaged: going on from step %d", step, step - 1)
+        logger.warning(
+            "step %d of the search's checkpoints is missing or damaged: going on from step %d", step, step - 1
+        )
         for path in self._folder.glob("step-*.json"):
             if self._number_of(path) >= step:
                 path.unlink()

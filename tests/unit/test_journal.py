@@ -170,14 +170,38 @@ def test_a_foreign_journal_is_refused_by_what_is_different(tmp_path: Path) -> No
         SearchJournal(tmp_path, FOREIGN, parts={**parts, "model": "m2", "calibration": "c2"}).steps()
 
 
-def test_the_plan_comes_back_and_only_to_its_search(tmp_path: Path) -> None:
+def test_the_plan_comes_back_and_only_to_its_search(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert journal_of(tmp_path).plan() is None
     journal_of(tmp_path).keep_plan("a plan")
     assert journal_of(tmp_path).plan() == "a plan"
+    assert not caplog.records
     assert journal_of(tmp_path, FOREIGN).plan() is None
     path = tmp_path / "plan.json"
     path.write_bytes(path.read_bytes().replace(b"a plan", b"a plaN"))
+    caplog.clear()
     assert journal_of(tmp_path).plan() is None
+    assert "the last bits of scores may change" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["step-0002.json", "plan.json", "dense.safetensors", "partial-previous.safetensors"])
+def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_computed(tmp_path: Path, name: str) -> None:
+    written(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    with pytest.raises(ArtifactError, match=f"{name} is a folder, .*; remove it or move it away") as caught:
+        journal_of(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_foreign_step_costs_none_of_those_before_it(tmp_path: Path) -> None:
+    written(tmp_path)
+    last = tmp_path / f"step-{len(STEPS):04d}.json"
+    journal_of(tmp_path / "other", FOREIGN).append(STEPS[-1])
+    (tmp_path / "other" / last.name).replace(last)
+    with pytest.raises(ArtifactError, match=f"{last.name} belongs to another search .*; remove it: the steps before"):
+        journal_of(tmp_path).steps()
+    last.unlink()
+    assert as_json(journal_of(tmp_path).steps()) == as_json(STEPS[:-1])
 
 
 def test_the_journal_of_another_search_is_refused(tmp_path: Path) -> None:
@@ -298,6 +322,14 @@ def test_the_dense_models_scores_come_back_bit_for_bit_and_only_to_their_search(
     assert found is not None
     assert bits(found) == bits(nll_B)
     assert journal_of(tmp_path, FOREIGN).dense_nll() is None
+
+
+def test_a_changed_byte_in_the_dense_models_scores_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal_of(tmp_path).keep_dense_nll(torch.tensor([0.5, 3.5], dtype=torch.float64))
+    path = tmp_path / "dense.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    assert journal_of(tmp_path).dense_nll() is None
+    assert "the dense model's scores have changed bytes" in caplog.text
 
 
 @pytest.mark.usefixtures("_quiet")
