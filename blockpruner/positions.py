@@ -6,6 +6,7 @@ modules and shapes only, so that a model on the meta device will do.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 from torch import nn
@@ -13,12 +14,14 @@ from transformers import PreTrainedModel
 
 from blockpruner.errors import ConfigurationError
 
+logger = logging.getLogger(__name__)
+
 _NAMES = ("pos", "wpe")
 """What the name of a table of positions has in it."""
 
 
 def check_sequence_length(model: PreTrainedModel, sequence_length: int) -> None:
-    """Refuse sequences that are longer than the model's table of positions.
+    """Refuse sequences that are longer than the model's table of positions; say it where they go against advice.
 
     Raises:
         ConfigurationError: with the length that the model knows.
@@ -28,6 +31,13 @@ def check_sequence_length(model: PreTrainedModel, sequence_length: int) -> None:
         raise ConfigurationError(
             f"sequence_length is {sequence_length}, but this model knows {known} positions; "
             f"give --sequence-length {known} or less"
+        )
+    advised = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if known is None and advised is not None and sequence_length > advised:
+        logger.warning(
+            "sequence_length is %d, and the model is made for %d positions (max_position_embeddings): what it predicts "
+            "beyond them may be of little use",
+            *(sequence_length, advised),
         )
 
 

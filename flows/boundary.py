@@ -150,4 +150,15 @@ def _say_usage(error: TyperException) -> int:
     """What was wrong with the command line itself."""
     context = getattr(error, "ctx", None)
     hint = f" (see `{context.command_path} --help`)" if context is not None else ""
-    return _say(error.format_message() + hint)
+    return _say(error.format_message() + _came(error) + hint)
+
+
+def _came(error: TyperException) -> str:
+    """What was given for a value that is none, which typer keeps to itself."""
+    from pydantic import ValidationError  # --help takes no time for it
+
+    cause = error.__cause__ or error.__context__
+    if not isinstance(cause, ValidationError):
+        return ""
+    came = repr(cause.errors(include_url=False)[0]["input"])
+    return f"; it is {came if len(came) <= 80 else came[:77] + '...'}"

@@ -14,7 +14,7 @@ WITH_TABLE = {"gpt2", "gpt2-scaled", "opt"}
 
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
-def test_only_a_table_of_positions_has_an_end(family: str) -> None:
+def test_only_a_table_of_positions_has_an_end(family: str, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model(family, max_position_embeddings=32)
     assert num_positions(model) == (32 if family in WITH_TABLE else None)
     check_sequence_length(model, 32)
@@ -24,8 +24,11 @@ def test_only_a_table_of_positions_has_an_end(family: str) -> None:
             check_sequence_length(model, 33)
         with pytest.raises(IndexError):
             model(input_ids=tiny_token_ids(1, 33))
+        assert not caplog.records
     else:
+        assert not caplog.records
         check_sequence_length(model, 33)
+        assert "sequence_length is 33, and the model is made for 32 positions" in caplog.text
         model(input_ids=tiny_token_ids(1, 33))
 
 
