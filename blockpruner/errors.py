@@ -70,10 +70,12 @@ def _said(error: BaseException) -> str:
     """Of what pydantic found, the first: it would say all of it, with addresses of its documentation."""
     from pydantic import ValidationError  # --help, which imports this module, takes no time for it
 
-    if not isinstance(error, ValidationError):
+    found = isinstance(error, ValidationError) and error.errors(
+        include_url=False, include_context=False, include_input=False
+    )
+    if not found:
         return str(error)
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+    return ": ".join(filter(None, (".".join(map(str, found[0]["loc"])), found[0]["msg"])))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from flows.prefect_settings import is_quiet
 from flows.wording import one_line
 
 _PACKAGES = ("blockpruner", "stages")
@@ -18,11 +16,7 @@ def heard(warn: Callable[[str], None]) -> Iterator[None]:
     """Pass on, a line each, what is logged as a warning or worse while the body runs.
 
     Without it Python would print it bare; or nobody would hear of it, where Prefect has the root logger and is quiet.
-    Where Prefect does the talking, as on a worker, it says it itself.
     """
-    if "prefect" in sys.modules and not is_quiet():
-        yield
-        return
     handler = _Handler(warn)
     loggers = [logging.getLogger(name) for name in _PACKAGES]
     for logger in loggers:

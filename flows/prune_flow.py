@@ -20,6 +20,7 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
+from prefect.exceptions import MissingContextError
 from prefect.runtime import flow_run
 from prefect.states import Completed
 from prefect.tasks import Task
@@ -154,11 +155,20 @@ def _through_prefect(call: StageCall, reporter: Reporter) -> Artifact[Any]:
 
 
 class LoggingReporter(Reporter):
-    """Speaks to Prefect's log, and to the terminal as well where Prefect does not."""
+    """Speaks to Prefect's log, and to the terminal as well where Prefect does not. Made within a flow."""
+
+    def __init__(self) -> None:
+        """See `Reporter`."""
+        super().__init__()
+        self._of_the_flow = get_run_logger()
 
     def say(self, line: str, style: str | None = None) -> None:
         """See `Reporter`."""
-        get_run_logger().info("%s", line)
+        try:
+            log = get_run_logger()
+        except MissingContextError:  # the library warns in a thread of its own
+            log = self._of_the_flow
+        log.info("%s", line)
         if is_quiet():
             super().say(line, style)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-import sys
-from types import ModuleType
+import threading
+from types import SimpleNamespace
 
 import pytest
+from prefect.exceptions import MissingContextError
 
-from flows import library_warnings, prefect_settings
+from flows import prune_flow
 from flows.library_warnings import heard
 
 LIBRARY = logging.getLogger("blockpruner.scoring.sweep")
@@ -33,19 +34,21 @@ def test_an_error_in_the_body_ends_it_too() -> None:
     assert said == []
 
 
-@pytest.mark.parametrize("is_quiet", [True, False])
-def test_where_prefect_speaks_it_says_them_itself(is_quiet: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "prefect", ModuleType("prefect"))
-    monkeypatch.setattr(library_warnings, "is_quiet", lambda: is_quiet)
+def test_a_flow_hears_of_them_from_a_thread_without_prefects_context(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    with heard(said.append):
-        LIBRARY.warning("twice is too often")
-    assert said == (["twice is too often"] if is_quiet else [])
+    of_the_flow = SimpleNamespace(info=lambda form, line: said.append(form % line))
+    here = threading.get_ident()
 
+    def run_logger() -> SimpleNamespace:
+        if threading.get_ident() != here:
+            raise MissingContextError
+        return of_the_flow
 
-def test_quiet_is_what_the_command_line_makes_prefect(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", raising=False)
-    monkeypatch.setattr(logging, "raiseExceptions", True)
-    assert not prefect_settings.is_quiet()
-    monkeypatch.setenv("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    assert prefect_settings.is_quiet()
+    monkeypatch.setattr(prune_flow, "get_run_logger", run_logger)
+    monkeypatch.setattr(prune_flow, "is_quiet", lambda: False)
+    with heard(prune_flow.LoggingReporter().warn):
+        thread = threading.Thread(target=LIBRARY.warning, args=("going on without our kernel",))
+        thread.start()
+        thread.join()
+        LIBRARY.warning("and from here")
+    assert said == ["Warning: going on without our kernel", "Warning: and from here"]
