@@ -21,7 +21,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from blockpruner.paths import naming, user_path
+from blockpruner.paths import naming, shortened, user_path
 from flows.interruptions import INTERRUPTIONS, Terminated
 from flows.wording import in_plain_words, one_line
 
@@ -160,5 +160,4 @@ def _came(error: TyperException) -> str:
     cause = error.__cause__ or error.__context__
     if not isinstance(cause, ValidationError):
         return ""
-    came = repr(cause.errors(include_url=False)[0]["input"])
-    return f"; it is {came if len(came) <= 80 else came[:77] + '...'}"
+    return f"; it is {shortened(repr(cause.errors(include_url=False)[0]['input']))}"
