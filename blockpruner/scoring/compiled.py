@@ -32,6 +32,9 @@ _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     # To read the patterns and to try other sizes of blocks takes a second more than it saved there (2026-11-28).
     "pattern_matcher": False,
     "triton.autotune_pointwise": False,
+    # Of the ways to add up a long row, the compiler times two and takes the quicker: another process may find the other
+    # quicker, and has other last bits then.
+    "deterministic": True,
 }
 
 _VARIANTS = 1024
