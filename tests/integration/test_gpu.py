@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+from torch._inductor.utils import fresh_cache
 
 from blockpruner.blocks import Block, all_blocks, mha, mlp
 from blockpruner.checkpoint import Checkpoint
@@ -24,7 +27,7 @@ from blockpruner.scoring.settings import CompileChoice, MetricName, ScorerSettin
 from blockpruner.scoring.sweep import SweepScorer
 from blockpruner.scoring.table import ScoreTable
 from tests.scorers import filled, row_of
-from tests.tiny_models import save_tiny_model, tiny_token_ids
+from tests.tiny_models import save_tiny_model, tiny_model, tiny_token_ids
 
 pytestmark = pytest.mark.gpu
 
@@ -148,6 +151,26 @@ def test_a_compiled_search_that_is_gone_on_with_gives_the_same_bits(checkpoint: 
         scorer().fill(removed, table, lambda _: None)
         assert torch.equal(table.nll_CB, expected.nll_CB)
         assert torch.equal(table.divergence_CB, expected.divergence_CB)
+
+
+def test_no_compiled_kernel_is_chosen_by_timing(tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may find another kernel quicker, and would have other last bits."""
+    timed: list[str] = []
+
+    def time_all(self: CachingAutotuner, *arguments: Any, **keywords: Any) -> Any:
+        timed.append(self.fn.__name__)
+        return benchmark(self, *arguments, **keywords)
+
+    benchmark = CachingAutotuner.benchmark_all_configs
+    monkeypatch.setattr(CachingAutotuner, "benchmark_all_configs", time_all)
+    wide = tiny_model(hidden_size=4096, num_attention_heads=32, num_hidden_layers=2)  # of a short row only one is tried
+    model = wide.to(device="cuda", dtype=torch.bfloat16)
+    settings = ScorerSettings(compile="on")
+    with fresh_cache():
+        scorer = build_scorer(row_of(model), model, tokens, "cuda", metric_of("kl"), settings, cut=CUT)
+        filled(scorer, (), all_blocks(2))
+        assert counters["inductor"]["fxgraph_cache_miss"] > 0
+    assert not timed
 
 
 def test_the_compilers_warm_up_leaves_the_default_dtype_to_whoever_loads_a_model(
