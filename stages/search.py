@@ -34,6 +34,7 @@ from blockpruner.scoring.build import device_memory
 from blockpruner.scoring.interface import SurveyScorer, TableCallback
 from blockpruner.scoring.layer_measures import LayerMeasure
 from blockpruner.scoring.metrics import metric_of
+from blockpruner.scoring.noise import noise_nats
 from blockpruner.scoring.plan import SweepCut
 from blockpruner.scoring.settings import MetricName
 from blockpruner.scoring.table import ScoreTable
@@ -45,9 +46,6 @@ from stages.contract import ArtifactRef, Runtime, Stage, StageConfig, StageManif
 from stages.executor import ExecutorSettings
 from stages.search_scorer import ScoringJob
 from stages.text_perplexity import check_vocabulary
-
-_NOISE_NATS: dict[DtypeName, float] = {"float32": 1e-5, "bfloat16": 2e-3}
-"""How far the scores of two orders of summation lie apart at most, as the tests hold them to."""
 
 
 class SearchConfig(StageConfig):
@@ -136,6 +134,22 @@ class SearchManifest(StageManifest):
     num_steps: int
     """Removals; of a whole layer, or of several, at once counts as one."""
     pruning_order: tuple[PruningStep, ...]
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What a search knows of the model before its weights are loaded."""
+
+    num_layers: int
+    candidates: Mapping[Block, int]
+    """Parameters of every block that may be removed."""
+    num_parameters: int
+    noise_nats: float
+
+    @property
+    def sizes(self) -> tuple[Mapping[Block, int], int]:
+        """Parameters of every block that may be removed, and of the whole model."""
+        return self.candidates, self.num_parameters
 
 
 class _Workbench:
@@ -231,13 +245,14 @@ def run(config: SearchConfig, inputs: SearchInputs, out_dir: Path, runtime: Runt
     """
     check_settings(config.strategy, config.block_kinds, config.metric)
     architecture, shapes = meta_model(inputs.model)
-    sizes, total = block_sizes(architecture, shapes), num_parameters(shapes)
+    sizes = block_sizes(architecture, shapes)
     num_layers = len(architecture.decoder_layers(shapes))
     repackable = Repackable(num_layers, architecture.is_parallel) if config.stock_compatible_at else None
     whole_layers = STRATEGIES[config.strategy].whole_layers
     target = SearchTarget(config.num_blocks, config.ratio, repackable, whole_layers)
     candidates = {block: sizes[block] for block in all_blocks(num_layers, config.block_kinds)}
-    target.check(candidates, total)
+    subject = _Subject(num_layers, candidates, num_parameters(shapes), noise_nats(shapes, config.dtype))
+    target.check(candidates, subject.num_parameters)
     if config.laco is not None:
         check_laco(config.laco, num_layers)
         check_mergeable(architecture, shapes)
@@ -247,11 +262,11 @@ def run(config: SearchConfig, inputs: SearchInputs, out_dir: Path, runtime: Runt
     settings = {name: str(value) for name, value in config.model_dump(exclude=set(STAGE.not_resume_fields)).items()}
     parts = {**inputs.fingerprints(), **settings}
     journal = SearchJournal(runtime.state_dir, STAGE.resume_fingerprint(config, inputs), parts=parts)
-    dense_nll_B, steps = _search(config, inputs, journal, runtime, (candidates, total), target)
+    dense_nll_B, steps = _search(config, inputs, journal, runtime, subject, target)
     summary = SearchSummary(
         dense_perplexity=perplexity(dense_nll_B),
         num_layers=num_layers,
-        num_parameters=total,
+        num_parameters=subject.num_parameters,
         strategy=config.strategy,
     )
     write_trace(out_dir, summary, steps)
@@ -259,7 +274,7 @@ def run(config: SearchConfig, inputs: SearchInputs, out_dir: Path, runtime: Runt
         dense_perplexity=summary.dense_perplexity,
         num_layers=num_layers,
         num_blocks_total=len(sizes),
-        num_parameters=total,
+        num_parameters=subject.num_parameters,
         num_steps=len(steps),
         pruning_order=tuple(_pruning_step(step, block) for step in steps for block in step.blocks),
     )
@@ -270,14 +285,14 @@ def _search(
     inputs: SearchInputs,
     journal: SearchJournal,
     runtime: Runtime,
-    sizes: Sizes,
+    subject: _Subject,
     target: SearchTarget,
 ) -> tuple[Tensor, tuple[SearchStep, ...]]:
     """Each sequence's dense NLL, and the steps; when this returns, nothing holds the model any more."""
     job = ScoringJob(
         model=inputs.model,
-        num_layers=1 + max(block.layer_index for block in sizes[0]),
-        num_parameters=sizes[1],
+        num_layers=subject.num_layers,
+        num_parameters=subject.num_parameters,
         dtype=config.dtype,
         metric=config.metric,
         device=runtime.device,
@@ -293,7 +308,7 @@ def _search(
         if dense_nll_B is None:
             journal.keep_dense_nll(dense_nll_B := workbench.dense_nll())
         _check_finite(dense_nll_B, config.dtype)
-        return dense_nll_B, make(config, workbench, sizes, journal, runtime.progress).run(target)
+        return dense_nll_B, make(config, workbench, subject, journal, runtime.progress).run(target)
 
 
 def _check_finite(dense_nll_B: Tensor, dtype: DtypeName) -> None:
@@ -306,29 +321,25 @@ def _check_finite(dense_nll_B: Tensor, dtype: DtypeName) -> None:
         )
 
 
-Sizes = tuple[Mapping[Block, int], int]
-"""Parameters of every block that may be removed, and of the whole model."""
-
-
 def _greedy(
-    config: SearchConfig, workbench: _Workbench, sizes: Sizes, journal: SearchJournal, progress: ProgressCallback
+    config: SearchConfig, workbench: _Workbench, subject: _Subject, journal: SearchJournal, progress: ProgressCallback
 ) -> Search:
-    metric, noise_nats = metric_of(config.metric), _NOISE_NATS[config.dtype]
-    return GreedySearch(workbench, *sizes, journal, progress, metric, noise_nats)
+    metric = metric_of(config.metric)
+    return GreedySearch(workbench, *subject.sizes, journal, progress, metric, subject.noise_nats)
 
 
 def _ordered(
-    config: SearchConfig, workbench: _Workbench, sizes: Sizes, journal: SearchJournal, progress: ProgressCallback
+    config: SearchConfig, workbench: _Workbench, subject: _Subject, journal: SearchJournal, progress: ProgressCallback
 ) -> Search:
-    metric, noise_nats = metric_of(config.metric), _NOISE_NATS[config.dtype]
-    importance, seed = STRATEGIES[config.strategy].importance, config.strategy_seed or 0
-    return OrderedSearch(workbench, *sizes, journal, progress, metric, noise_nats, importance=importance, seed=seed)
+    metric, importance = metric_of(config.metric), STRATEGIES[config.strategy].importance
+    seed, noise = config.strategy_seed or 0, subject.noise_nats
+    return OrderedSearch(workbench, *subject.sizes, journal, progress, metric, noise, importance=importance, seed=seed)
 
 
 def _collapse(
-    config: SearchConfig, workbench: _Workbench, sizes: Sizes, journal: SearchJournal, progress: ProgressCallback
+    config: SearchConfig, workbench: _Workbench, subject: _Subject, journal: SearchJournal, progress: ProgressCallback
 ) -> Search:
-    return CollapseSearch(_LateBench(workbench), *sizes, journal, progress, settings=config.laco)
+    return CollapseSearch(_LateBench(workbench), *subject.sizes, journal, progress, settings=config.laco)
 
 
 class _LateBench:

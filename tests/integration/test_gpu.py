@@ -22,6 +22,7 @@ from blockpruner.scoring.interface import SurveyScorer
 from blockpruner.scoring.kernels import nll_for
 from blockpruner.scoring.loss import token_nll
 from blockpruner.scoring.metrics import metric_of
+from blockpruner.scoring.noise import noise_nats
 from blockpruner.scoring.plan import SweepCut, SweepPlan
 from blockpruner.scoring.settings import CompileChoice, MetricName, ScorerSettings
 from blockpruner.scoring.sweep import SweepScorer
@@ -90,6 +91,17 @@ def test_scores_are_those_of_the_plain_scorer(
         for a_C, b_C in zip(*means, strict=True):
             torch.testing.assert_close(a_C, b_C, rtol=0, atol=NOISE_NATS[dtype], equal_nan=True)
     assert scorer.meter.flops_saved > 0
+
+
+@pytest.mark.parametrize("family", ["gemma2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"])
+def test_a_familys_scores_lie_within_its_noise(tokens: Tensor, family: str) -> None:
+    found = []
+    for settings in (ScorerSettings(scorer="plain"), ScorerSettings(compile="off")):
+        model = tiny_model(family).to(device="cuda", dtype=torch.bfloat16)
+        cut = None if settings.scorer == "plain" else CUT
+        scorer = build_scorer(row_of(model), model, tokens, "cuda", metric_of("perplexity"), settings, cut=cut)
+        found.append(filled(scorer, (), all_blocks(4)).nll_CB.mean(dim=1))
+    assert float((found[0] - found[1]).abs().max()) <= noise_nats(model, "bfloat16")
 
 
 def test_a_budget_is_kept_and_given_back(checkpoint: Checkpoint, tokens: Tensor) -> None:

@@ -317,6 +317,20 @@ def test_bfloat16_is_searched_in_bfloat16(tmp_path: Path, inputs: SearchInputs) 
     assert 1e-5 < difference < 0.1
 
 
+@pytest.mark.parametrize("strategy", ["blockpruner", "oneshot"])
+def test_what_the_arithmetic_cannot_tell_apart_is_marked(
+    tmp_path: Path, inputs: SearchInputs, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = {("Qwen2ForCausalLM", "bfloat16"): 0.05}
+    monkeypatch.setattr(stages.search, "noise_nats", lambda model, dtype: noise[type(model).__name__, dtype])
+    _, trace = run(tmp_path, inputs, num_blocks=2, dtype="bfloat16", strategy=strategy)
+    for step in trace.steps:
+        others = [candidate for candidate in step.candidates if not candidate.chosen]
+        close = [abs(math.log(candidate.score / step.score)) <= 0.05 for candidate in others]
+        assert [candidate.tied for candidate in others] == close
+        assert 0 < sum(close) < len(close)
+
+
 @pytest.mark.parametrize("metric", ["perplexity", "kl", "js"])
 def test_both_scorers_give_the_same_search(tmp_path: Path, inputs: SearchInputs, metric: str) -> None:
     traces = []
