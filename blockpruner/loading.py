@@ -146,7 +146,10 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
             tokenizer("a", verbose=False)  # some settings are looked at only now
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        raise CheckpointError(f"the tokenizer of {checkpoint.name} cannot be loaded: {one_line(error)}") from error
+        raise CheckpointError(
+            f"the tokenizer of {checkpoint.name} cannot be loaded: {one_line(error)}; its files are damaged or "
+            "incomplete: copy or download them again"
+        ) from error
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
@@ -155,7 +158,8 @@ def meta_model(checkpoint: Checkpoint) -> tuple[Architecture, PreTrainedModel]:
 
     Raises:
         UnsupportedArchitectureError: if the family is not in the table, or this model of it can lose no block.
-        CheckpointError: if config.json does not describe a model, or one with layers that the weights lack.
+        CheckpointError: if config.json does not describe a model, or one with layers that the weights lack, or if the
+            weights are whole numbers that nothing scales.
     """
     folded = llama_settings(checkpoint.config) if is_foldable(checkpoint) else None
     architecture = architecture_of("llama" if folded else checkpoint.model_type)
@@ -167,6 +171,7 @@ def meta_model(checkpoint: Checkpoint) -> tuple[Architecture, PreTrainedModel]:
     except Exception as error:  # transformers checks a configuration with many types of errors
         raise CheckpointError(f"config.json of {checkpoint.name} describes no model: {one_line(error)}") from error
     _check_size(checkpoint, model)
+    _check_floating(checkpoint, model)
     return architecture.for_config(config), cast(PreTrainedModel, model)
 
 
@@ -174,7 +179,8 @@ def any_meta_model(checkpoint: Checkpoint) -> PreTrainedModel | None:
     """The modules of a model of any family; None where only its own code, or a library that is not here, knows them.
 
     Raises:
-        CheckpointError: if config.json describes a model with layers that the weights lack.
+        CheckpointError: if config.json describes a model with layers that the weights lack, or if the weights are whole
+            numbers that nothing scales.
     """
     if is_foldable(checkpoint):
         return meta_model(checkpoint)[1]
@@ -188,6 +194,7 @@ def any_meta_model(checkpoint: Checkpoint) -> PreTrainedModel | None:
         logger.debug("%s is not known before it is loaded: %s", checkpoint.name, error)
         return None
     _check_size(checkpoint, model)
+    _check_floating(checkpoint, model)
     return cast(PreTrainedModel, model)
 
 
@@ -224,6 +231,19 @@ def _check_size(checkpoint: Checkpoint, shapes: PreTrainedModel) -> None:
             f"config.json of {checkpoint.name} asks for {asked:,} parameters, and the weight files hold {held:,}; "
             "config and weights do not belong together: download the model again"
         )
+
+
+def _check_floating(checkpoint: Checkpoint, shapes: PreTrainedModel) -> None:
+    """Refuse whole numbers where nothing says how they are scaled: transformers would take them for the weights."""
+    if "quantization_config" in checkpoint.config:
+        return
+    for name, _ in shapes.named_parameters():
+        entry = checkpoint.tensors.get(name)
+        if entry is not None and entry.dtype.startswith(("I", "U", "BOOL")):  # as safetensors calls them: I8, U8, ...
+            raise CheckpointError(
+                f"{name} of {checkpoint.name} is {entry.dtype}, and no quantization_config in its config.json says "
+                "what its numbers stand for; give the model unquantized"
+            )
 
 
 def check_tensors(checkpoint: Checkpoint, shapes: PreTrainedModel) -> None:

@@ -18,7 +18,7 @@ from blockpruner.blocks import BlockKinds
 from blockpruner.errors import ConfigurationError, nearest
 from blockpruner.export.names import ExportDtype, FormatChoice, dtypes_of
 from blockpruner.memory_size import parse_memory_size
-from blockpruner.paths import user_path
+from blockpruner.paths import shortened, user_path
 from blockpruner.scoring.settings import CompileChoice, MetricName, ScorerName, ScorerSettings
 from blockpruner.strategies import STRATEGIES, LacoSettings, StrategyName, check_settings
 from flows.settings_text import SETTINGS
@@ -449,7 +449,6 @@ def _describe(problem: ErrorDetails) -> str:
         return f"unknown {field} {came!r}; valid are {', '.join(valid)}{nearest(str(came), valid)}"
     if kind in ("device", "executor", "export_dtype", "strategy", "target"):
         return problem["msg"]
-    shown = repr(came)
     or_all = {"num_samples": ", or all", "batch_size": ", or auto"}.get(field, "")
     valid_is = problem["msg"].replace("Input ", "it ")
-    return f"{field} is {shown if len(shown) <= 80 else shown[:77] + '...'}: {valid_is}{or_all}"
+    return f"{field} is {shortened(repr(came))}: {valid_is}{or_all}"

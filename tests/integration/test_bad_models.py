@@ -114,3 +114,11 @@ def test_what_is_checked_is_what_is_loaded(lab: Lab) -> None:
     """Of a folder with both, transformers loads the single file."""
     (lab.model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
     assert lab.search().status == 0
+
+
+def test_whole_numbers_are_no_weights_where_nothing_scales_them(lab: Lab) -> None:
+    weights = lab.model / "model.safetensors"
+    tensors = load_file(weights)
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
+    save_file({**tensors, name: tensors[name].astype("int8")}, weights, {"format": "pt"})
+    assert all(f"{name} of" in line and "is I8, and no quantization_config" in line for line in both(lab))
