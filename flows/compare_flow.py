@@ -36,6 +36,7 @@ from flows.flow_here import handed_over
 from flows.flow_hooks import close_cells
 from flows.grid import Cell, Comparison, in_families, load_comparison
 from flows.interruptions import INTERRUPTIONS
+from flows.library_warnings import heard
 from flows.plan import Plan
 from flows.prune_flow import LoggingReporter, quieten_user_errors
 from flows.report.place import check_place
@@ -128,9 +129,10 @@ def check_comparison(comparison: Comparison, parallel: int) -> None:
         raise ConfigurationError(f"parallel is {parallel}; give 1 to {_MOST_PARALLEL} cells at the same time")
     for cell in comparison.cells:
         try:
-            Plan.make(cell.recipe, "evaluate", cell.external)
-            if comparison.speed:
-                Plan.make(cell.recipe, "speed", cell.external)
+            with heard(lambda _: None):  # each cell says its warnings itself
+                Plan.make(cell.recipe, "evaluate", cell.external)
+                if comparison.speed:
+                    Plan.make(cell.recipe, "speed", cell.external)
         except BlockPrunerError as error:
             raise ConfigurationError(f"cell {cell.label}: {error}") from error
 

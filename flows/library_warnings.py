@@ -34,5 +34,9 @@ class _Handler(logging.Handler):
         self._warn = warn
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Say it."""
-        self._warn(one_line(record.getMessage()))
+        """Say it; where it cannot be said that way, print it bare: nothing that a log says may end the work."""
+        try:
+            self._warn(one_line(record.getMessage()))
+        except Exception:  # noqa: BLE001  # whatever the terminal or Prefect makes of it
+            if logging.lastResort is not None:
+                logging.lastResort.handle(record)

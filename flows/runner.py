@@ -132,7 +132,9 @@ class Runner:
         if not done:
             return None
         wanted: dict[str, str | None] = {}
-        for role, artifact in self._looked_up(Plan.make(recipe, goal, external)):
+        with heard(self._warn):
+            plan = Plan.make(recipe, goal, external)
+        for role, artifact in self._looked_up(plan):
             if artifact is None:
                 return None
             wanted[role] = artifact.fingerprint

@@ -306,8 +306,9 @@ def _search(
     with _Workbench(job, load_token_ids(inputs.calibration.path), journal, runtime.executor) as workbench:
         dense_nll_B = journal.dense_nll()
         if dense_nll_B is None:
-            journal.keep_dense_nll(dense_nll_B := workbench.dense_nll())
-        _check_finite(dense_nll_B, config.dtype)
+            dense_nll_B = workbench.dense_nll()
+            _check_finite(dense_nll_B, config.dtype)  # and is not kept: another device or scorer may do better
+            journal.keep_dense_nll(dense_nll_B)
         return dense_nll_B, make(config, workbench, subject, journal, runtime.progress).run(target)
 
 

@@ -129,10 +129,10 @@ class _TriedKernel:
         except torch.OutOfMemoryError:  # says nothing of the kernel; the sweep will have its own answer to it
             return
         except Exception as error:  # noqa: BLE001  (compiler, linker, driver: whatever fails, there is another way)
+            self._nll = token_nll
             logger.warning(
                 "going on without our Triton kernel, which does not work on this machine: %s", one_line(error)
             )
-            self._nll = token_nll
 
 
 def _start_compiler(device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -248,6 +249,34 @@ def test_a_changed_text_is_measured_anew(compared: Compared) -> None:
         assert runner.finished(recipe, "evaluate", "grid") is None
     finally:
         text.write_text(original)
+
+
+def test_what_the_library_says_of_a_cell_is_said_by_the_cell(
+    compared: Compared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it was computed before; and what only looks at a comparison leaves it to the cells."""
+    from flows.reporter import Reporter
+    from flows.runner import Plan, Runner
+
+    library, make, said = logging.getLogger("blockpruner"), Plan.make, list[str]()
+    heard_by: list[list[logging.Handler]] = []
+
+    def warning(*arguments: Any) -> Plan:
+        heard_by.append(list(library.handlers))
+        library.warning("too long a sequence")
+        return make(*arguments)
+
+    monkeypatch.setattr(Plan, "make", warning)
+    comparison = load_comparison(str(compared.workspace.parent / "grid.yaml"), {}, {})
+    monkeypatch.setattr(Reporter, "warn", lambda _, line: said.append(line))
+    runner = Runner(compared.workspace, Reporter())
+    for _ in range(2):
+        assert runner.finished(comparison.cells[0].recipe, "evaluate", "grid") is not None
+    assert said == ["too long a sequence"]
+    compare_flow.check_comparison(comparison, 1)
+    assert said == ["too long a sequence"]
+    assert len(heard_by) > 2
+    assert all(heard_by)  # else Python prints it bare
 
 
 # --- stopped in the middle --------------------------------------------------------------------------------------------

@@ -94,14 +94,14 @@ def test_scores_are_those_of_the_plain_scorer(
 
 
 @pytest.mark.parametrize("family", ["gemma2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"])
-def test_a_familys_scores_lie_within_its_noise(tokens: Tensor, family: str) -> None:
+def test_a_familys_scores_move_by_half_its_noise_at_most(tokens: Tensor, family: str) -> None:
     found = []
     for settings in (ScorerSettings(scorer="plain"), ScorerSettings(compile="off")):
         model = tiny_model(family).to(device="cuda", dtype=torch.bfloat16)
         cut = None if settings.scorer == "plain" else CUT
         scorer = build_scorer(row_of(model), model, tokens, "cuda", metric_of("perplexity"), settings, cut=cut)
         found.append(filled(scorer, (), all_blocks(4)).nll_CB.mean(dim=1))
-    assert float((found[0] - found[1]).abs().max()) <= noise_nats(model, "bfloat16")
+    assert float((found[0] - found[1]).abs().max()) <= noise_nats(model, "bfloat16") / 2
 
 
 def test_a_budget_is_kept_and_given_back(checkpoint: Checkpoint, tokens: Tensor) -> None:

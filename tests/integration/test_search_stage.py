@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import stages.search
@@ -26,6 +27,7 @@ from blockpruner.journal import SearchJournal
 from blockpruner.progress import Progress
 from blockpruner.scoring.plan import SweepCut
 from blockpruner.scoring.settings import MetricName, ScorerSettings
+from blockpruner.scoring.sweep import SweepScorer
 from blockpruner.trace import SearchTrace, read_trace
 from stages.contract import ArtifactRef, Runtime
 from stages.search import STAGE, SearchConfig, SearchInputs, SearchManifest
@@ -245,6 +247,19 @@ def test_a_model_whose_own_predictions_are_not_finite_is_refused(
     for _ in range(2):  # what was kept of the first try changes nothing
         with pytest.raises(ConfigurationError, match=f"not finite on {number} of {len(TOKENS)} calibration sequences"):
             run(tmp_path, broken, num_blocks=1, metric=metric)
+
+
+def test_predictions_that_are_finite_the_second_time_are_searched(
+    tmp_path: Path, inputs: SearchInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on another device, or with another scorer."""
+    with monkeypatch.context() as patch:
+        patch.setattr(SweepScorer, "dense_nll", lambda _: torch.full((len(TOKENS),), math.nan, dtype=torch.float64))
+        with pytest.raises(ConfigurationError, match="not finite"):
+            run(tmp_path, inputs, num_blocks=1)
+    _, after = run(tmp_path, inputs, num_blocks=1)
+    _, fresh = run(tmp_path, inputs, "fresh", num_blocks=1)
+    assert without_seconds(after) == without_seconds(fresh)
 
 
 def test_the_checkpoints_of_another_search_are_not_used(tmp_path: Path, inputs: SearchInputs) -> None:

@@ -28,6 +28,13 @@ from tests.scorers import row_of
 from tests.tiny_models import tiny_model, tiny_token_ids
 
 
+def test_where_our_loss_kernel_does_not_work_the_plain_loss_takes_its_place(caplog: pytest.LogCaptureFixture) -> None:
+    logits_MV, targets_M = torch.randn(5, 8), torch.arange(5)
+    tried = kernels._TriedKernel(torch.device("cpu"), torch.float32, 8)
+    assert torch.equal(tried(logits_MV, targets_M), loss.token_nll(logits_MV, targets_M))
+    assert "going on without our Triton kernel" in caplog.text
+
+
 def test_what_cannot_be_compiled_here_runs_as_it_is(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

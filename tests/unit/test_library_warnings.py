@@ -34,6 +34,15 @@ def test_an_error_in_the_body_ends_it_too() -> None:
     assert said == []
 
 
+def test_a_warning_that_cannot_be_said_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(line: str) -> None:
+        raise RuntimeError("no flow run")
+
+    with heard(broken):
+        LIBRARY.warning("memory is short")
+    assert "memory is short" in capsys.readouterr().err
+
+
 def test_a_flow_hears_of_them_from_a_thread_without_prefects_context(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     of_the_flow = SimpleNamespace(info=lambda form, line: said.append(form % line))
