@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -40,12 +40,14 @@ def sweep_scorer(
     snapshot_bytes: int = 0,
     num_workers: int = 1,
     whole_layers: bool = False,
+    on_plan: Callable[[SweepPlan], None] = lambda _: None,
 ) -> SweepScorer:
     """A sweep on the CPU with this plan."""
     cut = SweepCut(micro_batch=micro_batch, branches_per_chunk=branches_per_chunk, logit_elements=logit_elements)
     scorer = build_scorer(
         *(row_of(model), model, token_ids_BT, "cpu", metric_of(metric), ScorerSettings()),
         cut=cut,
+        on_plan=on_plan,
         whole_layers=whole_layers,
         team=Team(num_workers),
     )

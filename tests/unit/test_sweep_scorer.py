@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from blockpruner.blocks import all_blocks, mha, mlp
+from blockpruner.blocks import Block, all_blocks, mha, mlp
 from blockpruner.errors import ConfigurationError
 from blockpruner.scoring.decoder import Decoder, run_layer
+from blockpruner.scoring.metrics import metric_of
+from blockpruner.scoring.plan import SweepPlan
 from blockpruner.scoring.settings import MetricName
+from blockpruner.scoring.sweep import ranking
 from blockpruner.scoring.table import ScoreTable
 from tests.scorers import filled, plain_scorer, row_of, sweep_scorer
 from tests.tiny_models import TINY_FAMILIES, tiny_model, tiny_token_ids
@@ -122,6 +125,50 @@ def test_a_search_with_snapshots_gives_the_scores_of_one_without(metric: MetricN
     assert (sweep.meter.flops_saved > 0) == (snapshot_bytes > 0)
 
 
+@pytest.mark.parametrize("block", [mha(1), mlp(3)])
+def test_snapshots_lie_where_the_next_removal_is_expected(block: Block) -> None:
+    others = [each for each in all_blocks(4) if each != block]
+    stream_bytes = TOKENS.numel() * 32 * 4  # of hidden states [B, T, D] in float32
+    saved = []
+    for expected in ([block, *others], [*others, block]):
+        scorer = sweep_scorer(tiny_model(), TOKENS, snapshot_bytes=8 * stream_bytes)  # room for the largest front alone
+        scorer.rank_by(expected)
+        filled(scorer, (), all_blocks(4))
+        filled(scorer, (block,), others)
+        saved.append(scorer.meter.flops_saved)
+    assert saved[0] > saved[1]
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "kl"])
+def test_the_next_removal_is_expected_among_the_least_important(metric: MetricName) -> None:
+    table = filled(plain_scorer(tiny_model(), TOKENS, metric), (), all_blocks(4))
+    means = dict(zip(table.candidates, table.divergence_CB if metric == "kl" else table.nll_CB, strict=True))
+    assert ranking(table, metric_of(metric)) == tuple(sorted(means, key=lambda block: float(means[block].mean())))
+
+
+def test_snapshots_that_are_not_wanted_any_more_are_given_back() -> None:
+    budget = 61_440
+    scorer = sweep_scorer(tiny_model(), TOKENS, snapshot_bytes=budget)
+    for search in range(12):  # in some of them what the step before kept leaves no room for what is wanted now
+        removed: list[Block] = []
+        for block in (mlp(3), mha(3), mlp(2)):
+            candidates = [each for each in all_blocks(4) if each not in removed]
+            scorer.rank_by(random.Random(search * 7 + len(removed)).sample(candidates, len(candidates)))
+            filled(scorer, removed, candidates)
+            assert scorer.snapshots.device_bytes <= budget
+            removed.append(block)
+
+
+def test_a_sequence_counts_as_scored_only_with_all_of_its_candidates() -> None:
+    """Another scorer may have gone candidate by candidate."""
+    scorer, candidates = sweep_scorer(tiny_model(), TOKENS), all_blocks(4)
+    whole = filled(scorer, (), candidates)
+    begun = ScoreTable.empty(candidates, NUM_SEQUENCES)
+    begun.fill(slice(0, 1), slice(None), whole.nll_CB[:1])
+    scorer.fill((), begun, lambda _: None)
+    assert torch.equal(begun.nll_CB, whole.nll_CB)
+
+
 def test_a_resumed_sweep_is_bit_identical() -> None:
     model = tiny_model()
     scorer = sweep_scorer(model, TOKENS)
@@ -145,9 +192,9 @@ def test_too_little_memory_shrinks_the_plan_and_changes_no_score(
     token_ids_BT = tiny_token_ids(12, 8, seed=6)
     model = tiny_model()
     expected = filled(plain_scorer(model, token_ids_BT, metric), (), all_blocks(4))
-    scorer = sweep_scorer(
-        model, token_ids_BT, metric, micro_batch=micro_batch, branches_per_chunk=4, snapshot_bytes=10**6
-    )
+    told: list[SweepPlan] = []
+    batches = {"micro_batch": micro_batch, "branches_per_chunk": 4, "snapshot_bytes": 10**6}
+    scorer = sweep_scorer(model, token_ids_BT, metric, **batches, on_plan=told.append)
     layer = type(row_of(model).decoder_layers(model)[2])
     whole = layer.forward
     calls = 0
@@ -164,6 +211,7 @@ def test_too_little_memory_shrinks_the_plan_and_changes_no_score(
     torch.testing.assert_close(table.nll_CB, expected.nll_CB, rtol=0, atol=1e-5)
     torch.testing.assert_close(table.divergence_CB, expected.divergence_CB, rtol=0, atol=1e-5, equal_nan=True)
     assert scorer.plan.cut.micro_batch < micro_batch
+    assert told[-1] == scorer.plan  # what a search goes on with
 
 
 def test_a_device_that_is_too_small_for_anything_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
