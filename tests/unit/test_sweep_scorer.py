@@ -43,6 +43,20 @@ def test_sweep_equals_a_forward_per_candidate(family: str, micro_batch: int, bra
     torch.testing.assert_close(sweep.dense_nll(), plain.dense_nll(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", sorted(TINY_FAMILIES))
+def test_every_family_goes_on_from_snapshots(family: str) -> None:
+    model = TINY_FAMILIES[family]()
+    blocks = all_blocks(model.config.num_hidden_layers)
+    plain, sweep = plain_scorer(model, TOKENS), sweep_scorer(model, TOKENS, snapshot_bytes=10**9)
+    removed: list[Block] = []
+    for block in random.Random(family).sample(blocks[1:], 3):
+        candidates = [each for each in blocks if each not in removed]
+        expected, table = filled(plain, removed, candidates), filled(sweep, removed, candidates)
+        torch.testing.assert_close(table.nll_CB, expected.nll_CB, rtol=0, atol=1e-5)
+        removed.append(block)
+    assert sweep.meter.flops_saved > 0
+
+
 @torch.inference_mode()
 def test_hooks_of_the_final_norm_run_once_and_a_forward_of_its_own_stays() -> None:
     model = tiny_model()
