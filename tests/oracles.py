@@ -52,6 +52,29 @@ def oracle_sequence_nll(logits_BTV: Tensor, token_ids_BT: Tensor) -> Tensor:
     return torch.tensor(means, dtype=torch.float64)
 
 
+def oracle_divergence(dense_BTV: Tensor, pruned_BTV: Tensor, metric: str) -> Tensor:
+    """Each sequence's mean divergence over the tokens that predict another, in nats: float64 [B].
+
+    Args:
+        dense_BTV: logits of the dense model [B, T, V], whose predictions are P.
+        pruned_BTV: logits of the pruned one, whose predictions are Q.
+        metric: 'kl' (of P from Q), or 'js' (the mean of what P and what Q diverge from their mean).
+    """
+    means = []
+    for dense_TV, pruned_TV in zip(dense_BTV.double(), pruned_BTV.double(), strict=True):
+        nats = []
+        for dense_V, pruned_V in zip(dense_TV[:-1].softmax(-1), pruned_TV[:-1].softmax(-1), strict=True):
+            p, q = dense_V.tolist(), pruned_V.tolist()
+            middle = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+            nats.append(_divergence(p, q) if metric == "kl" else (_divergence(p, middle) + _divergence(q, middle)) / 2)
+        means.append(math.fsum(nats) / len(nats))
+    return torch.tensor(means, dtype=torch.float64)
+
+
+def _divergence(p: list[float], q: list[float]) -> float:
+    return math.fsum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
+
+
 def oracle_perplexity(nll_B: Tensor) -> float:
     """exp of the mean over sequences of each sequence's mean token NLL."""
     return math.exp(math.fsum(nll_B.tolist()) / len(nll_B))

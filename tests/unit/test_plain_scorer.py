@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 from blockpruner.architectures import architecture_of, block_sizes, num_parameters
 from blockpruner.blocks import Block, BlockKinds, all_blocks, mha, mlp
 from blockpruner.journal import SearchJournal
+from blockpruner.scoring.metrics import metric_of
 from blockpruner.scoring.plain import PlainScorer
+from blockpruner.scoring.settings import MetricName
 from blockpruner.scoring.table import ScoreTable
 from blockpruner.search import GreedySearch, SearchTarget
-from tests.oracles import oracle_logits, oracle_perplexity, oracle_sequence_nll
-from tests.scorers import row_of
+from tests.oracles import oracle_divergence, oracle_logits, oracle_perplexity, oracle_sequence_nll
+from tests.scorers import filled, plain_scorer, row_of
 from tests.tiny_models import TINY_FAMILIES, tiny_model, tiny_token_ids
 
 TOKENS = tiny_token_ids(3, 16, seed=9)
@@ -43,6 +46,36 @@ def test_scores_are_those_of_the_hand_written_forward(family: str) -> None:
         gone = {(block.layer_index, block.block_kind.value) for block in (*removed, candidate)}
         logits = oracle_logits(model.state_dict(), model.config.to_dict(), TOKENS, gone)
         assert (table.nll_CB[row] - oracle_sequence_nll(logits, TOKENS)).abs().max() <= 1e-5, candidate
+
+
+@pytest.mark.parametrize("metric", ["kl", "js"])
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "llama", "mixtral"])
+def test_divergences_are_those_of_the_hand_written_forward(family: str, metric: MetricName) -> None:
+    model = tiny_model(family)
+    removed, candidates = (mlp(1),), (mha(0), mha(2), mlp(3))
+    table = filled(plain_scorer(model, TOKENS, metric), removed, candidates)
+
+    def logits(*gone: Block) -> torch.Tensor:
+        names = {(block.layer_index, block.block_kind.value) for block in gone}
+        return oracle_logits(model.state_dict(), model.config.to_dict(), TOKENS, names)
+
+    for row, candidate in enumerate(candidates):
+        expected_B = oracle_divergence(logits(), logits(*removed, candidate), metric)
+        assert expected_B.min() > 1e-3
+        assert (table.divergence_CB[row] - expected_B).abs().max() <= 1e-5, candidate
+
+
+@pytest.mark.parametrize("metric", ["kl", "js"])
+def test_divergences_of_predictions_that_are_as_good_as_certain(metric: MetricName) -> None:
+    """Where probabilities of both are too small for float32."""
+    divergence = metric_of(metric).divergence
+    assert divergence is not None
+    dense, pruned = torch.tensor([[0.0, -300.0, -1.0]]), torch.tensor([[0.0, -300.0, -2.0]])
+    expected = oracle_divergence(dense.expand(1, 2, 3), pruned.expand(1, 2, 3), metric)
+    torch.testing.assert_close(divergence(dense, pruned).double(), expected, rtol=1e-5, atol=0)
+    assert divergence(dense, dense).tolist() == [0.0]
+    apart = divergence(torch.tensor([[0.0, -300.0]]), torch.tensor([[-300.0, 0.0]]))
+    assert apart.item() == pytest.approx(300.0 if metric == "kl" else math.log(2.0))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])

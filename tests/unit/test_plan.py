@@ -56,6 +56,12 @@ def test_a_7b_on_a_large_gpu() -> None:
 def test_snapshots_go_to_the_host_where_the_device_has_no_room() -> None:
     plan = plan_sweep(LLAMA_2_7B, gpu(5 * GIB, host=60 * GIB))
     assert (plan.snapshots_on_host, plan.snapshot_bytes) == (True, 60 * GIB)
+    assert not plan_sweep(LLAMA_2_7B, gpu(120 * GIB, host=60 * GIB)).snapshots_on_host
+
+
+def test_short_sequences_fill_a_chunk_and_leave_some_micro_batches() -> None:
+    short = dataclasses.replace(LLAMA_2_7B, num_sequences=80, sequence_length=8, flops_per_sequence=1e14)
+    assert plan_sweep(short, gpu(100 * GIB)).cut.micro_batch == 20
 
 
 @given(st.integers(1, 40), st.integers(8, 4096), st.floats(1.5, 200), st.integers(1, 300))

@@ -183,6 +183,27 @@ def test_a_sequence_counts_as_scored_only_with_all_of_its_candidates() -> None:
     assert torch.equal(begun.nll_CB, whole.nll_CB)
 
 
+def test_no_more_logits_exist_at_one_time_than_the_cut_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, made = Decoder.logits, list[int]()
+
+    def counted(self: Decoder, hidden_MD: Tensor) -> Tensor:
+        logits = whole(self, hidden_MD)
+        made.append(logits.numel())
+        return logits
+
+    monkeypatch.setattr(Decoder, "logits", counted)
+    scorer = sweep_scorer(tiny_model(), TOKENS, branches_per_chunk=4, logit_elements=128 * 20)
+    filled(scorer, (), all_blocks(4))
+    assert max(made) == 128 * 20  # as many of four branches' tokens as that is
+
+
+def test_a_layer_of_which_nothing_is_left_is_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected: list[tuple[int, ...]] = []
+    monkeypatch.setattr(Decoder, "expect", lambda _, layers: expected.append(layers))
+    filled(sweep_scorer(tiny_model(), TOKENS, micro_batch=5), (mha(1), mlp(1), mha(3)), [mha(0), mlp(2)])
+    assert expected == [(0, 2, 3)]
+
+
 def test_a_resumed_sweep_is_bit_identical() -> None:
     model = tiny_model()
     scorer = sweep_scorer(model, TOKENS)
