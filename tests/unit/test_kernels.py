@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +34,22 @@ def test_where_our_loss_kernel_does_not_work_the_plain_loss_takes_its_place(capl
     tried = kernels._TriedKernel(torch.device("cpu"), torch.float32, 8)
     assert torch.equal(tried(logits_MV, targets_M), loss.token_nll(logits_MV, targets_M))
     assert "going on without our Triton kernel" in caplog.text
+
+
+def test_a_device_that_is_full_says_nothing_of_our_loss_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last bits are others than the plain loss's: which of them is taken must not hang on the memory of a moment."""
+    full = [True]
+
+    def kernel(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
+        if full.pop():
+            raise torch.OutOfMemoryError("out of memory")
+        return torch.full(targets_M.shape, 7.0)
+
+    monkeypatch.setitem(sys.modules, "blockpruner.scoring.nll_kernel", SimpleNamespace(fused_token_nll=kernel))
+    tried = kernels._TriedKernel(torch.device("cpu"), torch.float32, 8)
+    tried._trial.join()
+    full.append(False)
+    assert tried(torch.zeros(2, 8), torch.zeros(2, dtype=torch.long)).tolist() == [7.0, 7.0]
 
 
 def test_what_cannot_be_compiled_here_runs_as_it_is(

@@ -14,7 +14,7 @@ from blockpruner.blocks import Block, all_blocks, mha, mlp
 from blockpruner.errors import ConfigurationError, ExecutorError
 from blockpruner.scoring.layer_measures import block_influence, relative_magnitude
 from blockpruner.scoring.metrics import metric_of
-from blockpruner.scoring.micro_batches import BatchRequest, Reply, TooLittleMemory, answer
+from blockpruner.scoring.micro_batches import BatchRequest, BatchScores, Reply, TooLittleMemory, answer
 from blockpruner.scoring.plan import SweepCut
 from blockpruner.scoring.settings import MetricName
 from blockpruner.scoring.spread import MOST_LOSSES, Answered, Event, Joined, Lost, SpreadScorer
@@ -125,6 +125,21 @@ def test_workers_together_give_the_bits_of_one_scorer(
         assert together.meter.flops_saved == alone.meter.flops_saved
         assert together.meter.flops == alone.meter.flops
     assert {worker for worker, _ in crew.given} == set(sorted(crew.workers)[:4])  # there are four micro-batches
+
+
+@pytest.mark.parametrize("block", [mha(1), mlp(3)])
+def test_a_worker_keeps_snapshots_where_the_next_removal_is_expected(model: PreTrainedModel, block: Block) -> None:
+    others = tuple(each for each in all_blocks(4) if each != block)
+    stream_bytes = TOKENS.numel() * 32 * 4  # of hidden states [B, T, D] in float32
+    saved = []
+    for ranking in ((block, *others), (*others, block)):
+        scorer = sweep_scorer(model, TOKENS, micro_batch=len(TOKENS), snapshot_bytes=8 * stream_bytes)
+        for removed, candidates in (((), all_blocks(4)), ((block,), others)):
+            request = BatchRequest(scorer.plan.cut, 0, len(TOKENS), removed, candidates, ranking)
+            answered = answer(scorer, request)
+        assert isinstance(answered, BatchScores)
+        saved.append(answered.flops_saved)
+    assert saved[0] > saved[1]
 
 
 @pytest.mark.parametrize("seed", range(3))
