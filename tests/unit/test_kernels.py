@@ -37,7 +37,7 @@ def test_where_our_loss_kernel_does_not_work_the_plain_loss_takes_its_place(capl
 
 
 def test_a_device_that_is_full_says_nothing_of_our_loss_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its last bits are others than the plain loss's: which of them is taken must not hang on the memory of a moment."""
+    """Its last bits are others than the plain loss's: which is taken must not hang on the memory of a moment."""
     full = [True]
 
     def kernel(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
