@@ -93,10 +93,10 @@ class SearchJournal:
         except (SafetensorError, OSError) as error:
             logger.warning("the dense model's scores are damaged (%s): computed again", error)
             return None
-        intact = metadata.get("identity") == self._identity and metadata.get("sha256") == _digest(
+        expected = (torch.float64, self._identity)
+        if (nll_B.dtype, metadata.get("identity")) != expected or metadata.get("sha256") != _digest(
             nll_B.numpy().tobytes()
-        )
-        if not intact or nll_B.dtype != torch.float64:
+        ):
             logger.warning("the dense model's scores have changed bytes, or are another search's: computed again")
             return None
         return nll_B

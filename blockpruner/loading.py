@@ -169,7 +169,10 @@ def meta_model(checkpoint: Checkpoint) -> tuple[Architecture, PreTrainedModel]:
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers checks a configuration with many types of errors
-        raise CheckpointError(f"config.json of {checkpoint.name} describes no model: {one_line(error)}") from error
+        raise CheckpointError(
+            f"config.json of {checkpoint.name} describes no model: {one_line(error)} ({type(error).__name__}); correct "
+            "it, or download the model again"
+        ) from error
     _check_size(checkpoint, model)
     _check_floating(checkpoint, model)
     return architecture.for_config(config), cast(PreTrainedModel, model)

@@ -86,7 +86,9 @@ def _require_page(output: Path) -> None:
     Raises:
         ConfigurationError: saying what is wrong with it.
     """
-    if output.suffix.lower() not in (".html", ".htm"):
+    from flows.report.place import PAGE_SUFFIXES
+
+    if output.suffix.lower() not in PAGE_SUFFIXES:
         raise ConfigurationError(f"--output is {output}, which does not end in .html; give the page a name that does")
     if output.is_dir():
         raise ConfigurationError(f"{output} is a folder; give --output a file")

@@ -20,7 +20,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from blockpruner.errors import ConfigurationError, nearest
 from blockpruner.paths import user_path
-from blockpruner.strategies import STRATEGIES, LacoSettings
 from flows.recipe import COMPARISONS_FOLDER, TARGET_FIELDS, NonBlank, Recipe, absolute, make_recipe, paths_beside
 from flows.yaml_file import read_yaml
 
@@ -294,14 +293,7 @@ _ORDER = (*AXES, *(name for name in Recipe.model_fields if name not in AXES))
 
 def _heeded(recipe: Recipe) -> Recipe:
     """The recipe without what its strategy does not heed, so that nothing is searched or shown twice for that."""
-    strategy, unheeded = STRATEGIES[recipe.strategy], set[str]()
-    if strategy.importance != "chance":
-        unheeded |= {"strategy_seed"}
-    if strategy.procedure != "collapse":
-        unheeded |= {f"laco_{name}" for name in LacoSettings.model_fields}
-    if strategy.whole_layers:
-        unheeded |= {"stock_compatible"}
-    return recipe.model_copy(update={name: Recipe.model_fields[name].default for name in unheeded})
+    return recipe.model_copy(update={name: Recipe.model_fields[name].default for name in recipe.unheeded})
 
 
 def _labels(recipes: tuple[Recipe, ...]) -> list[str]:

@@ -286,6 +286,18 @@ class Recipe(BaseModel):
         return self.metric if strategy.uses_metric else strategy.importance
 
     @property
+    def unheeded(self) -> frozenset[str]:
+        """The fields that its strategy does not heed."""
+        strategy, names = STRATEGIES[self.strategy], set[str]()
+        if strategy.importance != "chance":
+            names |= {"strategy_seed"}
+        if strategy.procedure != "collapse":
+            names |= {f"laco_{name}" for name in LacoSettings.model_fields}
+        if strategy.whole_layers:
+            names |= {"stock_compatible"}
+        return frozenset(names)
+
+    @property
     def laco(self) -> LacoSettings:
         """The settings of strategy laco."""
         return LacoSettings(
@@ -360,9 +372,18 @@ def load_recipe(source: str | None, overrides: Mapping[str, Any]) -> Recipe:
     """A recipe from a YAML file, or one of the project's by its name, or none, with some fields given anew.
 
     Raises:
-        ConfigurationError: if there is no such recipe, or it is not valid.
+        ConfigurationError: if there is no such recipe, or it is not valid, or a field that is given anew is one that
+            its strategy does not heed.
     """
-    return make_recipe(_overridden({} if source is None else _read(_locate(source)), overrides))
+    recipe = make_recipe(_overridden({} if source is None else _read(_locate(source)), overrides))
+    for name in overrides:
+        if name in recipe.unheeded - {"stock_compatible"}:  # which whole layers are in any case
+            heeding = "laco" if name.startswith("laco_") else "random"
+            raise ConfigurationError(
+                f"{name} is given, and strategy {recipe.strategy} does not heed it; leave it out, or give strategy "
+                f"{heeding}"
+            )
+    return recipe
 
 
 def recipe_names() -> list[str]:
@@ -449,6 +470,8 @@ def _describe(problem: ErrorDetails) -> str:
         return f"unknown {field} {came!r}; valid are {', '.join(valid)}{nearest(str(came), valid)}"
     if kind in ("device", "executor", "export_dtype", "strategy", "target"):
         return problem["msg"]
+    if kind == "too_short":
+        return f"{field} is {shortened(repr(came))}; give at least 1 item"
     or_all = {"num_samples": ", or all", "batch_size": ", or auto"}.get(field, "")
     valid_is = problem["msg"].replace("Input ", "it ")
     return f"{field} is {shortened(repr(came))}: {valid_is}{or_all}"

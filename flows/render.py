@@ -106,6 +106,7 @@ def run_view(summary: RunSummary) -> RenderableType:
 def runs_table(records: Sequence[RunRecord]) -> Table:
     """One line a run, newest first."""
     table = _table("run", "name", "status", "created", "model", "removed", "stages", "error")
+    table.columns[0].no_wrap = True  # it is there to be copied
     for record in records:
         done = sum(stage.status == "completed" for stage in record.stages)
         table.add_row(

@@ -64,17 +64,21 @@ def parse_rows(content: bytes, form: FileFormat, column: str, name: str) -> list
     return rows
 
 
+_NAME_IT = "name the column with the text (calibration_column, eval_text_column)"
+
+
 def missing_column(name: str, column: str, columns: list[str]) -> TextSourceError:
     """The error for a column that is not there: says which are."""
     known = ", ".join(columns) or "none"
-    return TextSourceError(f"{name} has no column {column!r}; its columns: {known}{nearest(column, columns)}")
+    return TextSourceError(
+        f"{name} has no column {column!r}; its columns: {known}{nearest(column, columns)}; {_NAME_IT}"
+    )
 
 
 def not_text(name: str, where: str, column: str, value: object) -> TextSourceError:
     """The error for a value that is not a string."""
-    return TextSourceError(
-        f"{name}, {where}: column {column!r} holds {type(value).__name__}, not a string; name the column with the text"
-    )
+    held = "nothing (null); take it out, or" if value is None else f"{type(value).__name__}, not a string;"
+    return TextSourceError(f"{name}, {where}: column {column!r} holds {held} {_NAME_IT}")
 
 
 def _decode(content: bytes, name: str) -> str:

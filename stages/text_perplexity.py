@@ -5,6 +5,7 @@ And `search` its check of the vocabulary. Not a stage.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -16,6 +17,8 @@ from blockpruner.errors import ConfigurationError
 from blockpruner.perplexity import perplexity, sequence_nll
 from blockpruner.progress import Progress
 from stages.contract import ArtifactRef, Runtime, StageManifest
+
+logger = logging.getLogger(__name__)
 
 NamedTokens = Sequence[tuple[str, ArtifactRef]]
 """Texts by the name they are reported under, each with the artifact of `calibrate` that holds its token ids."""
@@ -53,6 +56,12 @@ def text_perplexities(model: PreTrainedModel, texts: NamedTokens, runtime: Runti
             runtime.progress(Progress(before + part.done, total, part.unit, note))
 
         nll_B = sequence_nll(model, token_ids_BT, runtime.batch_size, report)
+        if broken := int((~nll_B.isfinite()).sum()):
+            logger.warning(
+                "the model's predictions are not finite on %d of the %d sequences of %r: its perplexity is %s; try "
+                "--dtype float32, or check the model's weights",
+                *(broken, len(nll_B), name, perplexity(nll_B)),
+            )
         results.append(TextPerplexity(text=name, num_tokens=token_ids_BT.numel(), perplexity=perplexity(nll_B)))
         done += len(token_ids_BT)
     return tuple(results)

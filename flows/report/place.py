@@ -7,6 +7,8 @@ from pathlib import Path
 
 from blockpruner.errors import ConfigurationError
 
+PAGE_SUFFIXES = (".html", ".htm")
+
 
 def check_place(page: Path) -> None:
     """Make sure that a comparison's report has somewhere to go.
@@ -17,6 +19,8 @@ def check_place(page: Path) -> None:
     folder = page.absolute().parent
     if page.is_dir():
         problem = "is a folder"
+    elif page.suffix.lower() not in PAGE_SUFFIXES:
+        raise ConfigurationError(f"the report {page} does not end in .html; give the page a name that does")
     elif not folder.is_dir():
         problem = f"cannot be written: there is no folder {page.parent}"
     elif not os.access(folder, os.W_OK | os.X_OK):

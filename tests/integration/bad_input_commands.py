@@ -41,6 +41,8 @@ LINES: Sequence[tuple[tuple[str, ...], str]] = (
     (("baseline", "--batch-size", "0", "--model", "{model}"), "batch_size is 0"),
     (("search", "--model", "{model}", "--num-blocks", "1", "--executor", "rai"), "did you mean 'ray'"),
     (("search", "--model", "{model}", "--num-blocks", "1", "--workers", "2"), "workers is for executor ray"),
+    (("search", "--model", "{model}", "--num-blocks", "1", "--laco-threshold", "0.5"), "give strategy laco"),
+    (("search", "--model", "{model}", "--num-blocks", "1", "--strategy-seed", "3"), "give strategy random"),
     (("search", "--model", "{model}", "--num-blocks", "1", "--executor", "ray", "--workers", "0"), "workers is 0"),
     (("search", "--model", "{model}", "--num-blocks", "1", "--ray-address", f"{ESCAPES}:1"), "give HOST:PORT"),
     (("search", "--model", "{model}", "--num-blocks", "2", "--strategy", "laco", "--laco-last-layer", "9"), "4 layers"),

@@ -427,7 +427,11 @@ def test_what_is_wrong_is_refused_before_anything_runs(
 def test_a_report_that_can_go_nowhere_is_refused_on_the_server_too(tiny_folder: TinyFolder, tmp_path: Path) -> None:
     file = write_comparison(tmp_path, tiny_folder("llama"), grid={"num_blocks": 1})
     comparison = load_comparison(str(file), {}, {})
-    for page, said in ((tmp_path / "gone" / "page.html", "there is no folder"), (tmp_path, "is a folder")):
+    for page, said in (
+        (tmp_path / "gone" / "page.html", "there is no folder"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "page.txt", "end in .html"),
+    ):
         with pytest.raises(ConfigurationError, match=said):
             compare_flow.compare(comparison, str(tmp_path / "ws"), report=str(page))
     assert not (tmp_path / "ws").exists()

@@ -113,9 +113,12 @@ def test_the_files_hold_the_search_and_the_manifest_its_order(tmp_path: Path, in
     assert (manifest.num_layers, manifest.num_blocks_total, manifest.num_steps) == (4, 8, 3)
     assert manifest.num_parameters == trace.summary.num_parameters == num_parameters
     assert manifest.dense_perplexity == trace.summary.dense_perplexity == pytest.approx(oracle(set()), rel=1e-5)
+    saved = [step.work_saved for step in trace.steps]
+    assert saved[0] == 0.0
+    assert 0.0 < max(saved) < 1.0
     for entry, step in zip(manifest.pruning_order, trace.steps, strict=True):
         assert Block(layer_index=entry.layer_index, block_kind=entry.block_kind) == step.block
-        for name in ("step", "score", "perplexity", "num_parameters_removed", "ratio", "seconds"):
+        for name in ("step", "score", "perplexity", "num_parameters_removed", "ratio", "seconds", "work_saved"):
             assert getattr(entry, name) == getattr(step, name), name
     assert STAGE.manifest_type.model_validate_json(manifest.model_dump_json()) == manifest
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from blockpruner.calibration import save_token_ids
@@ -30,6 +31,25 @@ def prepare(tmp_path: Path) -> Callable[[str, Tensor], ArtifactRef]:
         return ArtifactRef(fingerprint=name, path=folder)
 
     return artifact
+
+
+def test_predictions_that_are_not_finite_are_said(
+    tiny_folder: Callable[[str], Path],
+    prepare: Callable[[str, Tensor], ArtifactRef],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    shutil.copytree(tiny_folder("qwen2"), tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    weights["model.embed_tokens.weight"][7] = math.nan
+    save_file(weights, tmp_path / "model/model.safetensors", {"format": "pt"})
+    token_ids_BT = tiny_token_ids(3, 12)
+    token_ids_BT[token_ids_BT == 7] = 8
+    token_ids_BT[1, 4] = 7
+    inputs = BaselineInputs(Checkpoint.open(str(tmp_path / "model")), prepare("calibration", token_ids_BT))
+    manifest = STAGE.run(BaselineConfig(), inputs, tmp_path, Runtime())
+    assert math.isnan(manifest.texts[0].perplexity)
+    assert "not finite on 1 of the 3 sequences of 'calibration': its perplexity is nan" in caplog.text
 
 
 def test_perplexities_are_the_oracles(

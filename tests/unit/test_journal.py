@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from blockpruner.blocks import Block, all_blocks, mha, mlp
 from blockpruner.errors import ArtifactError
@@ -322,6 +323,8 @@ def test_the_dense_models_scores_come_back_bit_for_bit_and_only_to_their_search(
     assert found is not None
     assert bits(found) == bits(nll_B)
     assert journal_of(tmp_path, FOREIGN).dense_nll() is None
+    save_file({"nll_B": nll_B.bfloat16()}, tmp_path / "dense.safetensors", {"identity": IDENTITY, "sha256": "0"})
+    assert journal_of(tmp_path).dense_nll() is None
 
 
 def test_a_changed_byte_in_the_dense_models_scores_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from blockpruner.blocks import Block, all_blocks, mha, mlp
 from blockpruner.errors import ConfigurationError
+from blockpruner.scoring.build import build_scorer
 from blockpruner.scoring.decoder import Decoder, run_layer
 from blockpruner.scoring.metrics import metric_of
-from blockpruner.scoring.plan import SweepPlan
-from blockpruner.scoring.settings import MetricName
-from blockpruner.scoring.sweep import ranking
+from blockpruner.scoring.plan import SweepPlan, Team
+from blockpruner.scoring.settings import MetricName, ScorerSettings
+from blockpruner.scoring.sweep import SweepScorer, ranking
 from blockpruner.scoring.table import ScoreTable
 from tests.scorers import filled, plain_scorer, row_of, sweep_scorer
 from tests.tiny_models import TINY_FAMILIES, tiny_model, tiny_token_ids
@@ -181,6 +182,27 @@ def test_a_sequence_counts_as_scored_only_with_all_of_its_candidates() -> None:
     begun.fill(slice(0, 1), slice(None), whole.nll_CB[:1])
     scorer.fill((), begun, lambda _: None)
     assert torch.equal(begun.nll_CB, whole.nll_CB)
+
+
+@pytest.mark.parametrize(("num_workers", "micro_batch"), [(1, 5), (3, 2), (5, 1)])
+def test_a_new_scorer_is_cut_for_those_who_share_the_work(num_workers: int, micro_batch: int) -> None:
+    model, settings = tiny_model(), ScorerSettings()
+    scorer = build_scorer(
+        row_of(model), model, TOKENS, "cpu", metric_of("perplexity"), settings, team=Team(num_workers)
+    )
+    assert isinstance(scorer, SweepScorer)
+    assert scorer.plan.cut.micro_batch == micro_batch
+
+
+def test_what_is_computed_and_what_is_saved_are_a_whole_sweep() -> None:
+    scorer, removed = sweep_scorer(tiny_model(), TOKENS, snapshot_bytes=10**9), list[Block]()
+    for block in (mlp(3), mha(2), mlp(0)):
+        before = (scorer.meter.flops, scorer.meter.flops_saved)
+        table = filled(scorer, removed, [each for each in all_blocks(4) if each not in removed])
+        computed, saved = scorer.meter.flops - before[0], scorer.meter.flops_saved - before[1]
+        assert computed + saved == scorer.costs.walk(scorer.units, removed, table.candidates)[-1] * TOKENS.numel()
+        assert (saved > 0) == bool(removed)
+        removed.append(block)
 
 
 def test_no_more_logits_exist_at_one_time_than_the_cut_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,7 @@ def test_a_value_that_is_no_text(tmp_path: Path, suffix: str) -> None:
         ("rows.jsonl", b'{"text": "a"}\n\n{"text": \n', "line 3 is not valid JSON"),
         ("rows.jsonl", b'{"text": "a"}\n["b"]\n', "line 2 is a JSON list"),
         ("rows.jsonl", b'{"text": "a"}\n{"texts": "b"}\n', "line 2 has no column 'text'; its columns: texts"),
-        ("rows.jsonl", b'{"text": null}\n', "line 1: column 'text' holds NoneType"),
+        ("rows.jsonl", b'{"text": null}\n', "line 1: column 'text' holds nothing (null); take it out"),
         ("rows.jsonl", b'{"text": "\\ud800"}\n', "line 1: column 'text' holds half a surrogate pair"),
         ("rows.csv", b'id,text\n1,"a" b\n', "line 2 is not valid CSV"),
         ("rows.csv", b"id,text\n1,a\n2\n", "line 3 has fewer fields than the header"),
