@@ -6,6 +6,7 @@ import gc
 import logging
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -291,10 +292,15 @@ def _other_weights(checkpoint: Checkpoint, missing: list[str], misshapen: list[s
 
 @contextmanager
 def _without_load_report() -> Iterator[None]:
-    """Keep transformers from printing its table of every tensor that does not fit: we say it in one line."""
+    """Keep transformers from printing its table of every tensor that does not fit: we say it in one line.
+
+    And that `rope_scaling` is an old name, which some configurations have to keep for the engines that read it.
+    """
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`rope_scaling` is deprecated", FutureWarning)
+            yield
     finally:
         transformers_logging.set_verbosity(before)

@@ -16,16 +16,19 @@ def heard(warn: Callable[[str], None]) -> Iterator[None]:
     """Pass on, a line each, what is logged as a warning or worse while the body runs.
 
     Without it Python would print it bare; or nobody would hear of it, where Prefect has the root logger and is quiet.
+    Where Prefect is not, its console would say it a second time: the root logger hears nothing of it meanwhile.
     """
     handler = _Handler(warn)
     loggers = [logging.getLogger(name) for name in _PACKAGES]
     for logger in loggers:
         logger.addHandler(handler)
+        logger.propagate = False
     try:
         yield
     finally:
         for logger in loggers:
             logger.removeHandler(handler)
+            logger.propagate = not any(isinstance(other, _Handler) for other in logger.handlers)
 
 
 class _Handler(logging.Handler):

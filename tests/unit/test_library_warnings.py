@@ -34,6 +34,19 @@ def test_an_error_in_the_body_ends_it_too() -> None:
     assert said == []
 
 
+def test_nobody_else_says_them_meanwhile(caplog: pytest.LogCaptureFixture) -> None:
+    """As the console that Prefect gives a worker's root logger would."""
+    said: list[str] = []
+    with heard(said.append):
+        with heard(said.append):
+            LIBRARY.warning("twice")
+        LIBRARY.warning("once")
+    assert said == ["twice", "twice", "once"]
+    assert caplog.text == ""
+    LIBRARY.warning("to the root")
+    assert "to the root" in caplog.text
+
+
 def test_a_warning_that_cannot_be_said_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     def broken(line: str) -> None:
         raise RuntimeError("no flow run")
