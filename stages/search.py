@@ -305,7 +305,7 @@ def _search(
     make = _SEARCHES[STRATEGIES[config.strategy].procedure]
     with _Workbench(job, load_token_ids(inputs.calibration.path), journal, runtime.executor) as workbench:
         dense_nll_B = journal.dense_nll()
-        if dense_nll_B is None:
+        if dense_nll_B is None or not bool(dense_nll_B.isfinite().all()):
             dense_nll_B = workbench.dense_nll()
             _check_finite(dense_nll_B, config.dtype)  # and is not kept: another device or scorer may do better
             journal.keep_dense_nll(dense_nll_B)

@@ -252,13 +252,17 @@ def test_a_model_whose_own_predictions_are_not_finite_is_refused(
             run(tmp_path, broken, num_blocks=1, metric=metric)
 
 
+@pytest.mark.parametrize("was_kept", [False, True])
 def test_predictions_that_are_finite_the_second_time_are_searched(
-    tmp_path: Path, inputs: SearchInputs, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, inputs: SearchInputs, was_kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on another device, or with another scorer."""
     with monkeypatch.context() as patch:
         patch.setattr(SweepScorer, "dense_nll", lambda _: torch.full((len(TOKENS),), math.nan, dtype=torch.float64))
         with pytest.raises(ConfigurationError, match="not finite"):
+            run(tmp_path, inputs, num_blocks=1)
+        if was_kept:  # by an earlier version
+            patch.setattr(stages.search, "_check_finite", lambda *_: None)
             run(tmp_path, inputs, num_blocks=1)
     _, after = run(tmp_path, inputs, num_blocks=1)
     _, fresh = run(tmp_path, inputs, "fresh", num_blocks=1)
