@@ -147,9 +147,10 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
             tokenizer("a", verbose=False)  # some settings are looked at only now
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+        says_what_to_do = isinstance(error, ImportError) or "trust_remote_code" in str(error)
+        remedy = "" if says_what_to_do else "; its files are damaged or incomplete: copy or download them again"
         raise CheckpointError(
-            f"the tokenizer of {checkpoint.name} cannot be loaded: {one_line(error)}; its files are damaged or "
-            "incomplete: copy or download them again"
+            f"the tokenizer of {checkpoint.name} cannot be loaded: {one_line(error)}{remedy}"
         ) from error
     return cast(PreTrainedTokenizerBase, tokenizer)
 
@@ -170,9 +171,9 @@ def meta_model(checkpoint: Checkpoint) -> tuple[Architecture, PreTrainedModel]:
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers checks a configuration with many types of errors
+        remedy = "" if isinstance(error, ImportError) else "; correct it, or download the model again"
         raise CheckpointError(
-            f"config.json of {checkpoint.name} describes no model: {one_line(error)} ({type(error).__name__}); correct "
-            "it, or download the model again"
+            f"config.json of {checkpoint.name} describes no model: {one_line(error)} ({type(error).__name__}){remedy}"
         ) from error
     _check_size(checkpoint, model)
     _check_floating(checkpoint, model)
@@ -239,10 +240,11 @@ def _check_size(checkpoint: Checkpoint, shapes: PreTrainedModel) -> None:
 
 def _check_floating(checkpoint: Checkpoint, shapes: PreTrainedModel) -> None:
     """Refuse whole numbers where nothing says how they are scaled: transformers would take them for the weights."""
-    if "quantization_config" in checkpoint.config:
+    if checkpoint.config.get("quantization_config"):
         return
+    prefix = f"{shapes.base_model_prefix}."  # which some files leave out
     for name, _ in shapes.named_parameters():
-        entry = checkpoint.tensors.get(name)
+        entry = checkpoint.tensors.get(name) or checkpoint.tensors.get(name.removeprefix(prefix))
         if entry is not None and entry.dtype.startswith(("I", "U", "BOOL")):  # as safetensors calls them: I8, U8, ...
             raise CheckpointError(
                 f"{name} of {checkpoint.name} is {entry.dtype}, and no quantization_config in its config.json says "

@@ -162,11 +162,11 @@ def _recipe(context: typer.Context, source: str | None) -> Recipe:
 def _recipe_of_run(context: typer.Context, run: str | None, workspace: Path) -> tuple[Recipe, Consent]:
     """The recipe of an earlier run with the options that were given; without a run, of the options alone."""
     from flows.consent import ALL_GIVEN, Consent, recipe_of
-    from flows.recipe import make_recipe
+    from flows.recipe import load_recipe
 
     given = options.given_settings(context)
     if run is None:
-        return make_recipe(given), ALL_GIVEN
+        return load_recipe(None, given), ALL_GIVEN
     from stages.runs import RunStore
     from stages.store_rows import rows_of
 

@@ -33,11 +33,17 @@ def heard(warn: Callable[[str], None]) -> Iterator[None]:
 
 class _Handler(logging.Handler):
     def __init__(self, warn: Callable[[str], None]) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__()
         self._warn = warn
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Say it; where it cannot be said that way, print it bare: nothing that a log says may end the work."""
+        """Say it, if it is a warning or worse, and leave what is less to the root logger.
+
+        Where it cannot be said that way, print it bare: nothing that a log says may end the work.
+        """
+        if record.levelno < logging.WARNING:
+            logging.getLogger().callHandlers(record)
+            return
         try:
             self._warn(one_line(record.getMessage()))
         except Exception:  # noqa: BLE001  # whatever the terminal or Prefect makes of it

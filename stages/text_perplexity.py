@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -57,10 +58,10 @@ def text_perplexities(model: PreTrainedModel, texts: NamedTokens, runtime: Runti
 
         nll_B = sequence_nll(model, token_ids_BT, runtime.batch_size, report)
         if broken := int((~nll_B.isfinite()).sum()):
+            remedy = "check the model's weights" if model.dtype == torch.float32 else "try --dtype float32"
             logger.warning(
-                "the model's predictions are not finite on %d of the %d sequences of %r: its perplexity is %s; try "
-                "--dtype float32, or check the model's weights",
-                *(broken, len(nll_B), name, perplexity(nll_B)),
+                "the model's predictions are not finite on %d of the %d sequences of %r: its perplexity is %s; %s",
+                *(broken, len(nll_B), name, perplexity(nll_B), remedy),
             )
         results.append(TextPerplexity(text=name, num_tokens=token_ids_BT.numel(), perplexity=perplexity(nll_B)))
         done += len(token_ids_BT)

@@ -42,6 +42,7 @@ LINES: Sequence[tuple[tuple[str, ...], str]] = (
     (("search", "--model", "{model}", "--num-blocks", "1", "--executor", "rai"), "did you mean 'ray'"),
     (("search", "--model", "{model}", "--num-blocks", "1", "--workers", "2"), "workers is for executor ray"),
     (("search", "--model", "{model}", "--num-blocks", "1", "--laco-threshold", "0.5"), "give strategy laco"),
+    (("export", "--model", "{model}", "--num-blocks", "1", "--laco-threshold", "0.5"), "give strategy laco"),
     (("search", "--model", "{model}", "--num-blocks", "1", "--strategy-seed", "3"), "give strategy random"),
     (("search", "--model", "{model}", "--num-blocks", "1", "--executor", "ray", "--workers", "0"), "workers is 0"),
     (("search", "--model", "{model}", "--num-blocks", "1", "--ray-address", f"{ESCAPES}:1"), "give HOST:PORT"),

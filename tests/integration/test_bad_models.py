@@ -116,9 +116,13 @@ def test_what_is_checked_is_what_is_loaded(lab: Lab) -> None:
     assert lab.search().status == 0
 
 
-def test_whole_numbers_are_no_weights_where_nothing_scales_them(lab: Lab) -> None:
-    weights = lab.model / "model.safetensors"
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_whole_numbers_are_no_weights_where_nothing_scales_them(prefix: str, lab: Lab) -> None:
+    """Whatever the names begin with."""
+    weights, config = lab.model / "model.safetensors", lab.model / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": None}))
     tensors = load_file(weights)
-    name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
-    save_file({**tensors, name: tensors[name].astype("int8")}, weights, {"format": "pt"})
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name] = tensors[name].astype("int8")
+    save_file({each.removeprefix(prefix): tensor for each, tensor in tensors.items()}, weights, {"format": "pt"})
     assert all(f"{name} of" in line and "is I8, and no quantization_config" in line for line in both(lab))

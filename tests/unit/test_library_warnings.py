@@ -43,6 +43,10 @@ def test_nobody_else_says_them_meanwhile(caplog: pytest.LogCaptureFixture) -> No
         LIBRARY.warning("once")
     assert said == ["twice", "twice", "once"]
     assert caplog.text == ""
+    with heard(said.append), caplog.at_level(logging.DEBUG, logger="blockpruner"):
+        LIBRARY.debug("a detail")
+    assert said == ["twice", "twice", "once"]
+    assert "a detail" in caplog.text
     LIBRARY.warning("to the root")
     assert "to the root" in caplog.text
 
